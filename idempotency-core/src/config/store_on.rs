@@ -1,0 +1,139 @@
+//! Which answers are recorded.
+
+use std::{fmt, sync::Arc};
+
+use http::StatusCode;
+
+/// Which answers are recorded and replayed; after any other the key is free and a retry runs again.
+///
+/// ```
+/// use http::StatusCode;
+/// use idempotency_core::StoreOn;
+///
+/// assert!(StoreOn::success().stores(StatusCode::CREATED));
+/// assert!(!StoreOn::success().stores(StatusCode::SEE_OTHER));
+/// assert!(StoreOn::below(400).stores(StatusCode::SEE_OTHER));
+/// assert!(!StoreOn::all().except([StatusCode::TOO_MANY_REQUESTS]).stores(StatusCode::TOO_MANY_REQUESTS));
+/// ```
+#[derive(Clone)]
+#[must_use]
+pub struct StoreOn {
+    statuses: Statuses,
+    except: Vec<StatusCode>,
+    rejections: bool,
+}
+
+#[derive(Clone)]
+enum Statuses {
+    Success,
+    Listed(Vec<StatusCode>),
+    Below(u16),
+    All,
+    Fn(Arc<dyn Fn(StatusCode) -> bool + Send + Sync>),
+}
+
+impl StoreOn {
+    /// 200 to 207: the default.
+    pub fn success() -> Self {
+        Self::new(Statuses::Success)
+    }
+
+    /// Just these.
+    pub fn statuses(statuses: impl IntoIterator<Item = StatusCode>) -> Self {
+        Self::new(Statuses::Listed(statuses.into_iter().collect()))
+    }
+
+    /// Every status below `limit`: `below(500)` is all that the server does not blame itself for.
+    pub fn below(limit: u16) -> Self {
+        Self::new(Statuses::Below(limit))
+    }
+
+    /// Every status. An error is then pinned to its key until the TTL is over.
+    pub fn all() -> Self {
+        Self::new(Statuses::All)
+    }
+
+    /// What `stores` says.
+    pub fn from_fn(stores: impl Fn(StatusCode) -> bool + Send + Sync + 'static) -> Self {
+        Self::new(Statuses::Fn(Arc::new(stores)))
+    }
+
+    /// All of these except `statuses`.
+    pub fn except(mut self, statuses: impl IntoIterator<Item = StatusCode>) -> Self {
+        self.except.extend(statuses);
+        self
+    }
+
+    /// Does not record what an extractor answers before the handler is entered: nothing ran, so a corrected request may use
+    /// the key again. Known for handlers with our attribute; any other handler counts as entered.
+    pub fn except_rejections(mut self) -> Self {
+        self.rejections = false;
+        self
+    }
+
+    /// Whether an answer of this status is recorded.
+    #[must_use]
+    pub fn stores(&self, status: StatusCode) -> bool {
+        let listed = match &self.statuses {
+            Statuses::Success => (200..=207).contains(&status.as_u16()),
+            Statuses::Listed(statuses) => statuses.contains(&status),
+            Statuses::Below(limit) => status.as_u16() < *limit,
+            Statuses::All => true,
+            Statuses::Fn(stores) => stores(status),
+        };
+        listed && !self.except.contains(&status)
+    }
+
+    /// Whether answers of extractors, given before the handler is entered, are recorded like any other.
+    #[must_use]
+    pub fn stores_rejections(&self) -> bool {
+        self.rejections
+    }
+
+    fn new(statuses: Statuses) -> Self {
+        Self {
+            statuses,
+            except: Vec::new(),
+            rejections: true,
+        }
+    }
+}
+
+impl Default for StoreOn {
+    fn default() -> Self {
+        Self::success()
+    }
+}
+
+/// Functions are equal only to themselves.
+impl PartialEq for StoreOn {
+    fn eq(&self, other: &Self) -> bool {
+        let same_statuses = match (&self.statuses, &other.statuses) {
+            (Statuses::Success, Statuses::Success) | (Statuses::All, Statuses::All) => true,
+            (Statuses::Listed(a), Statuses::Listed(b)) => a == b,
+            (Statuses::Below(a), Statuses::Below(b)) => a == b,
+            (Statuses::Fn(a), Statuses::Fn(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        };
+        same_statuses && self.except == other.except && self.rejections == other.rejections
+    }
+}
+
+impl fmt::Debug for StoreOn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.statuses {
+            Statuses::Success => f.write_str("200..=207")?,
+            Statuses::Listed(statuses) => statuses.fmt(f)?,
+            Statuses::Below(limit) => write!(f, "below {limit}")?,
+            Statuses::All => f.write_str("all")?,
+            Statuses::Fn(_) => f.write_str("fn")?,
+        }
+        if !self.except.is_empty() {
+            write!(f, " except {:?}", self.except)?;
+        }
+        if !self.rejections {
+            f.write_str(" except rejections")?;
+        }
+        Ok(())
+    }
+}

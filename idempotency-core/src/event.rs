@@ -1,0 +1,328 @@
+//! Everything that happens, told to whoever wants to know.
+
+use std::{fmt, time::Duration};
+
+use http::StatusCode;
+use tracing::field::display;
+
+use crate::{EncodedKey, StorageError, TombstoneReason};
+
+/// Something that happened to a key.
+///
+/// Keys appear only in their encoded form; no event carries a body, a credential or a header.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// A claim was acquired: the operation runs.
+    Executing {
+        /// The key that is now claimed.
+        key: EncodedKey,
+    },
+    /// A duplicate waits for the running original.
+    Waiting {
+        /// The key it waits for.
+        key: EncodedKey,
+    },
+    /// The answer of an execution was stored.
+    Completed {
+        /// The key that now has a record.
+        key: EncodedKey,
+        /// Status of the stored answer.
+        status: StatusCode,
+        /// From the claim to the stored record.
+        took: Duration,
+    },
+    /// A tombstone was stored: the operation ran, but its answer can't be replayed.
+    Tombstoned {
+        /// The key that now has a tombstone.
+        key: EncodedKey,
+        /// Why there is no answer to replay.
+        reason: TombstoneReason,
+    },
+    /// A claim was given back without a record: a retry runs.
+    Released {
+        /// The key that is free again.
+        key: EncodedKey,
+    },
+    /// A recorded outcome answered a retry.
+    Replayed {
+        /// The key that had a record.
+        key: EncodedKey,
+        /// How long the duplicate had waited for the original; zero if the record was there at once.
+        waited: Duration,
+    },
+    /// A request was refused before its operation ran.
+    Refused {
+        /// The key, if the request got far enough to have one.
+        key: Option<EncodedKey>,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The client left; its operation goes on in a task of its own.
+    Adopted,
+    /// Another holder took over, or the record is someone else's: this claim's outcome was not stored.
+    Lost {
+        /// The key whose claim is gone.
+        key: EncodedKey,
+        /// What found it out.
+        operation: Operation,
+    },
+    /// A claim that the storage had forgotten was taken again, before anyone else did.
+    Reclaimed {
+        /// The key that is claimed again.
+        key: EncodedKey,
+    },
+    /// A storage operation failed.
+    StorageFailed {
+        /// The key it was for.
+        key: EncodedKey,
+        /// Which one.
+        operation: Operation,
+        /// Why.
+        error: &'a StorageError,
+    },
+    /// An outcome could not be stored yet; this process answers the key from memory and keeps trying.
+    Deferred {
+        /// The key whose record is still to be stored.
+        key: EncodedKey,
+    },
+    /// An outcome could not be stored before its TTL was over.
+    Abandoned {
+        /// The key that has no record.
+        key: EncodedKey,
+    },
+    /// The storage failed and the configuration lets the operation run all the same.
+    Unprotected {
+        /// The key that protects nothing.
+        key: EncodedKey,
+    },
+    /// Live records left the memory storage because it was full.
+    Evicted {
+        /// The first key that left.
+        key: EncodedKey,
+        /// How many records this storage has evicted since it was built.
+        total: u64,
+    },
+}
+
+impl Event<'_> {
+    /// A fixed name for metrics and logs, in snake case.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Executing { .. } => "executing",
+            Self::Waiting { .. } => "waiting",
+            Self::Completed { .. } => "completed",
+            Self::Tombstoned { .. } => "tombstoned",
+            Self::Released { .. } => "released",
+            Self::Replayed { .. } => "replayed",
+            Self::Refused { .. } => "refused",
+            Self::Adopted => "adopted",
+            Self::Lost { .. } => "lost",
+            Self::Reclaimed { .. } => "reclaimed",
+            Self::StorageFailed { .. } => "storage_failed",
+            Self::Deferred { .. } => "deferred",
+            Self::Abandoned { .. } => "abandoned",
+            Self::Unprotected { .. } => "unprotected",
+            Self::Evicted { .. } => "evicted",
+        }
+    }
+
+    /// The key that the event is about, if it is about one.
+    #[must_use]
+    pub fn key(&self) -> Option<EncodedKey> {
+        match self {
+            Self::Executing { key }
+            | Self::Waiting { key }
+            | Self::Completed { key, .. }
+            | Self::Tombstoned { key, .. }
+            | Self::Released { key }
+            | Self::Replayed { key, .. }
+            | Self::Lost { key, .. }
+            | Self::Reclaimed { key }
+            | Self::StorageFailed { key, .. }
+            | Self::Deferred { key }
+            | Self::Abandoned { key }
+            | Self::Unprotected { key }
+            | Self::Evicted { key, .. } => Some(*key),
+            Self::Refused { key, .. } => *key,
+            Self::Adopted => None,
+        }
+    }
+}
+
+/// Why a request was refused before its operation ran; the kinds of problem that a client can meet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// A required key is missing.
+    MissingKey,
+    /// The key is not valid.
+    InvalidKey,
+    /// The original is still running.
+    InFlight,
+    /// The key was used for another request.
+    KeyReused,
+    /// The operation ran, but its answer was not recorded.
+    NotReplayable,
+    /// The request's body is over the limit.
+    BodyTooLarge,
+    /// The request carries nothing that says whose key it is.
+    ScopeRequired,
+    /// The storage failed.
+    StorageUnavailable,
+    /// Too many operations are running or waiting.
+    Overloaded,
+}
+
+impl Refusal {
+    /// The code of this refusal, in kebab case: the last part of its problem type.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::MissingKey => "missing-key",
+            Self::InvalidKey => "invalid-key",
+            Self::InFlight => "in-flight",
+            Self::KeyReused => "key-reused",
+            Self::NotReplayable => "not-replayable",
+            Self::BodyTooLarge => "body-too-large",
+            Self::ScopeRequired => "scope-required",
+            Self::StorageUnavailable => "storage-unavailable",
+            Self::Overloaded => "overloaded",
+        }
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// An operation of a [`Storage`](crate::Storage), named in events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Operation {
+    /// `Storage::begin`
+    Begin,
+    /// `Storage::complete`
+    Complete,
+    /// `Storage::renew`
+    Renew,
+    /// `Storage::release`
+    Release,
+    /// `Storage::get`
+    Get,
+    /// `Storage::replace`
+    Replace,
+    /// `Storage::remove`
+    Remove,
+    /// `Storage::wait`
+    Wait,
+}
+
+impl Operation {
+    /// The method's name.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Begin => "begin",
+            Self::Complete => "complete",
+            Self::Renew => "renew",
+            Self::Release => "release",
+            Self::Get => "get",
+            Self::Replace => "replace",
+            Self::Remove => "remove",
+            Self::Wait => "wait",
+        }
+    }
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Is told every [`Event`], on the task that it happens on: be quick, and don't block.
+///
+/// Every `Fn(&Event)` is an observer. Logging through `tracing` is one too and always there, see [`TracingObserver`].
+///
+/// ```
+/// use idempotency_core::{Config, Event};
+///
+/// let config = Config::default().observer(|event: &Event<'_>| {
+///     if let Event::Replayed { waited, .. } = event {
+///         println!("replayed after {waited:?}");
+///     }
+/// });
+/// # let _ = config;
+/// ```
+pub trait Observer: Send + Sync + 'static {
+    /// Something happened.
+    fn on_event(&self, event: &Event<'_>);
+}
+
+impl<F> Observer for F
+where
+    F: Fn(&Event<'_>) + Send + Sync + 'static,
+{
+    fn on_event(&self, event: &Event<'_>) {
+        self(event);
+    }
+}
+
+/// Logs every event through `tracing`, target `idempotency`; the engine always has one.
+///
+/// What protects money being at risk is an error (a lost claim, an abandoned record, an unprotected run), what an operator
+/// should look at is a warning, the ordinary is `debug`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TracingObserver;
+
+impl Observer for TracingObserver {
+    fn on_event(&self, event: &Event<'_>) {
+        const TARGET: &str = "idempotency";
+        let name = event.name();
+        let key = event.key().map(display);
+        match event {
+            Event::Lost { operation, .. } => {
+                tracing::error!(target: TARGET, key, %operation, "another holder has the key: this execution's outcome is not stored");
+            }
+            Event::Abandoned { .. } => {
+                tracing::error!(target: TARGET, key, "gave up storing the outcome: its TTL is over");
+            }
+            Event::Unprotected { .. } => {
+                tracing::error!(target: TARGET, key, "running without protection: the storage failed and `RunUnprotected` is configured");
+            }
+            Event::StorageFailed { operation, error, .. } => {
+                let source = std::error::Error::source(error).map(ToString::to_string);
+                tracing::warn!(target: TARGET, key, %operation, %error, source, "storage operation failed");
+            }
+            Event::Deferred { .. } => {
+                tracing::warn!(target: TARGET, key, "the outcome is not stored yet: answering from memory and trying again");
+            }
+            Event::Reclaimed { .. } => {
+                tracing::warn!(target: TARGET, key, "the storage had forgotten a running claim: claimed again");
+            }
+            Event::Evicted { total, .. } => {
+                tracing::warn!(target: TARGET, key, total, "live records were evicted: raise `max_bytes` or shorten the TTL");
+            }
+            Event::Tombstoned { reason, .. } => {
+                tracing::warn!(target: TARGET, key, %reason, "the operation ran, but its answer can't be replayed");
+            }
+            Event::Refused { refusal, .. } => {
+                tracing::debug!(target: TARGET, key, %refusal, "refused");
+            }
+            Event::Completed { status, took, .. } => {
+                tracing::debug!(target: TARGET, key, status = status.as_u16(), ?took, "completed");
+            }
+            Event::Replayed { waited, .. } => {
+                tracing::debug!(target: TARGET, key, ?waited, "replayed");
+            }
+            Event::Executing { .. }
+            | Event::Waiting { .. }
+            | Event::Released { .. }
+            | Event::Adopted => tracing::debug!(target: TARGET, key, "{name}"),
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! Where claims and records are kept.
+//!
+//! A [`Storage`] decides who runs an operation, in one atomic step. [`MemoryStorage`](crate::MemoryStorage) serves one
+//! process. To write your own, implement the trait and run [`conformance`](crate::storage::conformance) (feature
+//! `conformance`) against it: one documented test per rule.
+
+use std::{any::Any, fmt, future::Future, time::Duration};
+
+use futures_util::future::BoxFuture;
+
+use crate::{EncodedKey, Env, Record, StorageError};
+
+mod any;
+mod claim;
+#[cfg(feature = "conformance")]
+pub mod conformance;
+#[cfg(feature = "memory")]
+pub(crate) mod memory;
+
+pub use self::{
+    any::AnyStorage,
+    claim::{Begin, Entry, Held, NewClaim, Token},
+};
+
+/// Keeps claims and records.
+///
+/// # Rules
+///
+/// Each is a test in [`conformance`](crate::storage::conformance):
+///
+/// 1. Every call is atomic. Of any number of concurrent [`begin`](Self::begin)s of a free key exactly one is
+///    [`Begin::Acquired`].
+/// 2. `begin` with a token that already holds the key is `Acquired`, and `complete` repeated with the same token is
+///    [`Held::Yes`] and keeps the first record: drivers resend what they got no answer to.
+/// 3. A claim ends by itself when its lease is over and it was not renewed. Then, and not before, another token may take it.
+/// 4. `complete` succeeds if the claim is the token's (its lease may be over, as long as nobody else took it) **or the key is
+///    absent**. It is [`Held::Lost`] only if another holds or completed the key.
+/// 5. `renew` and `release` are [`Held::Lost`] and change nothing unless the claim is the token's.
+/// 6. A record is returned by `begin` until its TTL is over; time is measured by the storage's own clock.
+/// 7. `replace` changes a completed record only; it never ends, creates or changes a claim.
+/// 8. [`wait`](Self::wait) returns when no claim holds the key. It subscribes before it looks, so a claim that ends in
+///    between is not missed; a completion wakes all waiters, a release at least one, and a waiter that is dropped after it
+///    was woken passes the wake on.
+/// 9. Dropping any of these futures is safe: the storage is in the state before or after the call.
+/// 10. What lies under a key but is not a readable record is an error of kind
+///     [`Unreadable`](crate::StorageErrorKind::Unreadable) for that key, never an absent one.
+pub trait Storage: Send + Sync + 'static {
+    /// Claims `key` if neither a live claim nor a record is there, and says what is there otherwise: one atomic step.
+    ///
+    /// # Errors
+    ///
+    /// If the storage can't tell. Whether the claim was taken is then unknown.
+    fn begin(
+        &self,
+        key: &EncodedKey,
+        claim: &NewClaim,
+    ) -> impl Future<Output = Result<Begin, StorageError>> + Send;
+
+    /// Ends the claim of `token` with a record that lives for `ttl`, and wakes everybody who waits.
+    ///
+    /// # Errors
+    ///
+    /// If the storage can't tell. Repeating the call is safe.
+    fn complete(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+    ) -> impl Future<Output = Result<Held, StorageError>> + Send;
+
+    /// Lets the claim of `token` live for another `lease` from now.
+    ///
+    /// # Errors
+    ///
+    /// If the storage can't tell.
+    fn renew(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        lease: Duration,
+    ) -> impl Future<Output = Result<Held, StorageError>> + Send;
+
+    /// Ends the claim of `token` without a record, and wakes one who waits.
+    ///
+    /// # Errors
+    ///
+    /// If the storage can't tell. Repeating the call is safe.
+    fn release(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+    ) -> impl Future<Output = Result<Held, StorageError>> + Send;
+
+    /// What lies under `key`.
+    ///
+    /// # Errors
+    ///
+    /// If the storage can't tell.
+    fn get(
+        &self,
+        key: &EncodedKey,
+    ) -> impl Future<Output = Result<Option<Entry>, StorageError>> + Send;
+
+    /// Puts `record` in the place of the completed record under `key` and restarts its TTL. Does nothing if there is none.
+    ///
+    /// # Errors
+    ///
+    /// If the storage can't tell.
+    fn replace(
+        &self,
+        key: &EncodedKey,
+        record: &Record,
+        ttl: Duration,
+    ) -> impl Future<Output = Result<(), StorageError>> + Send;
+
+    /// Removes the record or claim under `key`, readable or not, and wakes everybody who waits. Says whether one was there.
+    ///
+    /// # Errors
+    ///
+    /// If the storage can't tell.
+    fn remove(&self, key: &EncodedKey) -> impl Future<Output = Result<bool, StorageError>> + Send;
+
+    /// Returns when no claim holds `key`, or when `timeout` is over. A hint: `begin` decides.
+    ///
+    /// The default looks at a growing pace, from 10 ms to 500 ms. Storages that can push should.
+    ///
+    /// # Errors
+    ///
+    /// If the storage can't tell.
+    fn wait(
+        &self,
+        key: &EncodedKey,
+        timeout: Duration,
+    ) -> impl Future<Output = Result<(), StorageError>> + Send {
+        wait_by_polling(self, key, timeout)
+    }
+
+    /// The same storage as one that lends transactions, if it is one.
+    fn transactional(&self) -> Option<&dyn Transactional> {
+        None
+    }
+}
+
+async fn wait_by_polling<S: Storage + ?Sized>(
+    storage: &S,
+    key: &EncodedKey,
+    timeout: Duration,
+) -> Result<(), StorageError> {
+    const FIRST: Duration = Duration::from_millis(10);
+    const LONGEST: Duration = Duration::from_millis(500);
+
+    let env = Env::system();
+    let deadline = env.now() + timeout;
+    let mut pause = FIRST;
+    while let Some(Entry::Claimed { .. }) = storage.get(key).await? {
+        let left = deadline.saturating_sub(env.now());
+        if left.is_zero() {
+            break;
+        }
+        env.sleep(pause.min(left)).await;
+        pause = (pause * 2).min(LONGEST);
+    }
+    Ok(())
+}
+
+/// A storage that lends a database transaction, so that an operation and its record commit together.
+pub trait Transactional: Send + Sync {
+    /// Opens a transaction.
+    fn transaction(&self) -> BoxFuture<'_, Result<Box<dyn Transaction>, StorageError>>;
+}
+
+/// A database transaction that can also complete a claim.
+pub trait Transaction: Send + fmt::Debug {
+    /// The driver's own transaction, to downcast to its type and work with.
+    fn driver(&mut self) -> &mut (dyn Any + Send);
+
+    /// Completes the claim of `token` inside this transaction and commits it. On [`Held::Lost`] it is rolled back: what the
+    /// operation did is undone, because another execution took its place.
+    fn complete<'a>(
+        self: Box<Self>,
+        key: &'a EncodedKey,
+        token: Token,
+        record: &'a Record,
+        ttl: Duration,
+    ) -> BoxFuture<'a, Result<Held, StorageError>>
+    where
+        Self: 'a;
+
+    /// Gives everything up that was done in this transaction.
+    fn rollback(self: Box<Self>) -> BoxFuture<'static, Result<(), StorageError>>;
+}
