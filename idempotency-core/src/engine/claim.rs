@@ -1,0 +1,412 @@
+//! The right to run an operation once, and its end.
+
+use std::{fmt, future::Future, pin::Pin, sync::Arc, task::{Context, Poll}, time::Duration};
+
+use super::{
+    Shared, keeper,
+    ledger::{Phase, Run},
+};
+use crate::{
+    EncodedKey, Event, Fingerprint, Held, Operation, Outcome, Record, Spawner, Storage,
+    StorageError, StoredResponse, Token, TombstoneReason,
+};
+
+/// The right to run the operation of a key. End it with [`complete`](Self::complete), [`tombstone`](Self::tombstone) or
+/// [`release`](Self::release).
+///
+/// It is renewed until it ends, however long that takes, up to [`LockPolicy::max_hold`](crate::LockPolicy::max_hold).
+///
+/// A claim that is dropped is released in the background, if the runtime that it was made on still runs; otherwise the key is
+/// blocked until the lease is over. Once an outcome was handed to it, dropping the future of that call changes nothing: the
+/// outcome will be stored.
+#[must_use = "a claim that is dropped is released, and the operation may run again"]
+pub struct Claim {
+    shared: Arc<Shared>,
+    key: EncodedKey,
+    token: Token,
+    fingerprint: Option<Fingerprint>,
+    spawner: Option<Spawner>,
+    ended: bool,
+}
+
+// Not `#[non_exhaustive]`: these are all the ends there are.
+/// What became of an outcome; see [`Claim::complete`]. In every case the operation's own client gets its answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "an outcome that is not stored means that a retry does not get this answer"]
+pub enum Completion {
+    /// It is stored.
+    Stored,
+    /// The storage could not take it yet. This process answers the key from memory, and keeps trying until the TTL is over.
+    Deferred,
+    /// Another holder has the key: nothing was stored.
+    Lost,
+    /// The claim was held longer than [`LockPolicy::max_hold`](crate::LockPolicy::max_hold): a tombstone stands instead.
+    Expired,
+}
+
+impl Claim {
+    /// The key that is claimed.
+    #[must_use]
+    pub fn key(&self) -> EncodedKey {
+        self.key
+    }
+
+    /// Names this claim at the storage.
+    #[must_use]
+    pub fn token(&self) -> Token {
+        self.token
+    }
+
+    /// How long the outcome will be kept. Default: [`Config::ttl`](crate::Config::ttl).
+    pub fn ttl(self, ttl: Duration) -> Self {
+        // A run that is gone was removed by hand; it has no outcome to keep.
+        let _ = self.shared.ledger.change(self.token, |run| run.ttl = ttl);
+        self
+    }
+
+    /// Stores the operation's answer and ends the claim.
+    pub async fn complete(self, response: StoredResponse) -> Completion {
+        self.finish(Outcome::Response(response)).await
+    }
+
+    /// Ends the claim with a tombstone: the operation ran, has no answer to replay, and must not run again.
+    pub async fn tombstone(self, reason: TombstoneReason) -> Completion {
+        self.finish(Outcome::Tombstone(reason)).await
+    }
+
+    /// Ends the claim without a record: a retry runs.
+    ///
+    /// Where the storage fails it is tried again in the background, until the lease is over anyway.
+    pub async fn release(mut self) {
+        self.ended = true;
+        let Some(run) = self.shared.ledger.end_but_stay(self.token) else {
+            return;
+        };
+        let release = Release {
+            begun: Begun {
+                shared: self.shared.clone(),
+                key: self.key,
+                token: self.token,
+                spawner: self.spawner.clone(),
+                ended: false,
+            },
+            claimed: matches!(run.phase, Phase::Held),
+        };
+        release.run().await;
+    }
+
+    async fn finish(mut self, outcome: Outcome) -> Completion {
+        let shared = self.shared.clone();
+        let record = Record {
+            fingerprint: self.fingerprint,
+            outcome,
+        };
+        let ttl = shared.ledger.change(self.token, |run| {
+            if matches!(run.phase, Phase::Expired) {
+                return None;
+            }
+            run.phase = Phase::Finishing(record.clone());
+            Some(run.ttl)
+        });
+        let ttl = match ttl {
+            Some(Some(ttl)) => ttl,
+            Some(None) => {
+                self.end();
+                return Completion::Expired;
+            }
+            // Removed by hand, or this is a second end, which consuming `self` rules out.
+            None => {
+                self.ended = true;
+                return Completion::Lost;
+            }
+        };
+        let stored = shared.storage.complete(&self.key, self.token, &record, ttl);
+        match shared.limited(stored).await {
+            Ok(held) => {
+                let run = self.end();
+                keeper::completed(&shared, &self.key, run.as_ref(), &record, held);
+                match held {
+                    Held::Yes => Completion::Stored,
+                    Held::Lost => Completion::Lost,
+                }
+            }
+            Err(error) => {
+                shared.config.emit(&Event::StorageFailed {
+                    key: self.key,
+                    operation: Operation::Complete,
+                    error: &error,
+                });
+                self.ended = true;
+                self.defer();
+                Completion::Deferred
+            }
+        }
+    }
+
+    fn end(&mut self) -> Option<Run> {
+        self.ended = true;
+        self.shared.ledger.end(self.token)
+    }
+
+    /// Leaves the outcome to the keeper.
+    fn defer(&self) {
+        keeper::defer(&self.shared, self.token, self.spawner.as_ref());
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        let finishing = self
+            .shared
+            .ledger
+            .change(self.token, |run| matches!(run.phase, Phase::Finishing(_)));
+        match finishing {
+            // The outcome is known, and the future that was storing it is being dropped.
+            Some(true) => self.defer(),
+            Some(false) => {
+                let Some(run) = self.shared.ledger.end_but_stay(self.token) else {
+                    return;
+                };
+                Release {
+                    begun: Begun {
+                        shared: self.shared.clone(),
+                        key: self.key,
+                        token: self.token,
+                        spawner: self.spawner.clone(),
+                        ended: false,
+                    },
+                    claimed: matches!(run.phase, Phase::Held),
+                }
+                .run_in_background();
+            }
+            None => {}
+        }
+    }
+}
+
+impl fmt::Debug for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Claim")
+            .field("key", &self.key)
+            .field("token", &self.token)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A place among those that run, from before the storage is asked until it is known what it said.
+///
+/// Dropped in between, it gives back what may have been claimed.
+pub(super) struct Begun {
+    shared: Arc<Shared>,
+    key: EncodedKey,
+    token: Token,
+    spawner: Option<Spawner>,
+    ended: bool,
+}
+
+impl Begun {
+    pub(super) fn enter(shared: &Arc<Shared>, key: EncodedKey) -> Option<Self> {
+        if !shared.ledger.enter() {
+            return None;
+        }
+        let env = &shared.config.env;
+        Some(Self {
+            shared: shared.clone(),
+            key,
+            token: Token::random_from(env),
+            spawner: env.spawner(),
+            ended: false,
+        })
+    }
+
+    pub(super) fn token(&self) -> Token {
+        self.token
+    }
+
+    pub(super) async fn acquired(self, fingerprint: Option<Fingerprint>) -> Claim {
+        let (claim, needs_keeper) = self.into_claim(fingerprint, Phase::Held);
+        if needs_keeper {
+            keeper::start(&claim.shared, claim.spawner.as_ref());
+            // A task that was just spawned may sit where only this thread runs it, and the operation may block this thread.
+            YieldNow(false).await;
+        }
+        claim
+    }
+
+    pub(super) fn without_claim(self, fingerprint: Option<Fingerprint>) -> Claim {
+        self.into_claim(fingerprint, Phase::Unclaimed).0
+    }
+
+    fn into_claim(mut self, fingerprint: Option<Fingerprint>, phase: Phase) -> (Claim, bool) {
+        self.ended = true;
+        let config = &self.shared.config;
+        let now = config.env.now();
+        let needs_keeper = self.shared.ledger.add(
+            self.token,
+            Run {
+                key: self.key,
+                fingerprint,
+                since: now,
+                ttl: config.ttl,
+                renew_at: now + config.lock.lease() / 3,
+                give_up_at: now.saturating_add(config.lock.hold_limit()),
+                phase,
+            },
+        );
+        let claim = Claim {
+            shared: self.shared.clone(),
+            key: self.key,
+            token: self.token,
+            fingerprint,
+            spawner: self.spawner.clone(),
+            ended: false,
+        };
+        (claim, needs_keeper)
+    }
+
+    /// The storage said no.
+    pub(super) fn not_acquired(mut self) {
+        self.leave();
+    }
+
+    /// The storage did not say: the claim may be there, and is given back in the background.
+    pub(super) fn unknown(self) {
+        drop(self);
+    }
+
+    fn leave(&mut self) {
+        self.ended = true;
+        self.shared.ledger.leave();
+    }
+}
+
+impl Drop for Begun {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        // This one is over, and so is its place: the release takes both over.
+        self.ended = true;
+        Release {
+            begun: Self {
+                shared: self.shared.clone(),
+                key: self.key,
+                token: self.token,
+                spawner: self.spawner.clone(),
+                ended: false,
+            },
+            claimed: true,
+        }
+        .run_in_background();
+    }
+}
+
+/// Tells the storage that a claim is over.
+struct Release {
+    begun: Begun,
+    claimed: bool,
+}
+
+impl Release {
+    /// How often the storage is asked. A claim that could not be released ends with its lease.
+    const ATTEMPTS: u32 = 4;
+    const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+    /// Asks once, and where that fails, again in the background.
+    async fn run(self) {
+        match self.attempt().await {
+            Ok(()) => self.done(),
+            Err(_) => self.again_in_background(),
+        }
+    }
+
+    async fn attempt(&self) -> Result<(), StorageError> {
+        let Begun {
+            shared, key, token, ..
+        } = &self.begun;
+        if !self.claimed {
+            return Ok(());
+        }
+        let released = shared.limited(shared.storage.release(key, *token)).await;
+        match released {
+            Ok(Held::Yes) => shared.config.emit(&Event::Released { key: *key }),
+            Ok(Held::Lost) => shared.config.emit(&Event::Lost {
+                key: *key,
+                operation: Operation::Release,
+            }),
+            Err(error) => {
+                shared.config.emit(&Event::StorageFailed {
+                    key: *key,
+                    operation: Operation::Release,
+                    error: &error,
+                });
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn done(mut self) {
+        self.begun.leave();
+        self.begun.shared.ledger.wake_one(&self.begun.key);
+    }
+
+    fn run_in_background(self) {
+        let spawner = self.begun.spawner.clone();
+        spawn_or_warn(spawner, self, |release| async move { release.run().await });
+    }
+
+    fn again_in_background(self) {
+        let spawner = self.begun.spawner.clone();
+        spawn_or_warn(spawner, self, |release| async move {
+            let mut pause = Self::FIRST_PAUSE;
+            for _ in 1..Self::ATTEMPTS {
+                release.begun.shared.config.env.sleep(pause).await;
+                pause *= 4;
+                if release.attempt().await.is_ok() {
+                    break;
+                }
+            }
+            release.done();
+        });
+    }
+}
+
+/// Runs `work` on `release` in the background; where there is no runtime, the lease must end what can't be released.
+fn spawn_or_warn<F>(
+    spawner: Option<Spawner>,
+    release: Release,
+    work: impl FnOnce(Release) -> F,
+) where
+    F: Future<Output = ()> + Send + 'static,
+{
+    match spawner {
+        Some(spawner) => spawner.spawn(work(release)),
+        None => {
+            tracing::warn!(
+                target: "idempotency",
+                key = %release.begun.key,
+                "a claim was dropped outside a runtime: its key is blocked until the lease is over"
+            );
+            release.done();
+        }
+    }
+}
+
+/// Lets the executor run something else once.
+struct YieldNow(bool);
+
+impl Future for YieldNow {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if std::mem::replace(&mut self.0, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}

@@ -1,0 +1,323 @@
+//! One task per engine that keeps its claims alive and stores what could not be stored.
+//!
+//! It lives while there is something to keep: started by the first claim, it looks at all of them when the earliest is due, and
+//! ends when there are none. So a request that is answered within a third of the lease costs no spawn and no timer beyond the
+//! one that the keeper already has.
+
+use std::{pin::pin, sync::Arc, time::Duration};
+
+use futures_util::{StreamExt, future::select, stream};
+
+use super::{
+    Shared,
+    ledger::{Phase, Run},
+};
+use crate::{
+    Begin, EncodedKey, Event, Held, NewClaim, Operation, Outcome, Record, Spawner, Storage, Token,
+    TombstoneReason,
+};
+
+/// How many storage operations the keeper has under way at once.
+const CONCURRENCY: usize = 64;
+
+/// The longest pause between two attempts to store an outcome.
+const LONGEST_RETRY: Duration = Duration::from_secs(10);
+
+/// Spawns the keeper.
+pub(super) fn start(shared: &Arc<Shared>, spawner: Option<&Spawner>) {
+    let Some(spawner) = spawner else {
+        shared.ledger.keeper_is_gone();
+        tracing::error!(
+            target: "idempotency",
+            "no tokio runtime to renew claims on: they end with their lease; call the engine inside a runtime"
+        );
+        return;
+    };
+    let keeper = Keeper {
+        shared: shared.clone(),
+        leaving: false,
+    };
+    spawner.spawn(keeper.run());
+}
+
+/// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key.
+pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner>) {
+    let now = shared.config.env.now();
+    let key = shared.ledger.change(token, |run| {
+        if let Phase::Finishing(record) = &run.phase {
+            run.phase = Phase::Pending {
+                record: record.clone(),
+                retry_at: now + retry_pause(shared, 0),
+                attempts: 0,
+                expires: now + run.ttl,
+            };
+        }
+        run.key
+    });
+    let Some(key) = key else { return };
+    shared.config.emit(&Event::Deferred { key });
+    shared.ledger.wake_all(&key);
+    if shared.ledger.start_keeper() {
+        start(shared, spawner);
+    } else {
+        shared.ledger.wake_keeper();
+    }
+}
+
+/// The storage took an outcome, or said that the key is another's.
+pub(super) fn completed(
+    shared: &Shared,
+    key: &EncodedKey,
+    run: Option<&Run>,
+    record: &Record,
+    held: Held,
+) {
+    let event = match (held, &record.outcome) {
+        (Held::Lost, _) => Event::Lost {
+            key: *key,
+            operation: Operation::Complete,
+        },
+        (Held::Yes, Outcome::Tombstone(reason)) => Event::Tombstoned {
+            key: *key,
+            reason: *reason,
+        },
+        (Held::Yes, Outcome::Response(response)) => Event::Completed {
+            key: *key,
+            status: response.status(),
+            took: run.map_or(Duration::ZERO, |run| {
+                shared.config.env.now().saturating_sub(run.since)
+            }),
+        },
+    };
+    shared.config.emit(&event);
+    shared.ledger.wake_all(key);
+}
+
+/// 100 ms, doubling, at most a third of the lease and ten seconds.
+fn retry_pause(shared: &Shared, attempts: u32) -> Duration {
+    let pause = Duration::from_millis(100) * 2_u32.pow(attempts.min(10));
+    pause
+        .min(shared.config.lock.lease() / 3)
+        .min(LONGEST_RETRY)
+}
+
+struct Keeper {
+    shared: Arc<Shared>,
+    leaving: bool,
+}
+
+impl Keeper {
+    async fn run(mut self) {
+        let shared = self.shared.clone();
+        let config = &shared.config;
+        // Claims that are due a little later are renewed along, so that the keeper wakes for many at once.
+        let slack = config.lock.lease() / 12;
+        while let Some(kept) = shared.ledger.kept() {
+            let now = config.env.now();
+            // Every claim is due within a third of the lease, so one that comes while we sleep is not due before we wake. An
+            // outcome that could not be stored may be: it wakes us.
+            let wake_at = kept.iter().map(|(_, run)| run.due()).min().unwrap_or(now);
+            if wake_at > now {
+                let sleep = pin!(config.env.sleep(wake_at - now));
+                let _ = select(sleep, pin!(shared.ledger.deferred())).await;
+                continue;
+            }
+            let horizon = now + slack;
+            stream::iter(kept)
+                .for_each_concurrent(CONCURRENCY, |(token, run)| {
+                    let shared = &shared;
+                    async move { keep(shared, token, run, now, horizon).await }
+                })
+                .await;
+        }
+        self.leaving = true;
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        if !self.leaving {
+            self.shared.ledger.keeper_is_gone();
+        }
+    }
+}
+
+/// Does what is due for one run.
+async fn keep(shared: &Shared, token: Token, run: Run, now: Duration, horizon: Duration) {
+    match &run.phase {
+        Phase::Held if run.give_up_at <= now => give_up(shared, token, &run).await,
+        Phase::Pending {
+            record,
+            retry_at,
+            expires,
+            ..
+        } if *retry_at <= now || *expires <= now => {
+            store(shared, token, &run, record, *expires, now).await;
+        }
+        _ if run.renew_at <= horizon => renew(shared, token, &run).await,
+        _ => {}
+    }
+}
+
+/// Lets the claim live for another lease; takes it again where the storage has forgotten it.
+async fn renew(shared: &Shared, token: Token, run: &Run) {
+    let lease = shared.config.lock.lease();
+    // A storage that hangs must not cost the other claims their renewal.
+    let limit = shared.config.storage_timeout.min(lease / 3);
+    let renewed = shared
+        .limited_to(limit, shared.storage.renew(&run.key, token, lease))
+        .await;
+    let renewed = match renewed {
+        Ok(Held::Lost) if matches!(run.phase, Phase::Held) => {
+            return reclaim(shared, token, run, limit).await;
+        }
+        Ok(held) => held,
+        Err(error) => {
+            shared.config.emit(&Event::StorageFailed {
+                key: run.key,
+                operation: Operation::Renew,
+                error: &error,
+            });
+            let soon = shared.config.env.now() + lease / 6;
+            return renew_at(shared, token, soon);
+        }
+    };
+    let now = shared.config.env.now();
+    match renewed {
+        Held::Yes => renew_at(shared, token, now + lease / 3),
+        // The operation is over: storing its outcome will show whose the key is.
+        Held::Lost => renew_at(shared, token, Duration::MAX),
+    }
+}
+
+fn renew_at(shared: &Shared, token: Token, at: Duration) {
+    // A run that ended meanwhile needs no renewal.
+    let _ = shared.ledger.change(token, |run| run.renew_at = at);
+}
+
+/// The claim is not ours any more. If that is because the storage lost it (a restart without its data), and nobody else has
+/// begun, it is ours again; the operation still runs, so nobody else may begin.
+async fn reclaim(shared: &Shared, token: Token, run: &Run, limit: Duration) {
+    let lease = shared.config.lock.lease();
+    let claim = NewClaim {
+        token,
+        fingerprint: run.fingerprint,
+        lease,
+    };
+    let begun = shared
+        .limited_to(limit, shared.storage.begin(&run.key, &claim))
+        .await;
+    match begun {
+        Ok(Begin::Acquired) => {
+            shared.config.emit(&Event::Reclaimed { key: run.key });
+            renew_at(shared, token, shared.config.env.now() + lease / 3);
+        }
+        Ok(Begin::InFlight { .. } | Begin::Completed(_)) => lost(shared, token, run),
+        Err(error) => {
+            shared.config.emit(&Event::StorageFailed {
+                key: run.key,
+                operation: Operation::Begin,
+                error: &error,
+            });
+            renew_at(shared, token, shared.config.env.now() + lease / 6);
+        }
+    }
+}
+
+fn lost(shared: &Shared, token: Token, run: &Run) {
+    let changed = shared.ledger.change(token, |run| {
+        let held = matches!(run.phase, Phase::Held);
+        if held {
+            run.phase = Phase::Lost;
+        }
+        held
+    });
+    if changed == Some(true) {
+        shared.config.emit(&Event::Lost {
+            key: run.key,
+            operation: Operation::Renew,
+        });
+        shared.ledger.wake_all(&run.key);
+    }
+}
+
+/// The claim was held too long: a tombstone makes sure that the operation, which may still be at it, is never run again.
+async fn give_up(shared: &Shared, token: Token, run: &Run) {
+    let record = Record {
+        fingerprint: run.fingerprint,
+        outcome: Outcome::Tombstone(TombstoneReason::MaxHold),
+    };
+    let completed_call = shared.storage.complete(&run.key, token, &record, run.ttl);
+    match shared.limited(completed_call).await {
+        Ok(held) => {
+            let changed = shared.ledger.change(token, |run| {
+                let held_on = matches!(run.phase, Phase::Held);
+                if held_on {
+                    run.phase = match held {
+                        Held::Yes => Phase::Expired,
+                        Held::Lost => Phase::Lost,
+                    };
+                }
+                held_on
+            });
+            if changed == Some(true) {
+                completed(shared, &run.key, Some(run), &record, held);
+            }
+        }
+        Err(error) => {
+            shared.config.emit(&Event::StorageFailed {
+                key: run.key,
+                operation: Operation::Complete,
+                error: &error,
+            });
+            let again = shared.config.env.now() + retry_pause(shared, 0);
+            let _ = shared.ledger.change(token, |run| run.give_up_at = again);
+            renew(shared, token, run).await;
+        }
+    }
+}
+
+/// Tries again to store an outcome.
+async fn store(
+    shared: &Shared,
+    token: Token,
+    run: &Run,
+    record: &Record,
+    expires: Duration,
+    now: Duration,
+) {
+    let Some(ttl) = expires.checked_sub(now).filter(|ttl| !ttl.is_zero()) else {
+        if shared.ledger.end(token).is_some() {
+            shared.config.emit(&Event::Abandoned { key: run.key });
+        }
+        return;
+    };
+    let stored = shared.storage.complete(&run.key, token, record, ttl);
+    match shared.limited(stored).await {
+        Ok(held) => {
+            if shared.ledger.end(token).is_some() {
+                completed(shared, &run.key, Some(run), record, held);
+            }
+        }
+        Err(error) => {
+            shared.config.emit(&Event::StorageFailed {
+                key: run.key,
+                operation: Operation::Complete,
+                error: &error,
+            });
+            let now = shared.config.env.now();
+            let _ = shared.ledger.change(token, |run| {
+                if let Phase::Pending {
+                    retry_at, attempts, ..
+                } = &mut run.phase
+                {
+                    *attempts += 1;
+                    *retry_at = now + retry_pause(shared, *attempts);
+                }
+            });
+            if run.renew_at <= now {
+                renew(shared, token, run).await;
+            }
+        }
+    }
+}

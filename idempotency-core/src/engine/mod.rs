@@ -1,0 +1,542 @@
+//! Decides what a request gets, and keeps the claim while its operation runs. Knows nothing of HTTP.
+//!
+//! [`Engine::begin`] answers with a [`Decision`]. On [`Decision::Execute`] the caller runs the operation and ends the
+//! [`Claim`]; the engine's *keeper*, one task for all claims, renews it meanwhile, so how long an operation takes, or whether
+//! it blocks its thread, does not matter. What this process runs it knows by itself (the *ledger*): duplicates of it wait
+//! here, without a word to the storage, whatever the storage thinks of the lease.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
+
+use futures_util::future::{Either, select};
+
+use self::ledger::{Found, Ledger};
+use crate::{
+    AnyStorage, Begin, Config, Encoded, EncodedKey, Entry, Event, Fingerprint, NewClaim,
+    OnStorageError, OnUnreadable, Operation, Record, Refusal, Storage, StorageError,
+    StorageErrorKind,
+};
+
+mod claim;
+mod keeper;
+mod ledger;
+
+pub use self::claim::{Claim, Completion};
+
+/// Runs operations at most once per key; clones share everything.
+///
+/// ```
+/// # #[cfg(feature = "memory")]
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() {
+/// use http::{HeaderMap, StatusCode};
+/// use idempotency_core::{
+///     Config, Decision, Encoded, EncodedKey, Engine, MemoryStorage, Outcome, StoredResponse,
+/// };
+///
+/// let engine = Engine::new(MemoryStorage::new(), Config::default());
+/// let message = Encoded { key: EncodedKey::from_bytes([7; 32]), fingerprint: None };
+///
+/// let Decision::Execute(claim) = engine.begin(&message).await else { panic!("the key is new") };
+/// let answer = StoredResponse::new(StatusCode::CREATED, &HeaderMap::new(), "order 1");
+/// let _ = claim.complete(answer.clone()).await;
+///
+/// let Decision::Replay(replay) = engine.begin(&message).await else { panic!("the key has a record") };
+/// assert_eq!(replay.record.outcome, Outcome::Response(answer));
+/// # }
+/// # #[cfg(not(feature = "memory"))]
+/// # fn main() {}
+/// ```
+#[derive(Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    storage: AnyStorage,
+    config: Config,
+    ledger: Ledger,
+}
+
+// Not `#[non_exhaustive]`: a caller that ignores a case runs an operation twice or not at all.
+/// What to do with a request; see [`Engine::begin`].
+#[derive(Debug)]
+#[must_use = "only `Execute` and `Unprotected` allow the operation to run"]
+pub enum Decision {
+    /// Run the operation, then end the claim.
+    Execute(Claim),
+    /// It ran before: answer with its outcome.
+    Replay(Replay),
+    /// Don't run it; say why.
+    Refuse(Refused),
+    /// The storage failed, and the configuration says to run the operation all the same.
+    Unprotected,
+}
+
+/// A recorded outcome, for a retry; see [`Decision::Replay`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Replay {
+    /// What the first execution left.
+    pub record: Record,
+    /// How long this duplicate waited for the running original; zero if the record was there at once.
+    pub waited: Duration,
+}
+
+/// Why the operation does not run; see [`Decision::Refuse`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Refused {
+    /// The kind of refusal.
+    pub refusal: Refusal,
+    /// The storage's error, if that is why.
+    pub error: Option<StorageError>,
+}
+
+impl Refused {
+    fn new(refusal: Refusal) -> Self {
+        Self {
+            refusal,
+            error: None,
+        }
+    }
+}
+
+/// Whether an unfinished [`Engine::begin_with`] may be dropped without leaving anything behind.
+///
+/// From the moment that a claim may have been taken the future, and what follows it, should be run to its end.
+#[derive(Clone, Debug, Default)]
+pub struct Progress(Arc<AtomicBool>);
+
+impl Progress {
+    /// Nothing has begun.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether a claim is, or may have been, taken.
+    #[must_use]
+    pub fn is_committed(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, committed: bool) {
+        // Read by whoever drops the future, never while it is polled, so no order has to be kept.
+        self.0.store(committed, Ordering::Relaxed);
+    }
+}
+
+/// What one look at ledger and storage came to.
+enum Attempt {
+    Decided(Decision),
+    InFlight(ledger::Waiter),
+}
+
+impl Engine {
+    /// An engine that keeps claims and records in `storage`.
+    pub fn new(storage: impl Storage, config: Config) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                ledger: Ledger::new(config.max_running, config.max_waiting),
+                storage: AnyStorage::new(storage),
+                config,
+            }),
+        }
+    }
+
+    /// Decides what a request gets, waiting up to [`LockPolicy::timeout`](crate::LockPolicy::timeout) for a running original.
+    ///
+    /// A dropped future gives back what it may have claimed, as well as a background task can. To leave nothing behind, don't
+    /// drop it: see [`begin_with`](Self::begin_with).
+    pub async fn begin(&self, encoded: &Encoded) -> Decision {
+        self.begin_with(encoded, &Progress::new()).await
+    }
+
+    /// [`begin`](Self::begin), with a `progress` that tells whether the future may be dropped.
+    pub async fn begin_with(&self, encoded: &Encoded, progress: &Progress) -> Decision {
+        let shared = &self.shared;
+        let env = &shared.config.env;
+        let mut waiting: Option<Waiting<'_>> = None;
+        loop {
+            let waited = waiting.as_ref().map_or(Duration::ZERO, Waiting::waited);
+            let waiter = match self.attempt(encoded, progress, waited).await {
+                Attempt::Decided(decision) => {
+                    if waiting.is_some() && !matches!(decision, Decision::Execute(_)) {
+                        // A release wakes one duplicate, which is to run. This one does not, so the next may.
+                        shared.ledger.wake_one(&encoded.key);
+                    }
+                    return decision;
+                }
+                Attempt::InFlight(waiter) => waiter,
+            };
+            progress.set(false);
+            if waiting.is_none() {
+                waiting = shared.start_waiting(&encoded.key, env.now());
+                if waiting.is_none() {
+                    return shared.refuse(&encoded.key, Refused::new(Refusal::Overloaded));
+                }
+            }
+            let left = waiting.as_ref().map_or(Duration::ZERO, Waiting::left);
+            if left.is_zero() {
+                return shared.refuse(&encoded.key, Refused::new(Refusal::InFlight));
+            }
+            shared.wait(&encoded.key, waiter, left).await;
+        }
+    }
+
+    /// What lies under `key` in the storage.
+    ///
+    /// # Errors
+    ///
+    /// If the storage fails, or what lies there can't be read.
+    pub async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
+        let shared = &self.shared;
+        shared.limited(shared.storage.get(key)).await
+    }
+
+    /// Puts `record` in the place of the completed record under `key`; does nothing if there is none.
+    ///
+    /// # Errors
+    ///
+    /// If the storage fails.
+    pub async fn replace(
+        &self,
+        key: &EncodedKey,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<(), StorageError> {
+        let shared = &self.shared;
+        shared.limited(shared.storage.replace(key, record, ttl)).await
+    }
+
+    /// Removes the record or claim under `key`, also one that can't be read, so that the next request runs. Says whether one
+    /// was there.
+    ///
+    /// Removing a claim does not stop the operation that holds it.
+    ///
+    /// # Errors
+    ///
+    /// If the storage fails.
+    pub async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
+        let shared = &self.shared;
+        let removed = shared.limited(shared.storage.remove(key)).await?;
+        let forgotten = shared.ledger.forget(key);
+        Ok(removed || forgotten)
+    }
+
+    /// How many operations of this engine run, or have an outcome that is still to be stored.
+    #[must_use]
+    pub fn running(&self) -> usize {
+        self.shared.ledger.running()
+    }
+
+    /// How many duplicates wait in this engine.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.shared.ledger.waiting()
+    }
+
+    /// Returns once no operation of this engine runs and every outcome is stored or given up.
+    ///
+    /// For shutdown: stop taking requests, then drain, under a time limit of your own (an outcome that a dead storage can't
+    /// take is tried until its TTL is over).
+    pub async fn drain(&self) {
+        self.shared.ledger.drained().await;
+    }
+
+    /// What this engine was configured with.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
+    /// Where this engine keeps claims and records.
+    #[must_use]
+    pub fn storage(&self) -> &AnyStorage {
+        &self.shared.storage
+    }
+
+    /// One look at the ledger and, where it does not know, one atomic step of the storage.
+    async fn attempt(&self, encoded: &Encoded, progress: &Progress, waited: Duration) -> Attempt {
+        let shared = &self.shared;
+        let key = &encoded.key;
+        match shared.ledger.find(key) {
+            Found::Outcome(record) => {
+                return Attempt::Decided(shared.replay(encoded, record, waited));
+            }
+            Found::Running {
+                fingerprint,
+                waiter,
+            } => return shared.in_flight(encoded, fingerprint, waiter),
+            Found::Nothing => {}
+        }
+        if !shared.config.lock.is_enabled() {
+            return Attempt::Decided(self.look_up(encoded, waited).await);
+        }
+        let Some(begun) = claim::Begun::enter(shared, *key) else {
+            return Attempt::Decided(self.replay_only(encoded, waited).await);
+        };
+        progress.set(true);
+        let attempt = self.claim(encoded, begun, waited).await;
+        if !matches!(attempt, Attempt::Decided(Decision::Execute(_))) {
+            progress.set(false);
+        }
+        attempt
+    }
+
+    /// The atomic step.
+    async fn claim(&self, encoded: &Encoded, begun: claim::Begun, waited: Duration) -> Attempt {
+        let shared = &self.shared;
+        let new = NewClaim {
+            token: begun.token(),
+            fingerprint: encoded.fingerprint,
+            lease: shared.config.lock.lease(),
+        };
+        match shared.storage_begin(&encoded.key, &new).await {
+            Ok(Begin::Acquired) => {
+                let claim = begun.acquired(encoded.fingerprint).await;
+                shared.config.emit(&Event::Executing { key: encoded.key });
+                Attempt::Decided(Decision::Execute(claim))
+            }
+            Ok(Begin::Completed(record)) => {
+                begun.not_acquired();
+                Attempt::Decided(shared.replay(encoded, record, waited))
+            }
+            Ok(Begin::InFlight { fingerprint, .. }) => {
+                begun.not_acquired();
+                let waiter = shared.ledger.subscribe(&encoded.key);
+                shared.in_flight(encoded, fingerprint, waiter)
+            }
+            Err(error) => {
+                match error.kind() {
+                    // The storage answered, so it is known that nothing was claimed.
+                    StorageErrorKind::Full | StorageErrorKind::Unreadable => begun.not_acquired(),
+                    _ => begun.unknown(),
+                }
+                Attempt::Decided(shared.storage_failed(&encoded.key, Operation::Begin, error))
+            }
+        }
+    }
+}
+
+/// A duplicate that waits: its time and its place among those that may.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    since: Duration,
+}
+
+impl Waiting<'_> {
+    fn waited(&self) -> Duration {
+        self.shared.config.env.now().saturating_sub(self.since)
+    }
+
+    fn left(&self) -> Duration {
+        let timeout = self.shared.config.lock.wait_timeout();
+        timeout.saturating_sub(self.waited())
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.shared.ledger.stop_waiting();
+    }
+}
+
+impl Engine {
+    /// For `LockPolicy::disabled`: looks for a record and claims nothing.
+    async fn look_up(&self, encoded: &Encoded, waited: Duration) -> Decision {
+        let shared = &self.shared;
+        match self.get(&encoded.key).await {
+            Ok(Some(Entry::Completed(record))) => shared.replay(encoded, record, waited),
+            Ok(Some(Entry::Claimed { fingerprint, .. }))
+                if differ(fingerprint, encoded.fingerprint) =>
+            {
+                shared.refuse(&encoded.key, Refused::new(Refusal::KeyReused))
+            }
+            Ok(_) => match claim::Begun::enter(shared, encoded.key) {
+                Some(begun) => {
+                    let claim = begun.without_claim(encoded.fingerprint);
+                    shared.config.emit(&Event::Executing { key: encoded.key });
+                    Decision::Execute(claim)
+                }
+                None => shared.refuse(&encoded.key, Refused::new(Refusal::Overloaded)),
+            },
+            Err(error) => shared.storage_failed(&encoded.key, Operation::Get, error),
+        }
+    }
+
+    /// For a process that runs as much as it may: answers retries, refuses what would have to run.
+    async fn replay_only(&self, encoded: &Encoded, waited: Duration) -> Decision {
+        let shared = &self.shared;
+        match self.get(&encoded.key).await {
+            Ok(Some(Entry::Completed(record))) => shared.replay(encoded, record, waited),
+            Ok(_) => shared.refuse(&encoded.key, Refused::new(Refusal::Overloaded)),
+            Err(error) => shared.storage_failed(&encoded.key, Operation::Get, error),
+        }
+    }
+}
+
+impl Shared {
+    /// `Storage::begin`, once more where an unreadable record was in the way and is to be treated as absent.
+    async fn storage_begin(&self, key: &EncodedKey, new: &NewClaim) -> Result<Begin, StorageError> {
+        let begin = self.limited(self.storage.begin(key, new)).await;
+        match begin {
+            Err(error)
+                if error.kind() == StorageErrorKind::Unreadable
+                    && self.config.on_unreadable == OnUnreadable::TreatAsAbsent =>
+            {
+                self.config.emit(&Event::StorageFailed {
+                    key: *key,
+                    operation: Operation::Begin,
+                    error: &error,
+                });
+                self.limited(self.storage.remove(key)).await?;
+                self.limited(self.storage.begin(key, new)).await
+            }
+            begin => begin,
+        }
+    }
+
+    /// A duplicate of a running operation, or another request under its key.
+    fn in_flight(
+        &self,
+        encoded: &Encoded,
+        running: Option<Fingerprint>,
+        waiter: ledger::Waiter,
+    ) -> Attempt {
+        if differ(running, encoded.fingerprint) {
+            return Attempt::Decided(
+                self.refuse(&encoded.key, Refused::new(Refusal::KeyReused)),
+            );
+        }
+        Attempt::InFlight(waiter)
+    }
+
+    fn replay(&self, encoded: &Encoded, record: Record, waited: Duration) -> Decision {
+        if differ(record.fingerprint, encoded.fingerprint) {
+            return self.refuse(&encoded.key, Refused::new(Refusal::KeyReused));
+        }
+        self.config.emit(&Event::Replayed {
+            key: encoded.key,
+            waited,
+        });
+        Decision::Replay(Replay { record, waited })
+    }
+
+    fn refuse(&self, key: &EncodedKey, refused: Refused) -> Decision {
+        self.config.emit(&Event::Refused {
+            key: Some(*key),
+            refusal: refused.refusal,
+        });
+        Decision::Refuse(refused)
+    }
+
+    fn storage_failed(
+        &self,
+        key: &EncodedKey,
+        operation: Operation,
+        error: StorageError,
+    ) -> Decision {
+        self.config.emit(&Event::StorageFailed {
+            key: *key,
+            operation,
+            error: &error,
+        });
+        if self.config.on_storage_error == OnStorageError::RunUnprotected {
+            self.config.emit(&Event::Unprotected { key: *key });
+            return Decision::Unprotected;
+        }
+        self.refuse(
+            key,
+            Refused {
+                refusal: Refusal::StorageUnavailable,
+                error: Some(error),
+            },
+        )
+    }
+
+    /// Takes a place among those that wait, if there is one.
+    fn start_waiting(&self, key: &EncodedKey, now: Duration) -> Option<Waiting<'_>> {
+        if !self.ledger.start_waiting() {
+            return None;
+        }
+        self.config.emit(&Event::Waiting { key: *key });
+        Some(Waiting {
+            shared: self,
+            since: now,
+        })
+    }
+
+    /// Waits until the running original may have ended, `limit` at most.
+    async fn wait(&self, key: &EncodedKey, waiter: ledger::Waiter, limit: Duration) {
+        let is_local = waiter.is_local();
+        let ended_here = pin!(waiter.ended());
+        if is_local {
+            let over = pin!(self.config.env.sleep(limit));
+            let _ = select(ended_here, over).await;
+            return;
+        }
+        // The storage pushes or polls. What this process does to the key meanwhile wakes us too: it may begin to run here.
+        let elsewhere = pin!(async {
+            if let Err(error) = self.storage.wait(key, limit).await {
+                self.config.emit(&Event::StorageFailed {
+                    key: *key,
+                    operation: Operation::Wait,
+                    error: &error,
+                });
+            }
+        });
+        let over = pin!(self.config.env.sleep(limit));
+        let _ = select(ended_here, select(elsewhere, over)).await;
+    }
+
+    /// `operation` under the storage's time limit.
+    async fn limited<T>(
+        &self,
+        operation: impl Future<Output = Result<T, StorageError>>,
+    ) -> Result<T, StorageError> {
+        self.limited_to(self.config.storage_timeout, operation)
+            .await
+    }
+
+    async fn limited_to<T>(
+        &self,
+        limit: Duration,
+        operation: impl Future<Output = Result<T, StorageError>>,
+    ) -> Result<T, StorageError> {
+        let mut operation = pin!(operation);
+        // Most storages in memory answer at once: no timer for them.
+        let first = std::future::poll_fn(|cx| Poll::Ready(operation.as_mut().poll(cx))).await;
+        if let Poll::Ready(result) = first {
+            return result;
+        }
+        match select(operation, pin!(self.config.env.sleep(limit))).await {
+            Either::Left((result, _)) => result,
+            Either::Right(_) => Err(StorageError::timeout()),
+        }
+    }
+}
+
+/// Whether both requests are known, and not the same.
+fn differ(one: Option<Fingerprint>, other: Option<Fingerprint>) -> bool {
+    matches!((one, other), (Some(one), Some(other)) if one != other)
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("storage", &self.shared.storage)
+            .field("running", &self.running())
+            .field("waiting", &self.waiting())
+            .finish_non_exhaustive()
+    }
+}
