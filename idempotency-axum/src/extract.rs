@@ -1,0 +1,248 @@
+//! What handlers take: the key, and on a conflict the stored answer.
+
+use std::{convert::Infallible, fmt};
+
+use axum::{
+    extract::{FromRequestParts, OptionalFromRequestParts},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode, request::Parts};
+use idempotency_core::{EncodedKey, Key, Outcome, Record, StoredResponse};
+
+use crate::{
+    policy::{ExtractorNeeds, Needs},
+    request::Protection,
+};
+
+/// The key of the request that is being handled.
+///
+/// `Option<IdempotencyKey>` is `None` where the request is not protected: no key on an optional handler, a safe method, an
+/// exempt handler.
+///
+/// ```
+/// use axum::{Router, routing::post};
+/// use idempotency_axum::{IdempotencyKey, IdempotencyLayer, MemoryStorage, idempotency_key};
+///
+/// #[idempotency_key]
+/// async fn pay(key: IdempotencyKey) -> String {
+///     // A provider that takes idempotency keys gets one that is stable for this operation.
+///     let provider_key = key.derive("psp-charge");
+///     format!("charged under {provider_key}")
+/// }
+///
+/// let app: Router = Router::new()
+///     .route("/payments", post(pay))
+///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));
+/// # let _ = app;
+/// ```
+#[derive(Clone)]
+pub struct IdempotencyKey {
+    key: Key,
+    encoded: EncodedKey,
+}
+
+impl IdempotencyKey {
+    /// The key as the client sent it, without quotes. It is the client's secret for as long as the record lives: don't log it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        self.key.as_str()
+    }
+
+    /// What names the operation at the storage, safe to log.
+    #[must_use]
+    pub fn encoded(&self) -> EncodedKey {
+        self.encoded
+    }
+
+    /// A stable key for a call that this operation makes to somebody else, another one for each `label`.
+    ///
+    /// It is made from the encoded key, so callers that send the same key don't share it.
+    #[must_use]
+    pub fn derive(&self, label: &str) -> String {
+        self.encoded.derive(label)
+    }
+}
+
+impl fmt::Debug for IdempotencyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IdempotencyKey")
+            .field("encoded", &self.encoded)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for IdempotencyKey {
+    type Rejection = NotProtected;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NotProtected> {
+        let protection = parts.extensions.get::<Protection>();
+        protection.map(Self::from).ok_or(NotProtected {
+            extractor: "IdempotencyKey",
+        })
+    }
+}
+
+impl<S: Sync> OptionalFromRequestParts<S> for IdempotencyKey {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Option<Self>, Infallible> {
+        Ok(parts.extensions.get::<Protection>().map(Self::from))
+    }
+}
+
+impl From<&Protection> for IdempotencyKey {
+    fn from(protection: &Protection) -> Self {
+        Self {
+            key: protection.key().clone(),
+            encoded: protection.encoded(),
+        }
+    }
+}
+
+/// What the first execution left, for a handler that answers conflicts itself.
+///
+/// A handler with an attribute and this parameter is *manual*: it runs on a retry too, and its answer is what the client gets.
+#[derive(Clone, Debug)]
+pub struct ManualIdempotency {
+    conflict: Conflict,
+}
+
+/// The record that a manual handler meets.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Conflict(pub(crate) Option<Record>);
+
+impl ManualIdempotency {
+    /// Whether the operation ran before.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.conflict.0.is_some()
+    }
+
+    /// The stored answer. `None` if the operation did not run before, or ran without leaving one (a tombstone).
+    #[must_use]
+    pub fn response(&self) -> Option<ReplayedResponse> {
+        match &self.conflict.0.as_ref()?.outcome {
+            Outcome::Response(stored) => Some(ReplayedResponse {
+                status: stored.status(),
+                stored: stored.clone(),
+            }),
+            Outcome::Tombstone(_) => None,
+        }
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for ManualIdempotency {
+    type Rejection = NotProtected;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NotProtected> {
+        let protection = parts.extensions.get::<Protection>();
+        let conflict = protection.and_then(Protection::conflict);
+        conflict.map(Self::from).ok_or(NotProtected {
+            extractor: "ManualIdempotency",
+        })
+    }
+}
+
+impl<S: Sync> OptionalFromRequestParts<S> for ManualIdempotency {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Option<Self>, Infallible> {
+        let protection = parts.extensions.get::<Protection>();
+        Ok(protection.and_then(Protection::conflict).map(Self::from))
+    }
+}
+
+impl From<&Conflict> for ManualIdempotency {
+    fn from(conflict: &Conflict) -> Self {
+        Self {
+            conflict: conflict.clone(),
+        }
+    }
+}
+
+impl ExtractorNeeds for ManualIdempotency {
+    const NEEDS: Needs = Needs::MANUAL;
+}
+
+/// A stored answer that can be looked at and sent; see [`ManualIdempotency::response`].
+#[derive(Clone, Debug)]
+pub struct ReplayedResponse {
+    status: StatusCode,
+    stored: StoredResponse,
+}
+
+impl ReplayedResponse {
+    /// Its status.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// Its headers.
+    #[must_use]
+    pub fn headers(&self) -> HeaderMap {
+        self.stored.headers()
+    }
+
+    /// Its body.
+    #[must_use]
+    pub fn body(&self) -> &Bytes {
+        self.stored.body()
+    }
+
+    /// The same answer with another status.
+    #[must_use]
+    pub fn with_status(self, status: StatusCode) -> Self {
+        Self { status, ..self }
+    }
+}
+
+impl IntoResponse for ReplayedResponse {
+    fn into_response(self) -> Response {
+        let mut response = Response::new(self.stored.body().clone().into());
+        *response.status_mut() = self.status;
+        *response.headers_mut() = self.stored.headers();
+        response
+    }
+}
+
+/// An extractor was used where no idempotency layer protects the request: 500, since the client can't help it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotProtected {
+    extractor: &'static str,
+}
+
+impl NotProtected {
+    /// The status of the answer.
+    #[must_use]
+    pub fn status(&self) -> StatusCode {
+        StatusCode::INTERNAL_SERVER_ERROR
+    }
+
+    /// The body of the answer.
+    #[must_use]
+    pub fn body_text(&self) -> String {
+        self.to_string()
+    }
+}
+
+impl fmt::Display for NotProtected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "`{0}` found no protected request: put an `IdempotencyLayer` around this route and require a key, or take \
+             `Option<{0}>`",
+            self.extractor
+        )
+    }
+}
+
+impl std::error::Error for NotProtected {}
+
+impl IntoResponse for NotProtected {
+    fn into_response(self) -> Response {
+        tracing::error!(target: "idempotency", "{self}");
+        (self.status(), self.body_text()).into_response()
+    }
+}

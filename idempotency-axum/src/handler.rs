@@ -1,0 +1,269 @@
+//! Handlers that carry a policy: what the attributes expand to, and the combinators.
+
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use axum::{
+    extract::Request,
+    handler::Handler,
+    response::{IntoResponse, Response},
+};
+use http::StatusCode;
+use pin_project_lite::pin_project;
+
+use crate::{
+    discovery::{Seat, Suspended},
+    policy::{KeyPolicy, Requirement},
+    request::{Acknowledgement, Decided, Protection},
+};
+
+/// Gives a handler a policy where an attribute can't: closures, generic functions, associated functions, handlers from other
+/// crates.
+///
+/// The **outermost** policy wins, also over an attribute on the function itself.
+///
+/// ```
+/// use axum::{Router, routing::post};
+/// use idempotency_axum::{IdempotencyHandler, KeyPolicy};
+///
+/// struct Orders;
+///
+/// impl Orders {
+///     async fn create() -> &'static str {
+///         "created"
+///     }
+/// }
+///
+/// let app: Router = Router::new()
+///     .route("/orders", post(Orders::create.idempotency_key(KeyPolicy::required())))
+///     .route("/search", post((async || "found").idempotency_exempt()));
+/// # let _ = app;
+/// ```
+pub trait IdempotencyHandler: Sized {
+    /// This handler with `policy`.
+    fn idempotency_key(self, policy: KeyPolicy) -> WithPolicy<Self> {
+        WithPolicy {
+            handler: self,
+            policy: Arc::new(policy),
+            seat: Seat::FREE,
+        }
+    }
+
+    /// This handler, run every time, even for requests with a key.
+    fn idempotency_exempt(self) -> WithPolicy<Self> {
+        self.idempotency_key(KeyPolicy::exempt())
+    }
+}
+
+// Without a bound on `Handler<T, S>`: `T` and `S` are not known where the combinator is called, only where the route is made.
+impl<H: Clone + Send + Sync + 'static> IdempotencyHandler for H {}
+
+/// A handler with a policy; see [`IdempotencyHandler`].
+pub struct WithPolicy<H> {
+    handler: H,
+    policy: Arc<KeyPolicy>,
+    seat: Seat,
+}
+
+impl<H> WithPolicy<H> {
+    fn name() -> &'static str {
+        std::any::type_name::<H>()
+    }
+}
+
+impl<H: Clone> Clone for WithPolicy<H> {
+    fn clone(&self) -> Self {
+        let seat = self.seat.announce(Self::name(), || KeyPolicy::clone(&self.policy));
+        // The outermost policy wins: what this one wraps must not announce its own.
+        let _suspended = Suspended::now();
+        Self {
+            handler: self.handler.clone(),
+            policy: self.policy.clone(),
+            seat,
+        }
+    }
+}
+
+impl<H> fmt::Debug for WithPolicy<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WithPolicy")
+            .field("handler", &Self::name())
+            .field("policy", &self.policy)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<H, T, S> Handler<T, S> for WithPolicy<H>
+where
+    H: Handler<T, S>,
+{
+    type Future = HandlerFuture<H::Future>;
+
+    fn call(self, request: Request, state: S) -> Self::Future {
+        let Self {
+            handler,
+            policy,
+            seat,
+        } = self;
+        run(&seat, Self::name(), &policy, request, |mut request, _| {
+            request.extensions_mut().insert(Decided);
+            handler.call(request, state)
+        })
+    }
+}
+
+/// Runs `handler` if the request was treated as `policy` asks, and answers 500 otherwise.
+///
+/// A required key must never run unprotected because the layer is missing, or could not see the handler.
+pub fn run<F>(
+    seat: &Seat,
+    name: &'static str,
+    policy: &KeyPolicy,
+    request: Request,
+    handler: impl FnOnce(Request, Entry) -> F,
+) -> HandlerFuture<F> {
+    if let Some(acknowledgement) = request.extensions().get::<Acknowledgement>() {
+        acknowledgement.give();
+    }
+    match admit(seat, policy, &request) {
+        Ok(entry) => HandlerFuture::running(handler(request, entry)),
+        Err(misplaced) => {
+            tracing::error!(
+                target: "idempotency",
+                handler = name,
+                policy = ?policy,
+                cure = misplaced.cure(),
+                "{misplaced}; the request was refused"
+            );
+            HandlerFuture::refused(StatusCode::INTERNAL_SERVER_ERROR.into_response())
+        }
+    }
+}
+
+fn admit(seat: &Seat, policy: &KeyPolicy, request: &Request) -> Result<Entry, Misplaced> {
+    let protection = request.extensions().get::<Protection>();
+    let decided = request.extensions().get::<Decided>().is_some();
+    if let Some(protection) = protection
+        && !decided
+        && !protection.is_on_terms_of(policy)
+    {
+        return Err(Misplaced::OtherPolicy);
+    }
+    let entry = Entry(protection.cloned());
+    entry.track();
+
+    let unprotected = protection.is_none() && !decided && !request.method().is_safe();
+    match policy.requirement {
+        Requirement::Required if unprotected => Err(Misplaced::NoLayer),
+        Requirement::Optional if unprotected && !seat.is_taken() => Err(Misplaced::NoLayer),
+        _ => Ok(entry),
+    }
+}
+
+/// A handler whose policy no layer has kept.
+#[derive(Clone, Copy, Debug)]
+enum Misplaced {
+    NoLayer,
+    OtherPolicy,
+}
+
+impl Misplaced {
+    fn cure(self) -> &'static str {
+        match self {
+            Self::NoLayer => {
+                "put `IdempotencyLayer` around this route with `Router::layer`, `Router::route_layer` or `Handler::layer`; around a \
+                 `nest_service` or a whole service it can't see handlers: give it `.policy(…)` there, or move it inside"
+            }
+            Self::OtherPolicy => {
+                "the layer can't see this handler where it stands (a `nest_service`, a `route_service`, a layer around a whole \
+                 service or a buffer): move it onto the routes, or give it this policy with `.policy(…)`"
+            }
+        }
+    }
+}
+
+impl fmt::Display for Misplaced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoLayer => "a handler that uses idempotency keys was reached without an idempotency layer",
+            Self::OtherPolicy => "a handler was reached through an idempotency layer that applied another policy",
+        })
+    }
+}
+
+/// Tells the layer that a handler was entered: what an extractor rejects before is not the handler's answer.
+#[derive(Clone, Debug)]
+pub struct Entry(Option<Protection>);
+
+impl Entry {
+    /// From here on it counts whether the handler is entered.
+    fn track(&self) {
+        if let Some(protection) = &self.0 {
+            protection.expect_entry();
+        }
+    }
+
+    /// The extractors are done: the handler is entered.
+    pub fn mark(&self) {
+        if let Some(protection) = &self.0 {
+            protection.enter();
+        }
+    }
+}
+
+pin_project! {
+    /// Future of a handler that carries a policy.
+    pub struct HandlerFuture<F> {
+        #[pin]
+        kind: Kind<F>,
+    }
+}
+
+pin_project! {
+    #[project = KindProj]
+    enum Kind<F> {
+        Running { #[pin] future: F },
+        Refused { response: Option<Response> },
+    }
+}
+
+impl<F> HandlerFuture<F> {
+    fn running(future: F) -> Self {
+        Self {
+            kind: Kind::Running { future },
+        }
+    }
+
+    fn refused(response: Response) -> Self {
+        Self {
+            kind: Kind::Refused {
+                response: Some(response),
+            },
+        }
+    }
+}
+
+impl<F: Future<Output = Response>> Future for HandlerFuture<F> {
+    type Output = Response;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
+        match self.project().kind.project() {
+            KindProj::Running { future } => future.poll(cx),
+            KindProj::Refused { response } => match response.take() {
+                Some(response) => Poll::Ready(response),
+                None => panic!("`HandlerFuture` was polled after completion"),
+            },
+        }
+    }
+}
+
+impl<F> fmt::Debug for HandlerFuture<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HandlerFuture").finish_non_exhaustive()
+    }
+}

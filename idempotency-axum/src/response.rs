@@ -1,0 +1,129 @@
+//! What of an answer is recorded, and how a recorded one is given again.
+
+use std::collections::HashSet;
+
+use axum::{body::Body, response::Response};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, header, response::Parts};
+use idempotency_core::{Config, StoredResponse};
+
+/// Headers that belong to one connection, RFC 9110 section 7.6.1 and RFC 9112 section 9.
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// What is kept of an answer.
+pub(crate) fn stored(parts: &Parts, body: Bytes, config: &Config) -> StoredResponse {
+    StoredResponse::new(parts.status, &kept_headers(&parts.headers, config), body)
+}
+
+fn kept_headers(headers: &HeaderMap, config: &Config) -> HeaderMap {
+    let mut kept = headers.clone();
+    for name in named_in_connection(headers) {
+        kept.remove(name);
+    }
+    for name in &HOP_BY_HOP {
+        kept.remove(name);
+    }
+    kept.remove(header::TRAILER);
+    // Computed anew from the body that is sent.
+    kept.remove(header::CONTENT_LENGTH);
+    for name in &config.stripped_headers {
+        kept.remove(name);
+    }
+    kept
+}
+
+fn named_in_connection(headers: &HeaderMap) -> HashSet<HeaderName> {
+    headers
+        .get_all(header::CONNECTION)
+        .into_iter()
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .collect()
+}
+
+/// The recorded answer, for a retry.
+pub(crate) fn replayed(stored: &StoredResponse, config: &Config) -> Response {
+    let mut response = Response::new(Body::from(stored.body().clone()));
+    *response.status_mut() = config.conflict_status.unwrap_or(stored.status());
+    *response.headers_mut() = stored.headers();
+    mark_replayed(response.headers_mut(), config);
+    response
+}
+
+pub(crate) fn mark_replayed(headers: &mut HeaderMap, config: &Config) {
+    if let Some(name) = &config.replay_header {
+        headers.insert(name, HeaderValue::from_static("true"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::StatusCode;
+
+    use super::*;
+
+    fn kept(config: &Config) -> HeaderMap {
+        let mut response = Response::new(());
+        let headers = response.headers_mut();
+        for (name, value) in [
+            ("connection", "close, X-Hop"),
+            ("x-hop", "1"),
+            ("keep-alive", "5"),
+            ("transfer-encoding", "chunked"),
+            ("te", "trailers"),
+            ("trailer", "x-sum"),
+            ("upgrade", "h2c"),
+            ("proxy-authenticate", "Basic"),
+            ("date", "Mon, 01 Jan 2026 00:00:00 GMT"),
+            ("set-cookie", "session=1"),
+            ("content-length", "99"),
+            ("location", "/orders/1"),
+            ("etag", "\"1\""),
+            ("cache-control", "no-store"),
+        ] {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        let (parts, ()) = response.into_parts();
+        stored(&parts, Bytes::from("body"), config).headers()
+    }
+
+    #[test]
+    fn what_belongs_to_one_answer_is_not_recorded() {
+        let names: Vec<_> = kept(&Config::default())
+            .keys()
+            .map(|name| name.as_str().to_owned())
+            .collect();
+        assert_eq!(names, ["location", "etag", "cache-control"]);
+    }
+
+    #[test]
+    fn a_cookie_can_be_kept_and_more_be_stripped() {
+        let config = Config::default()
+            .keep_header(header::SET_COOKIE)
+            .strip_header(header::ETAG);
+        let kept = kept(&config);
+        assert!(kept.contains_key(header::SET_COOKIE));
+        assert!(!kept.contains_key(header::ETAG));
+    }
+
+    #[test]
+    fn a_replay_has_the_conflict_status_or_the_original_one() {
+        let stored = StoredResponse::new(StatusCode::CREATED, &HeaderMap::new(), "x");
+        let replay = replayed(&stored, &Config::default());
+        assert_eq!(replay.status(), StatusCode::CONFLICT);
+        assert_eq!(replay.headers()["idempotency-replayed"], "true");
+        let config = Config::default().conflict_status(None).replay_header(None);
+        let replay = replayed(&stored, &config);
+        assert_eq!(replay.status(), StatusCode::CREATED);
+        assert!(replay.headers().is_empty());
+    }
+}
