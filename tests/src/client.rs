@@ -1,0 +1,155 @@
+//! A client that sends what it is told over a connection of its own.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+
+/// A request that is being put together.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Call {
+    address: SocketAddr,
+    request: Request<Bytes>,
+}
+
+impl Call {
+    /// A request without headers (but `Host`) and body.
+    ///
+    /// # Panics
+    ///
+    /// Panics if `path` is not a path.
+    pub fn new(address: SocketAddr, method: Method, path: &str) -> Self {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", address.to_string())
+            .body(Bytes::new())
+            .expect("a valid path");
+        Self { address, request }
+    }
+
+    /// Adds a header line.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it is not a header.
+    pub fn header(mut self, name: &str, value: impl AsRef<[u8]>) -> Self {
+        let name = HeaderName::from_bytes(name.as_bytes()).expect("a header name");
+        let value = HeaderValue::from_bytes(value.as_ref()).expect("a header value");
+        self.request.headers_mut().append(name, value);
+        self
+    }
+
+    /// Adds `Idempotency-Key`.
+    pub fn key(self, key: impl AsRef<[u8]>) -> Self {
+        self.header("idempotency-key", key)
+    }
+
+    /// Sets the body.
+    pub fn body(mut self, body: impl Into<Bytes>) -> Self {
+        *self.request.body_mut() = body.into();
+        self
+    }
+
+    /// Sets a JSON body with its `Content-Type`.
+    pub fn json(self, body: impl Into<Bytes>) -> Self {
+        self.header("content-type", "application/json").body(body)
+    }
+
+    /// Sends it and reads the whole answer.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the connection breaks; see [`try_send`](Self::try_send).
+    pub async fn send(self) -> Answer {
+        self.try_send().await.expect("an answer")
+    }
+
+    /// Sends it and reads the whole answer, or says how the connection broke.
+    ///
+    /// # Errors
+    ///
+    /// If the connection can't be made, or breaks before the end of the answer.
+    pub async fn try_send(self) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
+        let stream = TcpStream::connect(self.address).await?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        let connection = tokio::spawn(connection);
+        let response = sender.send_request(self.request.map(Full::new)).await?;
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await?.to_bytes();
+        connection.abort();
+        Ok(Answer {
+            status: parts.status,
+            headers: parts.headers,
+            body,
+        })
+    }
+}
+
+/// A whole answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// Its status.
+    pub status: StatusCode,
+    /// Its headers.
+    pub headers: HeaderMap,
+    /// Its body.
+    pub body: Bytes,
+}
+
+impl Answer {
+    /// The status as a number.
+    #[must_use]
+    pub fn code(&self) -> u16 {
+        self.status.as_u16()
+    }
+
+    /// The body as text.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it is not UTF-8.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.body).expect("a body in UTF-8")
+    }
+
+    /// The value of a header, if it is there.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it is not text.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let value = self.headers.get(name)?;
+        Some(value.to_str().expect("a header in ASCII"))
+    }
+
+    /// Whether it carries the replay header of the default configuration.
+    #[must_use]
+    pub fn is_replay(&self) -> bool {
+        self.header("idempotency-replayed") == Some("true")
+    }
+
+    /// The kind of problem, the last part of its type, if it is one.
+    ///
+    /// # Panics
+    ///
+    /// Panics if a problem has no type.
+    #[must_use]
+    pub fn problem(&self) -> Option<String> {
+        if self.header("content-type") != Some("application/problem+json") {
+            return None;
+        }
+        let problem: serde_json::Value = serde_json::from_slice(&self.body).expect("JSON");
+        assert_eq!(problem["status"], self.code(), "the problem's own status");
+        assert!(problem["title"].is_string() && problem["detail"].is_string());
+        let kind = problem["type"].as_str().expect("a type");
+        Some(kind.rsplit(['#', '/', ':']).next().unwrap_or(kind).to_owned())
+    }
+}

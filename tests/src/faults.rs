@@ -1,0 +1,159 @@
+//! A storage that fails, hangs and forgets on command.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use idempotency_axum::{
+    Begin, EncodedKey, Entry, Held, NewClaim, Operation, Record, Storage, StorageError, Token,
+};
+use tokio::sync::Semaphore;
+
+/// What an operation does instead of its work.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// Fails before it has an effect.
+    FailBefore,
+    /// Has its effect, and fails to say so.
+    FailAfter,
+    /// Fails as if the record could not be read.
+    Unreadable,
+    /// Never answers.
+    Hang,
+    /// Waits for a permit of the gate, then works.
+    Gate(Arc<Semaphore>),
+}
+
+/// Any storage, with faults. Clones share them.
+#[derive(Clone, Debug)]
+pub struct FaultyStorage<S> {
+    inner: S,
+    faults: Arc<Mutex<HashMap<Operation, Fault>>>,
+    calls: Arc<Mutex<HashMap<Operation, usize>>>,
+}
+
+impl<S: Storage> FaultyStorage<S> {
+    /// A storage without faults yet.
+    pub fn new(inner: S) -> Self {
+        Self {
+            inner,
+            faults: Arc::default(),
+            calls: Arc::default(),
+        }
+    }
+
+    /// From now on `operation` has this fault.
+    pub fn set(&self, operation: Operation, fault: Fault) {
+        self.faults
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(operation, fault);
+    }
+
+    /// From now on `operation` works.
+    pub fn heal(&self, operation: Operation) {
+        self.faults
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&operation);
+    }
+
+    /// How often `operation` was called.
+    #[must_use]
+    pub fn calls(&self, operation: Operation) -> usize {
+        let calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        calls.get(&operation).copied().unwrap_or(0)
+    }
+
+    async fn run<T>(
+        &self,
+        operation: Operation,
+        work: impl Future<Output = Result<T, StorageError>>,
+    ) -> Result<T, StorageError> {
+        let fault = {
+            let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+            *calls.entry(operation).or_default() += 1;
+            let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+            faults.get(&operation).cloned()
+        };
+        let broken = || StorageError::unavailable(std::io::Error::other("injected"));
+        match fault {
+            None => work.await,
+            Some(Fault::FailBefore) => Err(broken()),
+            Some(Fault::FailAfter) => {
+                work.await?;
+                Err(broken())
+            }
+            Some(Fault::Unreadable) => {
+                Err(StorageError::unreadable(std::io::Error::other("injected")))
+            }
+            Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::Gate(gate)) => {
+                let permit = gate.acquire().await.map_err(StorageError::unavailable)?;
+                permit.forget();
+                work.await
+            }
+        }
+    }
+}
+
+impl<S: Storage> Storage for FaultyStorage<S> {
+    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
+        self.run(Operation::Begin, self.inner.begin(key, claim))
+            .await
+    }
+
+    async fn complete(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<Held, StorageError> {
+        self.run(
+            Operation::Complete,
+            self.inner.complete(key, token, record, ttl),
+        )
+        .await
+    }
+
+    async fn renew(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        lease: Duration,
+    ) -> Result<Held, StorageError> {
+        self.run(Operation::Renew, self.inner.renew(key, token, lease))
+            .await
+    }
+
+    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
+        self.run(Operation::Release, self.inner.release(key, token))
+            .await
+    }
+
+    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
+        self.run(Operation::Get, self.inner.get(key)).await
+    }
+
+    async fn replace(
+        &self,
+        key: &EncodedKey,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<(), StorageError> {
+        self.run(Operation::Replace, self.inner.replace(key, record, ttl))
+            .await
+    }
+
+    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
+        self.run(Operation::Remove, self.inner.remove(key)).await
+    }
+
+    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
+        self.run(Operation::Wait, self.inner.wait(key, timeout))
+            .await
+    }
+}
