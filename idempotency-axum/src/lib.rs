@@ -1,4 +1,103 @@
-//! Placeholder docs, replaced below.
+//! Idempotency keys for axum: a retried request gets the first answer, and its handler never runs twice.
+//!
+//! A client sends `POST /orders`, the network eats the answer, the client retries, and two orders exist. With this crate the
+//! client sends `Idempotency-Key: <unique>` along, and the retry gets the answer of the first request.
+//!
+//! ```
+//! use axum::{Router, routing::post};
+//! use idempotency_axum::{IdempotencyLayer, MemoryStorage, idempotency_exempt, idempotency_key};
+//!
+//! #[idempotency_key]
+//! async fn create_order() -> &'static str {
+//!     "order 1"
+//! }
+//!
+//! #[idempotency_exempt]
+//! async fn search() -> &'static str {
+//!     "nothing found"
+//! }
+//!
+//! # fn main() -> Result<(), idempotency_axum::Misuse> {
+//! let layer = IdempotencyLayer::enforce(MemoryStorage::new());
+//! let app = Router::new()
+//!     .route("/orders", post(create_order))
+//!     .route("/search", post(search))
+//!     .layer(layer.clone());
+//! let app = layer.check(app)?;
+//! # let _ = app;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The way of a request
+//!
+//! ```text
+//! request ─ safe method, exempt, or optional without a key ──────────► handler
+//!    │ key read (400 if missing or invalid), body buffered (413 over the limit)
+//!    │ encoded: SHA-256 over key, method, original path and query, caller, body
+//!    ▼ one atomic step at the storage
+//!    ├ claimed ─────────► handler ─► answer recorded ─► client
+//!    ├ another request ─► 422 at once          (encoders with a fingerprint)
+//!    ├ in flight ───────► waits for the result ─► as completed, or 423 and Retry-After
+//!    ├ completed ───────► the recorded answer, `idempotency-replayed: true`
+//!    └ storage failed ──► 503 and Retry-After, or unprotected if configured so
+//! ```
+//!
+//! The engine behind it, its claims, records and tombstones are described in [`Engine`] and [`Storage`]; the kinds of refusal
+//! in [`problem`].
+//!
+//! # Modes and policies
+//!
+//! [`IdempotencyLayer::enforce`] requires a key for every unsafe method, [`IdempotencyLayer::exempt`] for none. A handler says
+//! otherwise by [`#[idempotency_key]`](macro@idempotency_key), `#[idempotency_key(optional)]`,
+//! `#[idempotency_key(cache_name = "…")]` or [`#[idempotency_exempt]`](macro@idempotency_exempt); closures, generic and
+//! associated functions by the combinators of [`IdempotencyHandler`]. The outermost policy wins; of two layers the one nearest
+//! the handler decides.
+//!
+//! A handler takes the key as [`IdempotencyKey`], and answers conflicts itself if it takes [`ManualIdempotency`].
+//!
+//! # What a layer can see
+//!
+//! A layer runs before the handler, so it must know the handler's policy beforehand. It learns it when it is put on a route, by
+//! cloning it once: our handlers announce themselves when they are cloned. That works through `Router::layer`, `route_layer`,
+//! `Handler::layer`, `MethodRouter`s, nested and merged routers, fallbacks, and tower middleware in between. It can't work where
+//! a clone does not reach the handler:
+//!
+//! | placement | what happens |
+//! |---|---|
+//! | `nest_service(Router)`, a layer around a whole `Router`, `BufferLayer` | the mode's default policy applies. A handler that asked for more answers 500 and logs its name, its policy and the cure; it never runs unprotected. In `enforce` an exempt handler there gets 400 for a missing key |
+//! | `route_service(MethodRouter)`, a closure that calls an annotated handler | the announced policy applies. If it let a request through and another handler answered it, that is logged as an error and the route falls back to the mode's default |
+//! | [`IdempotencyLayer::policy`] | that policy, no questions asked |
+//! | an unknown `cache_name` | the route answers 500; [`IdempotencyLayer::check`] finds it before the server listens |
+//!
+//! # Order of layers
+//!
+//! | layer | place | why |
+//! |---|---|---|
+//! | authentication | outside | a replay does not authenticate: whoever may not call must be stopped before |
+//! | compression | outside | answers are recorded as the handler gave them, and compressed for each client |
+//! | CORS | outside | refusals need its headers too |
+//! | `TimeoutLayer` | outside | the client gets its timeout, the operation goes on and is recorded. Inside it would cancel the handler and release the claim |
+//! | what must end with the operation, say a transaction per request | inside | it runs once, with the handler |
+//!
+//! # Scope
+//!
+//! The same key of two callers is two operations. By default the `Authorization` header says who calls; set
+//! [`Scope::cookie`] for session cookies, and best of all [`Scope::from_fn`] with the principal that your authentication layer
+//! found, which also survives a refreshed token.
+//!
+//! # A client that leaves
+//!
+//! From the claim on a request is carried to its end: if hyper drops it because the connection is gone, a task adopts it. So a
+//! retry finds the record, or the claim still held, never half an operation. [`IdempotencyLayer::drain`] waits for all of them
+//! at shutdown.
+//!
+//! # Features
+//!
+//! | feature | default | adds |
+//! |---|---|---|
+//! | `memory` | yes | [`MemoryStorage`]: records in this process |
+//! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 
 mod detach;
@@ -19,7 +118,7 @@ mod service;
 pub mod __private;
 
 pub use idempotency_core::*;
-// pub use idempotency_macros::{idempotency_exempt, idempotency_key};
+pub use idempotency_macros::{idempotency_exempt, idempotency_key};
 
 pub use self::{
     extract::{IdempotencyKey, ManualIdempotency, NotProtected, ReplayedResponse},

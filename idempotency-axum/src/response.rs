@@ -8,13 +8,14 @@ use http::{HeaderMap, HeaderName, HeaderValue, header, response::Parts};
 use idempotency_core::{Config, StoredResponse};
 
 /// Headers that belong to one connection, RFC 9110 section 7.6.1 and RFC 9112 section 9.
-const HOP_BY_HOP: [HeaderName; 8] = [
+const HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
     header::PROXY_AUTHENTICATE,
     header::PROXY_AUTHORIZATION,
     header::TE,
+    header::TRAILER,
     header::TRANSFER_ENCODING,
     header::UPGRADE,
 ];
@@ -25,18 +26,17 @@ pub(crate) fn stored(parts: &Parts, body: Bytes, config: &Config) -> StoredRespo
 }
 
 fn kept_headers(headers: &HeaderMap, config: &Config) -> HeaderMap {
-    let mut kept = headers.clone();
-    for name in named_in_connection(headers) {
-        kept.remove(name);
-    }
-    for name in &HOP_BY_HOP {
-        kept.remove(name);
-    }
-    kept.remove(header::TRAILER);
-    // Computed anew from the body that is sent.
-    kept.remove(header::CONTENT_LENGTH);
-    for name in &config.stripped_headers {
-        kept.remove(name);
+    let named = named_in_connection(headers);
+    let mut kept = HeaderMap::with_capacity(headers.keys_len());
+    for (name, value) in headers {
+        let dropped = HOP_BY_HOP.contains(name)
+            || named.contains(name)
+            || config.stripped_headers.contains(name)
+            // Computed anew from the body that is sent.
+            || name == header::CONTENT_LENGTH;
+        if !dropped {
+            kept.append(name, value.clone());
+        }
     }
     kept
 }

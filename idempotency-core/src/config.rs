@@ -1,6 +1,6 @@
 //! What the engine and the middleware do, and the presets.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 
@@ -311,10 +311,15 @@ impl Config {
     }
 
     /// Tells every observer of `event`.
+    ///
+    /// One that panics is logged: what it observes goes on.
     pub fn emit(&self, event: &Event<'_>) {
         TracingObserver.on_event(event);
         for observer in &self.observers {
-            observer.on_event(event);
+            let told = std::panic::catch_unwind(AssertUnwindSafe(|| observer.on_event(event)));
+            if told.is_err() {
+                tracing::error!(target: "idempotency", event = event.name(), "an observer panicked");
+            }
         }
     }
 }

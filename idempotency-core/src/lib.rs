@@ -1,4 +1,53 @@
-//! Placeholder docs, replaced below.
+//! Idempotency keys without a web framework: what a key, a claim and a record are, where they are kept, and the engine that
+//! decides who runs an operation.
+//!
+//! For axum use [`idempotency-axum`](https://docs.rs/idempotency-axum), which re-exports all of this. Use this crate directly
+//! to protect something else, say the consumer of a queue, or to write a storage.
+//!
+//! # The story
+//!
+//! A client names its operation with a [`Key`]. A [`KeyEncoder`] makes an [`EncodedKey`] of it, a hash that also holds what
+//! else makes it *this* operation (path, caller, body), and perhaps a [`Fingerprint`] that tells a retry from another request
+//! under the same key. [`Engine::begin`] then asks the [`Storage`] in one atomic step for a claim:
+//!
+//! ```text
+//!                    begin
+//!         ┌──────┐ (one wins)   ┌─────────┐  complete    ┌───────────────────────┐
+//!  ──────►│ free ├─────────────►│ claimed ├─────────────►│ record                │──┐ begin:
+//!         └──────┘              └┬─┬────▲─┘  tombstone   │  answer, or tombstone │◄─┘ replayed
+//!            ▲ ▲     release     │ │    │                └───────────┬───────────┘
+//!            │ └─────────────────┘ └────┘ renew                      │
+//!            │   (not stored,        (every third                    │
+//!            │    panicked,           of the lease)                  │
+//!            │    lease over)                                        │
+//!            └───────────────────────────────────────────────────────┘
+//!                          TTL over, or removed by hand
+//! ```
+//!
+//! * **free → claimed.** Exactly one of any number of callers gets [`Decision::Execute`] with a [`Claim`]. The others wait up to
+//!   [`LockPolicy::timeout`], woken when the first is done, and are then refused.
+//! * **claimed.** A *keeper* task renews the claim for as long as the operation takes, so the lease bounds only how long a key
+//!   stays blocked after its process died. After [`LockPolicy::max_hold`] the key gets a tombstone.
+//! * **claimed → record.** [`Claim::complete`] stores the answer; every retry gets it. A **tombstone** says that the operation
+//!   ran but left no answer to replay: a retry is told so, and never runs.
+//! * **claimed → free.** [`Claim::release`]: what the operation answered is not kept, so a retry runs.
+//!
+//! # Guarantees
+//!
+//! Never two executions of a key at once while its lease lives, and never another one once an outcome is recorded. A claim is
+//! named by a random [`Token`], so a holder that was taken over can't end its successor's claim: it is told [`Held::Lost`].
+//! When a record can't be stored the engine answers the key from memory, keeps the claim alive and tries again until the
+//! record's TTL is over.
+//!
+//! What no lease can give is exactly-once: a process that is stopped for longer than its lease, and then goes on, runs beside
+//! its successor. [`Transactional`] storages close that gap for what is written to the same database.
+//!
+//! # Features
+//!
+//! | feature | default | adds |
+//! |---|---|---|
+//! | `memory` | yes | [`MemoryStorage`]: records in this process |
+//! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 
 mod codec;

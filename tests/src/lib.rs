@@ -1,14 +1,27 @@
 //! The harness that the suites share: a server on a free loopback port, a client that keeps to the wire, a storage that fails
 //! on command, and an ear for logs and events.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "the harness is outside of what `Env` drives"
+)]
+
 pub mod client;
 pub mod faults;
 pub mod listen;
+pub mod runs;
 pub mod server;
 
 pub use self::{
     client::{Answer, Call},
     faults::{Fault, FaultyStorage},
     listen::{Events, Logs},
+    runs::{Gate, Runs},
     server::Server,
 };
+
+/// The README's examples compile and run as doctests of this package.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+#[derive(Debug)]
+pub struct Readme;

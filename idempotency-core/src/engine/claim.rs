@@ -90,7 +90,7 @@ impl Claim {
                 spawner: self.spawner.clone(),
                 ended: false,
             },
-            claimed: matches!(run.phase, Phase::Held),
+            claimed: Claimed::by(&run),
         };
         release.run().await;
     }
@@ -178,7 +178,7 @@ impl Drop for Claim {
                         spawner: self.spawner.clone(),
                         ended: false,
                     },
-                    claimed: matches!(run.phase, Phase::Held),
+                    claimed: Claimed::by(&run),
                 }
                 .run_in_background();
             }
@@ -251,7 +251,7 @@ impl Begun {
                 fingerprint,
                 since: now,
                 ttl: config.ttl,
-                renew_at: now + config.lock.lease() / 3,
+                renew_at: now.saturating_add(config.lock.lease() / 3),
                 give_up_at: now.saturating_add(config.lock.hold_limit()),
                 phase,
             },
@@ -298,7 +298,7 @@ impl Drop for Begun {
                 spawner: self.spawner.clone(),
                 ended: false,
             },
-            claimed: true,
+            claimed: Claimed::Perhaps,
         }
         .run_in_background();
     }
@@ -307,7 +307,25 @@ impl Drop for Begun {
 /// Tells the storage that a claim is over.
 struct Release {
     begun: Begun,
-    claimed: bool,
+    claimed: Claimed,
+}
+
+/// What is known of a claim at the storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Claimed {
+    Yes,
+    /// The storage never answered.
+    Perhaps,
+    No,
+}
+
+impl Claimed {
+    fn by(run: &Run) -> Self {
+        match run.phase {
+            Phase::Held => Self::Yes,
+            _ => Self::No,
+        }
+    }
 }
 
 impl Release {
@@ -327,16 +345,17 @@ impl Release {
         let Begun {
             shared, key, token, ..
         } = &self.begun;
-        if !self.claimed {
+        if self.claimed == Claimed::No {
             return Ok(());
         }
         let released = shared.limited(shared.storage.release(key, *token)).await;
         match released {
             Ok(Held::Yes) => shared.config.emit(&Event::Released { key: *key }),
-            Ok(Held::Lost) => shared.config.emit(&Event::Lost {
+            Ok(Held::Lost) if self.claimed == Claimed::Yes => shared.config.emit(&Event::Lost {
                 key: *key,
                 operation: Operation::Release,
             }),
+            Ok(Held::Lost) => {}
             Err(error) => {
                 shared.config.emit(&Event::StorageFailed {
                     key: *key,

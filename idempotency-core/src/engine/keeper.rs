@@ -4,9 +4,9 @@
 //! ends when there are none. So a request that is answered within a third of the lease costs no spawn and no timer beyond the
 //! one that the keeper already has.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
-use futures_util::{StreamExt, future::select, stream};
+use futures_util::{FutureExt, StreamExt, future::select, stream};
 
 use super::{
     Shared,
@@ -49,7 +49,7 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner
                 record: record.clone(),
                 retry_at: now + retry_pause(shared, 0),
                 attempts: 0,
-                expires: now + run.ttl,
+                expires: now.saturating_add(run.ttl),
             };
         }
         run.key
@@ -126,7 +126,13 @@ impl Keeper {
             stream::iter(kept)
                 .for_each_concurrent(CONCURRENCY, |(token, run)| {
                     let shared = &shared;
-                    async move { keep(shared, token, run, now, horizon).await }
+                    async move {
+                        let kept = AssertUnwindSafe(keep(shared, token, run, now, horizon));
+                        if kept.catch_unwind().await.is_err() {
+                            // One storage that panics must not cost the other claims their renewal.
+                            put_off(shared, token, now);
+                        }
+                    }
                 })
                 .await;
         }
@@ -140,6 +146,24 @@ impl Drop for Keeper {
             self.shared.ledger.keeper_is_gone();
         }
     }
+}
+
+/// The time limit of the keeper's operations: one that hangs must not cost the other claims their renewal.
+fn limit(shared: &Shared) -> Duration {
+    let config = &shared.config;
+    config.storage_timeout.min(config.lock.lease() / 3)
+}
+
+/// Leaves a run alone for a while.
+fn put_off(shared: &Shared, token: Token, now: Duration) {
+    let later = now + shared.config.lock.lease() / 6;
+    let _ = shared.ledger.change(token, |run| {
+        run.renew_at = run.renew_at.max(later);
+        run.give_up_at = run.give_up_at.max(later);
+        if let Phase::Pending { retry_at, .. } = &mut run.phase {
+            *retry_at = later.max(*retry_at);
+        }
+    });
 }
 
 /// Does what is due for one run.
@@ -162,14 +186,12 @@ async fn keep(shared: &Shared, token: Token, run: Run, now: Duration, horizon: D
 /// Lets the claim live for another lease; takes it again where the storage has forgotten it.
 async fn renew(shared: &Shared, token: Token, run: &Run) {
     let lease = shared.config.lock.lease();
-    // A storage that hangs must not cost the other claims their renewal.
-    let limit = shared.config.storage_timeout.min(lease / 3);
     let renewed = shared
-        .limited_to(limit, shared.storage.renew(&run.key, token, lease))
+        .limited_to(limit(shared), shared.storage.renew(&run.key, token, lease))
         .await;
     let renewed = match renewed {
         Ok(Held::Lost) if matches!(run.phase, Phase::Held) => {
-            return reclaim(shared, token, run, limit).await;
+            return reclaim(shared, token, run).await;
         }
         Ok(held) => held,
         Err(error) => {
@@ -197,7 +219,11 @@ fn renew_at(shared: &Shared, token: Token, at: Duration) {
 
 /// The claim is not ours any more. If that is because the storage lost it (a restart without its data), and nobody else has
 /// begun, it is ours again; the operation still runs, so nobody else may begin.
-async fn reclaim(shared: &Shared, token: Token, run: &Run, limit: Duration) {
+async fn reclaim(shared: &Shared, token: Token, run: &Run) {
+    let is_held = |run: &mut Run| matches!(run.phase, Phase::Held);
+    if shared.ledger.change(token, is_held) != Some(true) {
+        return;
+    }
     let lease = shared.config.lock.lease();
     let claim = NewClaim {
         token,
@@ -205,12 +231,21 @@ async fn reclaim(shared: &Shared, token: Token, run: &Run, limit: Duration) {
         lease,
     };
     let begun = shared
-        .limited_to(limit, shared.storage.begin(&run.key, &claim))
+        .limited_to(limit(shared), shared.storage.begin(&run.key, &claim))
         .await;
     match begun {
         Ok(Begin::Acquired) => {
-            shared.config.emit(&Event::Reclaimed { key: run.key });
-            renew_at(shared, token, shared.config.env.now() + lease / 3);
+            let renew_at = shared.config.env.now() + lease / 3;
+            let still_runs = shared
+                .ledger
+                .change(token, |run| run.renew_at = renew_at)
+                .is_some();
+            if still_runs {
+                shared.config.emit(&Event::Reclaimed { key: run.key });
+            } else {
+                // It was released meanwhile, which is why the claim was gone.
+                unclaim(shared, token, run).await;
+            }
         }
         Ok(Begin::InFlight { .. } | Begin::Completed(_)) => lost(shared, token, run),
         Err(error) => {
@@ -222,6 +257,20 @@ async fn reclaim(shared: &Shared, token: Token, run: &Run, limit: Duration) {
             renew_at(shared, token, shared.config.env.now() + lease / 6);
         }
     }
+}
+
+async fn unclaim(shared: &Shared, token: Token, run: &Run) {
+    let released = shared
+        .limited_to(limit(shared), shared.storage.release(&run.key, token))
+        .await;
+    if let Err(error) = released {
+        shared.config.emit(&Event::StorageFailed {
+            key: run.key,
+            operation: Operation::Release,
+            error: &error,
+        });
+    }
+    shared.ledger.wake_one(&run.key);
 }
 
 fn lost(shared: &Shared, token: Token, run: &Run) {
@@ -248,7 +297,7 @@ async fn give_up(shared: &Shared, token: Token, run: &Run) {
         outcome: Outcome::Tombstone(TombstoneReason::MaxHold),
     };
     let completed_call = shared.storage.complete(&run.key, token, &record, run.ttl);
-    match shared.limited(completed_call).await {
+    match shared.limited_to(limit(shared), completed_call).await {
         Ok(held) => {
             let changed = shared.ledger.change(token, |run| {
                 let held_on = matches!(run.phase, Phase::Held);
@@ -293,7 +342,7 @@ async fn store(
         return;
     };
     let stored = shared.storage.complete(&run.key, token, record, ttl);
-    match shared.limited(stored).await {
+    match shared.limited_to(limit(shared), stored).await {
         Ok(held) => {
             if shared.ledger.end(token).is_some() {
                 completed(shared, &run.key, Some(run), record, held);

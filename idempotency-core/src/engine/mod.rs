@@ -280,7 +280,7 @@ impl Engine {
             Found::Nothing => {}
         }
         if !shared.config.lock.is_enabled() {
-            return Attempt::Decided(self.look_up(encoded, waited).await);
+            return Attempt::Decided(self.look_up(encoded, progress, waited).await);
         }
         let Some(begun) = claim::Begun::enter(shared, *key) else {
             return Attempt::Decided(self.replay_only(encoded, waited).await);
@@ -353,7 +353,12 @@ impl Drop for Waiting<'_> {
 
 impl Engine {
     /// For `LockPolicy::disabled`: looks for a record and claims nothing.
-    async fn look_up(&self, encoded: &Encoded, waited: Duration) -> Decision {
+    async fn look_up(
+        &self,
+        encoded: &Encoded,
+        progress: &Progress,
+        waited: Duration,
+    ) -> Decision {
         let shared = &self.shared;
         match self.get(&encoded.key).await {
             Ok(Some(Entry::Completed(record))) => shared.replay(encoded, record, waited),
@@ -365,6 +370,7 @@ impl Engine {
             Ok(_) => match claim::Begun::enter(shared, encoded.key) {
                 Some(begun) => {
                     let claim = begun.without_claim(encoded.fingerprint);
+                    progress.set(true);
                     shared.config.emit(&Event::Executing { key: encoded.key });
                     Decision::Execute(claim)
                 }

@@ -53,7 +53,7 @@ impl SimulatedClock {
     pub fn advance(&self, step: Duration) {
         let due = {
             let mut state = self.lock();
-            state.now += step;
+            state.now = state.now.saturating_add(step);
             let after_now = (state.now, u64::MAX);
             let rest = state.timers.split_off(&after_now);
             std::mem::replace(&mut state.timers, rest)
@@ -89,7 +89,7 @@ impl Environment for SimulatedClock {
         }
         let (timer, over) = oneshot::channel();
         let mut state = self.lock();
-        let key = (state.now + duration, state.next_timer);
+        let key = (state.now.saturating_add(duration), state.next_timer);
         state.next_timer += 1;
         state.timers.insert(key, timer);
         Box::pin(async {

@@ -1,7 +1,7 @@
 //! Where claims and records are kept.
 //!
 //! A [`Storage`] decides who runs an operation, in one atomic step. [`MemoryStorage`](crate::MemoryStorage) serves one
-//! process. To write your own, implement the trait and run [`conformance`](crate::storage::conformance) (feature
+//! process. To write your own, implement the trait and run [`conformance`] (feature
 //! `conformance`) against it: one documented test per rule.
 
 use std::{any::Any, fmt, future::Future, time::Duration};
@@ -26,7 +26,7 @@ pub use self::{
 ///
 /// # Rules
 ///
-/// Each is a test in [`conformance`](crate::storage::conformance):
+/// Each is a test in [`conformance`]:
 ///
 /// 1. Every call is atomic. Of any number of concurrent [`begin`](Self::begin)s of a free key exactly one is
 ///    [`Begin::Acquired`].
@@ -151,7 +151,7 @@ async fn wait_by_polling<S: Storage + ?Sized>(
     const LONGEST: Duration = Duration::from_millis(500);
 
     let env = Env::system();
-    let deadline = env.now() + timeout;
+    let deadline = env.now().saturating_add(timeout);
     let mut pause = FIRST;
     while let Some(Entry::Claimed { .. }) = storage.get(key).await? {
         let left = deadline.saturating_sub(env.now());
