@@ -191,8 +191,13 @@ mod tests {
     fn a_probe_seats_the_clone_that_the_layer_keeps() {
         let (kept, found) = probe(handler(KeyPolicy::exempt()));
         assert!(kept.seat.is_taken());
-        assert!(matches!(found, Discovery::Policy(announced) if announced.policy == KeyPolicy::exempt()));
-        assert!(kept.clone().seat.is_taken(), "clones for requests stay seated");
+        assert!(
+            matches!(found, Discovery::Policy(announced) if announced.policy == KeyPolicy::exempt())
+        );
+        assert!(
+            kept.clone().seat.is_taken(),
+            "clones for requests stay seated"
+        );
     }
 
     #[test]

@@ -78,7 +78,9 @@ impl<H> WithPolicy<H> {
 
 impl<H: Clone> Clone for WithPolicy<H> {
     fn clone(&self) -> Self {
-        let seat = self.seat.announce(Self::name(), || KeyPolicy::clone(&self.policy));
+        let seat = self
+            .seat
+            .announce(Self::name(), || KeyPolicy::clone(&self.policy));
         // The outermost policy wins: what this one wraps must not announce its own.
         let _suspended = Suspended::now();
         Self {
@@ -190,8 +192,12 @@ impl Misplaced {
 impl fmt::Display for Misplaced {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::NoLayer => "a handler that uses idempotency keys was reached without an idempotency layer",
-            Self::OtherPolicy => "a handler was reached through an idempotency layer that applied another policy",
+            Self::NoLayer => {
+                "a handler that uses idempotency keys was reached without an idempotency layer"
+            }
+            Self::OtherPolicy => {
+                "a handler was reached through an idempotency layer that applied another policy"
+            }
         })
     }
 }

@@ -8,10 +8,7 @@ use std::{
     },
 };
 
-use axum::{
-    body::Body,
-    extract::OriginalUri,
-};
+use axum::{body::Body, extract::OriginalUri};
 use bytes::Bytes;
 use http::{Uri, header, request::Parts};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
@@ -147,12 +144,12 @@ pub(crate) async fn buffer(
     if announced_length(parts).is_some_and(|length| length > limit as u64) {
         return Err(Unbuffered::TooLarge);
     }
-    let collected = Limited::new(body, limit)
-        .collect()
-        .await
-        .map_err(|error| match is_length_limit(&*error) {
-            true => Unbuffered::TooLarge,
-            false => Unbuffered::Broken(error),
+    let collected =
+        Limited::new(body, limit).collect().await.map_err(|error| {
+            match is_length_limit(&*error) {
+                true => Unbuffered::TooLarge,
+                false => Unbuffered::Broken(error),
+            }
         })?;
     let trailers = collected.trailers().cloned();
     let bytes = collected.to_bytes();

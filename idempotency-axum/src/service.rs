@@ -270,12 +270,7 @@ struct Exchange {
 }
 
 impl Exchange {
-    async fn run<S, R>(
-        self,
-        mut inner: S,
-        parts: Parts,
-        body: Body,
-    ) -> Result<Response, S::Error>
+    async fn run<S, R>(self, mut inner: S, parts: Parts, body: Body) -> Result<Response, S::Error>
     where
         S: Service<Request, Response = http::Response<R>>,
         R: http_body::Body<Data = Bytes> + Send + 'static,

@@ -294,7 +294,9 @@ impl Observer for TracingObserver {
             Event::Unprotected { .. } => {
                 tracing::error!(target: TARGET, key, "running without protection: the storage failed and `RunUnprotected` is configured");
             }
-            Event::StorageFailed { operation, error, .. } => {
+            Event::StorageFailed {
+                operation, error, ..
+            } => {
                 let source = std::error::Error::source(error).map(ToString::to_string);
                 tracing::warn!(target: TARGET, key, %operation, %error, source, "storage operation failed");
             }

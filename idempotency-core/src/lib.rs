@@ -76,7 +76,9 @@ pub use self::{
     key::{EncodedKey, InvalidKey, InvalidKeyKind, Key, KeyFormat, ParseEncodedKeyError},
     lock::LockPolicy,
     record::{Outcome, Record, StoredResponse, TombstoneReason},
-    storage::{AnyStorage, Begin, Entry, Held, NewClaim, Storage, Token, Transaction, Transactional},
+    storage::{
+        AnyStorage, Begin, Entry, Held, NewClaim, Storage, Token, Transaction, Transactional,
+    },
 };
 
 #[cfg(feature = "conformance")]

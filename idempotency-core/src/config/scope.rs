@@ -88,7 +88,9 @@ impl Scope {
     #[must_use]
     pub fn of(&self, request: &Parts) -> Option<Vec<u8>> {
         let scope = match &self.source {
-            Source::Authorization => joined(header_values(&request.headers, &header::AUTHORIZATION)),
+            Source::Authorization => {
+                joined(header_values(&request.headers, &header::AUTHORIZATION))
+            }
             Source::Cookie(name) => joined(cookie_values(&request.headers, name)),
             Source::Header(name) => joined(header_values(&request.headers, name)),
             Source::None => None,
@@ -113,11 +115,11 @@ impl Scope {
     }
 }
 
-fn header_values<'a>(
-    headers: &'a HeaderMap,
-    name: &HeaderName,
-) -> impl Iterator<Item = &'a [u8]> {
-    headers.get_all(name).into_iter().map(|value| value.as_bytes())
+fn header_values<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
+    headers
+        .get_all(name)
+        .into_iter()
+        .map(|value| value.as_bytes())
 }
 
 /// The values of the cookie `name`, RFC 6265 section 5.4.
@@ -200,7 +202,10 @@ mod tests {
     #[test]
     fn two_values_are_another_scope_than_either() {
         let request = parts(&[("cookie", "session=alice"), ("cookie", "session=bob")]);
-        assert_eq!(Scope::cookie("session").of(&request).unwrap(), b"alice\0bob");
+        assert_eq!(
+            Scope::cookie("session").of(&request).unwrap(),
+            b"alice\0bob"
+        );
     }
 
     #[test]

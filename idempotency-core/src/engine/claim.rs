@@ -1,6 +1,13 @@
 //! The right to run an operation once, and its end.
 
-use std::{fmt, future::Future, pin::Pin, sync::Arc, task::{Context, Poll}, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use super::{
     Shared, keeper,
@@ -395,11 +402,8 @@ impl Release {
 }
 
 /// Runs `work` on `release` in the background; where there is no runtime, the lease must end what can't be released.
-fn spawn_or_warn<F>(
-    spawner: Option<Spawner>,
-    release: Release,
-    work: impl FnOnce(Release) -> F,
-) where
+fn spawn_or_warn<F>(spawner: Option<Spawner>, release: Release, work: impl FnOnce(Release) -> F)
+where
     F: Future<Output = ()> + Send + 'static,
 {
     match spawner {

@@ -96,9 +96,7 @@ pub(super) fn completed(
 /// 100 ms, doubling, at most a third of the lease and ten seconds.
 fn retry_pause(shared: &Shared, attempts: u32) -> Duration {
     let pause = Duration::from_millis(100) * 2_u32.pow(attempts.min(10));
-    pause
-        .min(shared.config.lock.lease() / 3)
-        .min(LONGEST_RETRY)
+    pause.min(shared.config.lock.lease() / 3).min(LONGEST_RETRY)
 }
 
 struct Keeper {

@@ -118,7 +118,11 @@ impl Ledger {
 
     pub(super) fn find(&self, key: &EncodedKey) -> Found {
         let mut state = self.lock();
-        let Some(run) = state.by_key.get(key).and_then(|token| state.runs.get(token)) else {
+        let Some(run) = state
+            .by_key
+            .get(key)
+            .and_then(|token| state.runs.get(token))
+        else {
             return Found::Nothing;
         };
         match &run.phase {
@@ -199,11 +203,7 @@ impl Ledger {
     }
 
     /// Changes the phase of a run. `None` if there is no such run (any more).
-    pub(super) fn change<T>(
-        &self,
-        token: Token,
-        change: impl FnOnce(&mut Run) -> T,
-    ) -> Option<T> {
+    pub(super) fn change<T>(&self, token: Token, change: impl FnOnce(&mut Run) -> T) -> Option<T> {
         let mut state = self.lock();
         let state = &mut *state;
         let run = state.runs.get_mut(&token)?;
@@ -274,7 +274,12 @@ impl Ledger {
         let kept: Vec<_> = state
             .runs
             .iter()
-            .filter(|(_, run)| matches!(run.phase, Phase::Held | Phase::Finishing(_) | Phase::Pending { .. }))
+            .filter(|(_, run)| {
+                matches!(
+                    run.phase,
+                    Phase::Held | Phase::Finishing(_) | Phase::Pending { .. }
+                )
+            })
             .map(|(token, run)| (*token, run.clone()))
             .collect();
         if kept.is_empty() {

@@ -216,7 +216,9 @@ impl Engine {
         ttl: Duration,
     ) -> Result<(), StorageError> {
         let shared = &self.shared;
-        shared.limited(shared.storage.replace(key, record, ttl)).await
+        shared
+            .limited(shared.storage.replace(key, record, ttl))
+            .await
     }
 
     /// Removes the record or claim under `key`, also one that can't be read, so that the next request runs. Says whether one
@@ -353,12 +355,7 @@ impl Drop for Waiting<'_> {
 
 impl Engine {
     /// For `LockPolicy::disabled`: looks for a record and claims nothing.
-    async fn look_up(
-        &self,
-        encoded: &Encoded,
-        progress: &Progress,
-        waited: Duration,
-    ) -> Decision {
+    async fn look_up(&self, encoded: &Encoded, progress: &Progress, waited: Duration) -> Decision {
         let shared = &self.shared;
         match self.get(&encoded.key).await {
             Ok(Some(Entry::Completed(record))) => shared.replay(encoded, record, waited),
@@ -420,9 +417,7 @@ impl Shared {
         waiter: ledger::Waiter,
     ) -> Attempt {
         if differ(running, encoded.fingerprint) {
-            return Attempt::Decided(
-                self.refuse(&encoded.key, Refused::new(Refusal::KeyReused)),
-            );
+            return Attempt::Decided(self.refuse(&encoded.key, Refused::new(Refusal::KeyReused)));
         }
         Attempt::InFlight(waiter)
     }

@@ -44,7 +44,10 @@ impl Environment for System {
         Instant::now().saturating_duration_since(self.origin)
     }
 
-    #[expect(clippy::disallowed_methods, reason = "this is the one place that sleeps")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "this is the one place that sleeps"
+    )]
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
         Box::pin(tokio::time::sleep(duration))
     }

@@ -61,10 +61,8 @@ trait Erased: Send + Sync {
         key: &'a EncodedKey,
         token: Token,
     ) -> BoxFuture<'a, Result<Held, StorageError>>;
-    fn get<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-    ) -> BoxFuture<'a, Result<Option<Entry>, StorageError>>;
+    fn get<'a>(&'a self, key: &'a EncodedKey)
+    -> BoxFuture<'a, Result<Option<Entry>, StorageError>>;
     fn replace<'a>(
         &'a self,
         key: &'a EncodedKey,

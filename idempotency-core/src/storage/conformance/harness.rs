@@ -1,0 +1,255 @@
+//! What the rules have in common: keys, claims, records, tasks and limits.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::{Pin, pin},
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
+
+use futures_util::future::{Either, select};
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use tokio::sync::oneshot;
+
+use super::Harness;
+use crate::{
+    Begin, EncodedKey, Entry, Env, Fingerprint, Held, NewClaim, Outcome, Record, Storage,
+    StorageError, StoredResponse, Token,
+};
+
+/// A lease or TTL that no rule outlasts.
+pub(super) const LONG: Duration = Duration::from_secs(3600);
+
+/// The storage under test with calls that may not fail, and a fresh key.
+pub(super) struct Subject<'h, H: Harness> {
+    pub(super) harness: &'h H,
+    pub(super) storage: Arc<H::Storage>,
+}
+
+impl<'h, H: Harness> Subject<'h, H> {
+    pub(super) async fn new(harness: &'h H) -> Self {
+        let storage = Arc::new(harness.storage().await);
+        Self { harness, storage }
+    }
+
+    /// `count` times the harness's unit.
+    pub(super) fn units(&self, count: u32) -> Duration {
+        self.harness.unit() * count
+    }
+
+    /// Lets `count` units pass.
+    pub(super) async fn pass(&self, count: u32) {
+        self.harness.advance(self.units(count)).await;
+    }
+
+    pub(super) async fn begin(&self, key: &EncodedKey, token: Token) -> Begin {
+        self.begin_for(key, token, LONG).await
+    }
+
+    pub(super) async fn begin_for(&self, key: &EncodedKey, token: Token, lease: Duration) -> Begin {
+        let claim = NewClaim {
+            token,
+            fingerprint: None,
+            lease,
+        };
+        fine(self.storage.begin(key, &claim).await)
+    }
+
+    /// A fresh key with a claim.
+    pub(super) async fn claimed(&self) -> (EncodedKey, Token) {
+        self.claimed_for(LONG).await
+    }
+
+    /// A fresh key with a claim.
+    pub(super) async fn claimed_for(&self, lease: Duration) -> (EncodedKey, Token) {
+        let (key, token) = (fresh_key(), Token::random());
+        let begin = self.begin_for(&key, token, lease).await;
+        assert_eq!(
+            begin,
+            Begin::Acquired,
+            "a free key was not Acquired: no request with a key would ever run"
+        );
+        (key, token)
+    }
+
+    /// A fresh key with a record, and the token that completed it.
+    pub(super) async fn completed(&self, record: &Record, ttl: Duration) -> (EncodedKey, Token) {
+        let (key, token) = self.claimed().await;
+        let held = self.complete_for(&key, token, record, ttl).await;
+        assert_eq!(
+            held,
+            Held::Yes,
+            "the holder's `complete` was Lost: its answer is not stored, and a retry gets a conflict or runs again"
+        );
+        (key, token)
+    }
+
+    pub(super) async fn complete(&self, key: &EncodedKey, token: Token, record: &Record) -> Held {
+        self.complete_for(key, token, record, LONG).await
+    }
+
+    pub(super) async fn complete_for(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+    ) -> Held {
+        fine(self.storage.complete(key, token, record, ttl).await)
+    }
+
+    pub(super) async fn renew(&self, key: &EncodedKey, token: Token, lease: Duration) -> Held {
+        fine(self.storage.renew(key, token, lease).await)
+    }
+
+    pub(super) async fn release(&self, key: &EncodedKey, token: Token) -> Held {
+        fine(self.storage.release(key, token).await)
+    }
+
+    pub(super) async fn get(&self, key: &EncodedKey) -> Option<Entry> {
+        fine(self.storage.get(key).await)
+    }
+
+    pub(super) async fn replace(&self, key: &EncodedKey, record: &Record, ttl: Duration) {
+        fine(self.storage.replace(key, record, ttl).await);
+    }
+
+    pub(super) async fn remove(&self, key: &EncodedKey) -> bool {
+        fine(self.storage.remove(key).await)
+    }
+
+    /// Checks that a stranger finds a claim under `key`, which is in the way of its own.
+    pub(super) async fn assert_claimed(&self, key: &EncodedKey, otherwise: &str) {
+        let begin = self.begin(key, Token::random()).await;
+        assert!(
+            matches!(begin, Begin::InFlight { .. }),
+            "{otherwise} (a stranger's `begin` was {begin:?} instead of InFlight)"
+        );
+    }
+
+    /// Checks that nothing is under `key`, and leaves it so.
+    pub(super) async fn assert_free(&self, key: &EncodedKey, otherwise: &str) {
+        let entry = self.get(key).await;
+        assert_eq!(entry, None, "{otherwise} (`get` found something)");
+        let token = Token::random();
+        let begin = self.begin(key, token).await;
+        assert_eq!(begin, Begin::Acquired, "{otherwise} (`begin` refused)");
+        let released = self.release(key, token).await;
+        assert_eq!(
+            released,
+            Held::Yes,
+            "a claim just taken could not be released"
+        );
+    }
+
+    /// Checks that `record` is what both `begin` and `get` find.
+    pub(super) async fn assert_completed(
+        &self,
+        key: &EncodedKey,
+        record: &Record,
+        otherwise: &str,
+    ) {
+        let begin = self.begin(key, Token::random()).await;
+        assert_eq!(begin, Begin::Completed(record.clone()), "{otherwise}");
+        let entry = self.get(key).await;
+        assert_eq!(entry, Some(Entry::Completed(record.clone())), "{otherwise}");
+    }
+
+    /// A task that waits for the end of the claim of `key`.
+    pub(super) fn waiter(&self, key: EncodedKey, timeout: Duration) -> Task<()> {
+        let storage = self.storage.clone();
+        self.spawn(async move { fine(storage.wait(&key, timeout).await) })
+    }
+
+    /// Runs `work` in a task, in parallel where the runtime has several threads.
+    pub(super) fn spawn<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Task<T> {
+        let (sender, result) = oneshot::channel();
+        let Some(spawner) = Env::system().spawner() else {
+            panic!("the conformance suite needs a tokio runtime");
+        };
+        spawner.spawn(async move {
+            // A rule that failed elsewhere no longer waits for this.
+            let _ = sender.send(work.await);
+        });
+        Task {
+            result,
+            patience: self.harness.patience(),
+        }
+    }
+
+    /// What comes of `future`, which should be soon.
+    pub(super) async fn soon<T>(&self, future: impl Future<Output = T>, otherwise: &str) -> T {
+        within(self.harness.patience(), future, otherwise).await
+    }
+}
+
+/// A task under way.
+pub(super) struct Task<T> {
+    result: oneshot::Receiver<T>,
+    patience: Duration,
+}
+
+impl<T> Task<T> {
+    /// What came of it, which should be soon.
+    pub(super) async fn soon(self, otherwise: &str) -> T {
+        match within(self.patience, self.result, otherwise).await {
+            Ok(result) => result,
+            Err(_) => panic!("a task of the conformance suite panicked; its message is above"),
+        }
+    }
+}
+
+async fn within<T>(patience: Duration, future: impl Future<Output = T>, otherwise: &str) -> T {
+    let limit = pin!(Env::system().sleep(patience));
+    match select(pin!(future), limit).await {
+        Either::Left((result, _)) => result,
+        Either::Right(_) => panic!("{otherwise} (gave up after {patience:?})"),
+    }
+}
+
+pub(super) fn fine<T>(result: Result<T, StorageError>) -> T {
+    match result {
+        Ok(result) => result,
+        Err(error) => panic!("the storage under test failed: {error:?}"),
+    }
+}
+
+/// Whether `future` is over after being polled once, and what came of it.
+pub(super) async fn poll_once<F: Future>(mut future: Pin<&mut F>) -> Poll<F::Output> {
+    poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await
+}
+
+/// Lets other tasks of the runtime run.
+pub(super) async fn breathe() {
+    for _ in 0..8 {
+        tokio::task::yield_now().await;
+    }
+}
+
+pub(super) fn fresh_key() -> EncodedKey {
+    let mut bytes = [0; 32];
+    Env::system().fill_random(&mut bytes);
+    EncodedKey::from_bytes(bytes)
+}
+
+pub(super) fn fingerprint(byte: u8) -> Fingerprint {
+    Fingerprint::from_bytes([byte; 32])
+}
+
+/// An answer with `text` as its body.
+pub(super) fn answer(text: &str) -> Record {
+    let mut headers = HeaderMap::new();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    Record {
+        fingerprint: None,
+        outcome: Outcome::Response(StoredResponse::new(
+            StatusCode::CREATED,
+            &headers,
+            text.to_owned(),
+        )),
+    }
+}

@@ -1,0 +1,257 @@
+//! Rules of `wait`: who waits learns of the end.
+
+#![expect(
+    clippy::missing_panics_doc,
+    reason = "to panic is what a rule does, and the module's documentation says when"
+)]
+
+use std::{pin::pin, time::Duration};
+
+use futures_util::future::{Either, select};
+
+use super::{
+    Harness,
+    harness::{LONG, Subject, Task, answer, breathe, fine, fresh_key, poll_once},
+};
+use crate::{Begin, EncodedKey, Held, Storage, Token};
+
+const MISSED: &str =
+    "`wait` missed the end of the claim: a duplicate waits for nothing, and gives up";
+
+impl<H: Harness> Subject<'_, H> {
+    /// Checks that a `wait` for `key` does not return while a unit passes, so that it is under way, and lets `end` happen.
+    /// Returns when it has returned.
+    async fn assert_wait_ends(&self, key: &EncodedKey, end: impl Future<Output = ()>) {
+        let mut wait = pin!(self.storage.wait(key, LONG));
+        self.assert_waits(wait.as_mut(), 1).await;
+        end.await;
+        fine(self.soon(wait, MISSED).await);
+    }
+
+    /// Checks that `wait` does not return while `units` pass.
+    async fn assert_waits<F: Future + Unpin>(&self, wait: F, units: u32) {
+        if let Either::Left(_) = select(wait, pin!(self.pass(units))).await {
+            panic!(
+                "`wait` returned although a claim holds the key: duplicates spin instead of waiting"
+            );
+        }
+    }
+}
+
+/// `wait` returns at once where no claim holds the key (rule 8).
+pub async fn wait_returns_at_once_without_a_claim<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    let (completed, _) = subject.completed(&answer("done"), LONG).await;
+    for key in [fresh_key(), completed] {
+        let wait = subject.storage.wait(&key, LONG);
+        fine(subject.soon(wait, "`wait` waits where no claim is").await);
+    }
+    let key = fresh_key();
+    fine(subject.storage.wait(&key, LONG).await);
+    subject.assert_free(&key, "`wait` left something").await;
+}
+
+/// `wait` returns when its timeout is over, without an error, and leaves the claim alone (rule 8).
+pub async fn wait_times_out<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    let (key, token) = subject.claimed().await;
+    let wait = subject.storage.wait(&key, Duration::ZERO);
+    fine(
+        subject
+            .soon(wait, "`wait` with a timeout of zero did not return")
+            .await,
+    );
+
+    let mut wait = pin!(subject.storage.wait(&key, subject.units(4)));
+    subject.assert_waits(wait.as_mut(), 1).await;
+    // Whether a storage counts from the call or from its first look, this is enough.
+    for _ in 0..12 {
+        if let Either::Left((over, _)) = select(wait.as_mut(), pin!(subject.pass(1))).await {
+            fine(over);
+            let held = subject.renew(&key, token, LONG).await;
+            assert_eq!(
+                held,
+                Held::Yes,
+                "a `wait` that timed out took the claim from its holder"
+            );
+            return;
+        }
+        breathe().await;
+    }
+    panic!("`wait` did not return after three times its timeout: a duplicate hangs");
+}
+
+/// `wait` returns when the key is completed, for everybody who waits (rule 8).
+pub async fn wait_sees_completion<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    let record = answer("done");
+    let (key, token) = subject.claimed().await;
+    subject
+        .assert_wait_ends(&key, async {
+            assert_eq!(subject.complete(&key, token, &record).await, Held::Yes);
+        })
+        .await;
+
+    let (key, token) = subject.claimed().await;
+    let waiters = waiters(&subject, key).await;
+    assert_eq!(subject.complete(&key, token, &record).await, Held::Yes);
+    for waiter in waiters {
+        waiter.soon(MISSED).await;
+    }
+}
+
+/// `wait` returns when the claim is released (rule 8).
+pub async fn wait_sees_release<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    let (key, token) = subject.claimed().await;
+    subject
+        .assert_wait_ends(&key, async {
+            assert_eq!(subject.release(&key, token).await, Held::Yes);
+        })
+        .await;
+}
+
+/// `wait` returns when the claim is removed, for everybody who waits (rule 8).
+pub async fn wait_sees_removal<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    let (key, _) = subject.claimed().await;
+    subject
+        .assert_wait_ends(&key, async {
+            assert!(subject.remove(&key).await);
+        })
+        .await;
+
+    let (key, _) = subject.claimed().await;
+    let waiters = waiters(&subject, key).await;
+    assert!(subject.remove(&key).await);
+    for waiter in waiters {
+        waiter.soon(MISSED).await;
+    }
+}
+
+/// `wait` returns when the lease is over: a holder that died can't tell anybody (rules 3 and 8).
+pub async fn wait_sees_the_lease_end<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    let (key, _) = subject.claimed_for(subject.units(10)).await;
+    let mut wait = pin!(subject.storage.wait(&key, LONG));
+    subject.assert_waits(wait.as_mut(), 1).await;
+    subject.pass(10).await;
+    fine(
+        subject
+            .soon(
+                wait,
+                "`wait` did not see the lease end: a duplicate waits for a dead holder",
+            )
+            .await,
+    );
+}
+
+/// `wait` goes on when the claim is renewed, and when another claim follows before it looks (rule 8).
+pub async fn wait_outlasts_renewals<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    let (key, token) = subject.claimed_for(subject.units(10)).await;
+    let mut wait = pin!(subject.storage.wait(&key, LONG));
+    subject.assert_waits(wait.as_mut(), 5).await;
+    let held = subject.renew(&key, token, LONG).await;
+    assert_eq!(held, Held::Yes, "the holder's `renew` was Lost");
+    subject.assert_waits(wait.as_mut(), 10).await;
+
+    assert_eq!(subject.release(&key, token).await, Held::Yes);
+    let token = Token::random();
+    assert_eq!(subject.begin(&key, token).await, Begin::Acquired);
+    // It may have been told of the end in between, and may return for that. Otherwise it goes on to wait.
+    if poll_once(wait.as_mut()).await.is_pending() {
+        assert_eq!(
+            subject.complete(&key, token, &answer("done")).await,
+            Held::Yes
+        );
+        fine(subject.soon(wait, MISSED).await);
+    }
+}
+
+/// A claim that ends while `wait` begins is not missed (rule 8).
+pub async fn wait_misses_nothing<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    for round in 0..64 {
+        let (key, token) = subject.claimed().await;
+        let waiter = subject.waiter(key, LONG);
+        for _ in 0..round % 8 {
+            tokio::task::yield_now().await;
+        }
+        if round % 2 == 0 {
+            assert_eq!(
+                subject.complete(&key, token, &answer("done")).await,
+                Held::Yes
+            );
+        } else {
+            assert_eq!(subject.release(&key, token).await, Held::Yes);
+        }
+        waiter.soon(MISSED).await;
+    }
+}
+
+/// Each release wakes one who waits at least, so that all get their turn when each releases in turn (rule 8).
+pub async fn release_wakes_waiters<H: Harness>(harness: &H) {
+    const WAITERS: usize = 5;
+    let subject = Subject::new(harness).await;
+    let (key, token) = subject.claimed().await;
+    let turns: Vec<_> = (0..WAITERS)
+        .map(|_| {
+            let storage = subject.storage.clone();
+            subject.spawn(async move {
+                let claim = crate::NewClaim {
+                    token: Token::random(),
+                    fingerprint: None,
+                    lease: LONG,
+                };
+                loop {
+                    fine(storage.wait(&key, LONG).await);
+                    if fine(storage.begin(&key, &claim).await) == Begin::Acquired {
+                        breathe().await;
+                        assert_eq!(fine(storage.release(&key, claim.token).await), Held::Yes);
+                        return;
+                    }
+                }
+            })
+        })
+        .collect();
+    breathe().await;
+    subject.pass(1).await;
+    assert_eq!(subject.release(&key, token).await, Held::Yes);
+    for turn in turns {
+        turn.soon("a released key was free, and a waiter was not told: it waits for nothing")
+            .await;
+    }
+}
+
+/// A waiter that is dropped after it was woken, before it could do anything about it, passes the wake on (rule 8).
+pub async fn cancelled_waiter_passes_its_wake_on<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    // Whichever of the two a release wakes, it is dropped in one of the rounds.
+    for cancel_first in [true, false] {
+        let (key, token) = subject.claimed().await;
+        let mut first = Box::pin(subject.storage.wait(&key, LONG));
+        let mut second = Box::pin(subject.storage.wait(&key, LONG));
+        subject.assert_waits(first.as_mut(), 1).await;
+        subject.assert_waits(second.as_mut(), 1).await;
+        assert_eq!(subject.release(&key, token).await, Held::Yes);
+        let rest = if cancel_first {
+            drop(first);
+            second
+        } else {
+            drop(second);
+            first
+        };
+        let otherwise =
+            "a cancelled waiter kept its wake: the other waits although the key is free";
+        fine(subject.soon(rest, otherwise).await);
+    }
+}
+
+/// Tasks that wait for the end of the claim of `key`.
+async fn waiters<H: Harness>(subject: &Subject<'_, H>, key: EncodedKey) -> Vec<Task<()>> {
+    let waiters = (0..8).map(|_| subject.waiter(key, LONG)).collect();
+    breathe().await;
+    subject.pass(1).await;
+    waiters
+}

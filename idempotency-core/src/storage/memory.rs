@@ -1,0 +1,487 @@
+//! Records in this process.
+//!
+//! Two kinds of things lie under keys, and they are kept apart. A running claim ([`claims`]) protects an operation that is
+//! under way, so nothing but its holder, its lease or `remove` ends it. A completed record ([`records`]) lies in a moka cache,
+//! which may evict it. [`ledger`] counts both, and knows when which record expires.
+//!
+//! A key belongs to one of a fixed number of shards. Every operation on it holds that shard's lock for its whole step, which
+//! never awaits: that is what makes it atomic. Locks are nested in this order only: a shard's, moka's own, and then one of the
+//! ledger's or of a record. No code of a user runs under any of them, except `Env::now` of the builder's environment.
+
+use std::{
+    fmt,
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::future::select;
+use tokio::sync::Notify;
+
+use self::{
+    claims::{Claims, Wake},
+    ledger::Ledger,
+    records::Records,
+};
+use crate::{
+    Begin, EncodedKey, Entry, Env, Event, Held, NewClaim, Outcome, Record, Storage, StorageError,
+    StoredResponse, Token,
+};
+
+mod builder;
+mod claims;
+mod ledger;
+mod records;
+#[cfg(test)]
+mod tests;
+
+pub use self::builder::{MemoryStorageBuilder, WhenFull};
+
+/// A power of two: enough that two of a machine's threads rarely meet, few enough to visit all when the storage is full.
+const SHARDS: usize = 32;
+
+/// How many expired claims, and how many expired records, an operation clears away in passing. It adds one at most, so more
+/// than one keeps up; few, so that no request pays for a crowd.
+const SWEEP: usize = 8;
+
+/// Keeps claims and records in this process, up to a number of bytes. Clones share them.
+///
+/// For one process, and for tests. Another process doesn't see the claims, and a restart forgets the records: an operation
+/// that is retried after it runs again.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), idempotency_core::StorageError> {
+/// use std::time::Duration;
+/// use idempotency_core::{Begin, EncodedKey, MemoryStorage, NewClaim, Storage, Token};
+///
+/// let storage = MemoryStorage::new();
+/// let key = EncodedKey::from_bytes([7; 32]);
+/// let claim = |token| NewClaim { token, fingerprint: None, lease: Duration::from_secs(30) };
+///
+/// assert_eq!(storage.begin(&key, &claim(Token::random())).await?, Begin::Acquired);
+/// // A duplicate meanwhile:
+/// assert!(matches!(storage.begin(&key, &claim(Token::random())).await?, Begin::InFlight { .. }));
+/// assert_eq!(storage.claims(), 1);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Memory
+///
+/// A record weighs its body, its headers and a fixed overhead that covers all that this storage allocates for it. What lies
+/// on the heap stays within 1.2 times [`max_bytes`](MemoryStorageBuilder::max_bytes), if that is 4 MiB or more; [`WhenFull`]
+/// says what happens at the limit. A body is copied when it is recorded: a `Bytes` of ten bytes may hold on to a buffer of a
+/// megabyte.
+///
+/// Running claims are never evicted. Under [`WhenFull::Evict`] they come on top of `max_bytes`, less than 400 bytes each, and
+/// so do the waiters; `Config::max_running` and `Config::max_waiting` bound them.
+///
+/// # Expiry
+///
+/// Leases and TTLs follow the clock of the builder's [`Env`], `tokio`'s by default, and nothing else. What is over is gone for
+/// every call at once. Its memory comes back with later calls, a few expired ones at each: a storage that nobody calls frees
+/// nothing.
+#[derive(Clone)]
+pub struct MemoryStorage(Arc<Inner>);
+
+struct Inner {
+    /// `std`'s lock, because sections are short and never await.
+    shards: Box<[Mutex<Claims>]>,
+    records: Records,
+    ledger: Arc<Ledger>,
+    env: Env,
+    max_bytes: usize,
+    when_full: WhenFull,
+}
+
+impl MemoryStorage {
+    /// A storage of 64 MiB that evicts when it is full.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::builder().build()
+    }
+
+    /// Sets up a storage.
+    pub fn builder() -> MemoryStorageBuilder {
+        MemoryStorageBuilder::default()
+    }
+
+    /// How many records there are. Clears expired ones away first, as the other counts do.
+    #[must_use]
+    pub fn records(&self) -> u64 {
+        self.0.purge(|| false);
+        self.0.ledger.records()
+    }
+
+    /// How many operations run: claims whose lease is not over.
+    #[must_use]
+    pub fn claims(&self) -> usize {
+        self.0.purge(|| false);
+        self.0.ledger.claims()
+    }
+
+    /// How many calls of [`wait`](Storage::wait) are under way.
+    #[must_use]
+    pub fn waiters(&self) -> usize {
+        self.0.ledger.waiters()
+    }
+
+    /// What records and claims weigh, in bytes; see [Memory](Self#memory).
+    #[must_use]
+    pub fn weight(&self) -> u64 {
+        self.0.purge(|| false);
+        self.0.ledger.weight()
+    }
+
+    /// How many live records were evicted since the storage was built. Each is an operation that a retry runs again.
+    #[must_use]
+    pub fn evicted(&self) -> u64 {
+        self.0.ledger.evicted()
+    }
+}
+
+impl Default for MemoryStorage {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Counts and limits only.
+impl fmt::Debug for MemoryStorage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &*self.0;
+        f.debug_struct("MemoryStorage")
+            .field("max_bytes", &inner.max_bytes)
+            .field("when_full", &inner.when_full)
+            .field("weight", &inner.ledger.weight())
+            .field("records", &inner.ledger.records())
+            .field("claims", &inner.ledger.claims())
+            .field("waiters", &inner.ledger.waiters())
+            .field("evicted", &inner.ledger.evicted())
+            .finish()
+    }
+}
+
+impl Storage for MemoryStorage {
+    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
+        let inner = &*self.0;
+        let mut begun = inner.begin(key, claim);
+        if begun.is_none() {
+            // Full. The shards are visited one by one, so none may be locked here.
+            inner.purge(|| !inner.is_full());
+            begun = inner.begin(key, claim);
+        }
+        inner.settle();
+        begun.ok_or_else(StorageError::full)
+    }
+
+    async fn complete(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<Held, StorageError> {
+        // Copied before the lock is taken: nobody should wait for that.
+        let (record, too_large) = self.0.records.fitting(own(record));
+        let held = self.0.complete(key, token, record, ttl);
+        if too_large && held == Held::Yes {
+            self.0.tell_too_large(key);
+        }
+        self.0.settle();
+        Ok(held)
+    }
+
+    async fn renew(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        lease: Duration,
+    ) -> Result<Held, StorageError> {
+        Ok(self.0.renew(key, token, lease))
+    }
+
+    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
+        Ok(self.0.release(key, token))
+    }
+
+    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
+        let entry = self.0.get(key);
+        self.0.settle();
+        Ok(entry)
+    }
+
+    async fn replace(
+        &self,
+        key: &EncodedKey,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<(), StorageError> {
+        let (record, too_large) = self.0.records.fitting(own(record));
+        let replaced = self.0.replace(key, record, ttl);
+        if too_large && replaced {
+            self.0.tell_too_large(key);
+        }
+        self.0.settle();
+        Ok(())
+    }
+
+    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
+        let removed = self.0.remove(key);
+        self.0.settle();
+        Ok(removed)
+    }
+
+    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
+        let inner = &*self.0;
+        let deadline = inner.env.now().saturating_add(timeout);
+        let Some(waiter) = inner.subscribe(key) else {
+            return Ok(());
+        };
+        loop {
+            // Enabled before the look: an end in between is not missed. Dropped after a wake that it did not use, it passes
+            // that wake on.
+            let mut woken = pin!(waiter.wakes.notified());
+            woken.as_mut().enable();
+
+            let now = inner.env.now();
+            let Some(lease_end) = inner.lease_end(key, now) else {
+                if now >= deadline {
+                    // This one may have given up: should the wake have been its own, another gets it.
+                    waiter.wakes.notify_one();
+                }
+                return Ok(());
+            };
+            if now >= deadline {
+                return Ok(());
+            }
+            let pause = pin!(inner.env.sleep(lease_end.min(deadline) - now));
+            let _ = select(woken, pause).await;
+        }
+    }
+}
+
+/// The steps. Each holds the shard's lock from its beginning to its end.
+impl Inner {
+    /// `None` when the storage is full.
+    fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Option<Begin> {
+        let now = self.env.now();
+        let mut claims = self.lock(key, now);
+        let lease_end = now.saturating_add(claim.lease);
+        if let Some(running) = claims.get(key) {
+            if running.token == claim.token {
+                // Sent again. An earlier answer may have promised more.
+                let lease_end = lease_end.max(running.lease_end);
+                claims.renew(key, lease_end);
+                return Some(Begin::Acquired);
+            }
+            return Some(Begin::InFlight {
+                fingerprint: running.fingerprint,
+                lease_left: Some(running.lease_end - now),
+            });
+        }
+        if let Some(found) = self.records.get(key, now) {
+            return Some(Begin::Completed(found.record));
+        }
+        let limit = match self.when_full {
+            WhenFull::Evict => None,
+            WhenFull::Refuse => Some(self.max_bytes as u64),
+        };
+        claims
+            .start(key, claim, lease_end, limit)
+            .then_some(Begin::Acquired)
+    }
+
+    fn complete(&self, key: &EncodedKey, token: Token, record: Record, ttl: Duration) -> Held {
+        let now = self.env.now();
+        let mut claims = self.lock(key, now);
+        match claims.get(key) {
+            Some(running) if running.token != token => return Held::Lost,
+            Some(_) => {}
+            None => match self.records.get(key, now) {
+                Some(found) if found.completed_by == token => return Held::Yes,
+                Some(_) => return Held::Lost,
+                None => {}
+            },
+        }
+        // First the record, so that what is woken finds it; both are behind the lock anyway.
+        self.records
+            .insert(key, record, token, now.saturating_add(ttl));
+        claims.end(key, Wake::All);
+        Held::Yes
+    }
+
+    fn renew(&self, key: &EncodedKey, token: Token, lease: Duration) -> Held {
+        let now = self.env.now();
+        let mut claims = self.lock(key, now);
+        if claims.get(key).is_none_or(|running| running.token != token) {
+            return Held::Lost;
+        }
+        claims.renew(key, now.saturating_add(lease));
+        Held::Yes
+    }
+
+    fn release(&self, key: &EncodedKey, token: Token) -> Held {
+        let now = self.env.now();
+        let mut claims = self.lock(key, now);
+        if claims.get(key).is_none_or(|running| running.token != token) {
+            return Held::Lost;
+        }
+        claims.end(key, Wake::One);
+        Held::Yes
+    }
+
+    fn get(&self, key: &EncodedKey) -> Option<Entry> {
+        let now = self.env.now();
+        let claims = self.lock(key, now);
+        if let Some(running) = claims.get(key) {
+            return Some(Entry::Claimed {
+                fingerprint: running.fingerprint,
+                lease_left: Some(running.lease_end - now),
+            });
+        }
+        let found = self.records.get(key, now)?;
+        Some(Entry::Completed(found.record))
+    }
+
+    /// Says whether there was a record to replace.
+    fn replace(&self, key: &EncodedKey, record: Record, ttl: Duration) -> bool {
+        let now = self.env.now();
+        // Locked, though claims are not looked at: a claim and a record are never under one key.
+        let _claims = self.lock(key, now);
+        let Some(found) = self.records.get(key, now) else {
+            return false;
+        };
+        self.records.remove(key);
+        self.records
+            .insert(key, record, found.completed_by, now.saturating_add(ttl));
+        true
+    }
+
+    fn remove(&self, key: &EncodedKey) -> bool {
+        let now = self.env.now();
+        let mut claims = self.lock(key, now);
+        let claimed = claims.end(key, Wake::All);
+        let completed = self.records.get(key, now).is_some();
+        if completed {
+            self.records.remove(key);
+        }
+        claimed || completed
+    }
+
+    /// `None` when no claim holds the key.
+    fn subscribe(&self, key: &EncodedKey) -> Option<Waiter<'_>> {
+        let now = self.env.now();
+        let wakes = self.lock(key, now).subscribe(key)?;
+        Some(Waiter {
+            inner: self,
+            key: *key,
+            wakes,
+        })
+    }
+
+    /// When the claim of `key` ends by itself; `None` when there is none.
+    fn lease_end(&self, key: &EncodedKey, now: Duration) -> Option<Duration> {
+        let claims = self.lock(key, now);
+        claims.get(key).map(|running| running.lease_end)
+    }
+
+    /// Locks the shard of `key` and clears away a few things whose time is over. A claim of `key` is among them, so one that is
+    /// found under the lock is alive.
+    fn lock(&self, key: &EncodedKey, now: Duration) -> MutexGuard<'_, Claims> {
+        let shard = shard_of(key);
+        let mut claims = self.lock_shard(shard);
+        claims.end_if_over(key, now);
+        claims.sweep(now, SWEEP);
+        self.records.sweep(shard, now, SWEEP);
+        claims
+    }
+
+    /// What panics under this lock, if anything, is moka or an `Env`. Each step makes its changes after everything else, so the
+    /// claims are whole, and a poisoned lock is taken as it is.
+    fn lock_shard(&self, shard: usize) -> MutexGuard<'_, Claims> {
+        self.shards[shard]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Clears away all whose time is over, or as much as is `enough`.
+    fn purge(&self, enough: impl Fn() -> bool) {
+        let now = self.env.now();
+        for shard in 0..SHARDS {
+            loop {
+                if enough() {
+                    return;
+                }
+                // Locked anew for every few, so that requests get their turn.
+                let mut claims = self.lock_shard(shard);
+                let claims_left = claims.sweep(now, 8 * SWEEP);
+                let records_left = self.records.sweep(shard, now, 8 * SWEEP);
+                if !claims_left && !records_left {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.ledger.weight() >= self.max_bytes as u64
+    }
+
+    fn tell_too_large(&self, key: &EncodedKey) {
+        self.ledger.emit(&Event::Tombstoned {
+            key: *key,
+            reason: records::TOO_LARGE,
+        });
+    }
+
+    /// What is left to do after a step, with no lock held: bring moka down to its limit, tell observers what was evicted.
+    fn settle(&self) {
+        self.records.settle();
+        self.ledger.report_evictions();
+    }
+}
+
+/// Counts as a waiter of its key's slot until it is dropped, so that the slot stays and goes in time.
+struct Waiter<'a> {
+    inner: &'a Inner,
+    key: EncodedKey,
+    wakes: Arc<Notify>,
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.inner
+            .lock_shard(shard_of(&self.key))
+            .unsubscribe(&self.key);
+    }
+}
+
+/// Keys are hashes, so every bit is as good as any other. Should an encoder make keys that are not, the locks are shared
+/// unevenly, and nothing else happens.
+fn shard_of(key: &EncodedKey) -> usize {
+    let bytes = key.as_bytes();
+    usize::from(bytes[0] ^ bytes[31]) % SHARDS
+}
+
+/// A copy that holds on to no memory but its own.
+///
+/// `Bytes` doesn't tell whether it is a part of something larger (`Bytes::is_unique` tells who shares it, not how large it is),
+/// and a body often is: of the buffer that it was read into. So the body is always copied. The headers are packed anew, for
+/// the same reason.
+fn own(record: &Record) -> Record {
+    let outcome = match &record.outcome {
+        Outcome::Response(response) => Outcome::Response(StoredResponse::new(
+            response.status(),
+            &response.headers(),
+            Bytes::copy_from_slice(response.body()),
+        )),
+        Outcome::Tombstone(reason) => Outcome::Tombstone(*reason),
+    };
+    Record {
+        fingerprint: record.fingerprint,
+        outcome,
+    }
+}

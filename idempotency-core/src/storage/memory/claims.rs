@@ -1,0 +1,164 @@
+//! The running claims of one shard, and who waits for their end.
+
+use std::{
+    collections::{BTreeSet, HashMap, hash_map},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::sync::Notify;
+
+use super::ledger::Ledger;
+use crate::{EncodedKey, Fingerprint, NewClaim, Token};
+
+pub(super) struct Claims {
+    /// Hashed with the default, keyed hasher: an encoder of the user's may make keys that are not hashes.
+    slots: HashMap<EncodedKey, Slot>,
+    /// End of the lease and key of every claim, so that those of dead holders are found without a search.
+    leases: BTreeSet<(Duration, EncodedKey)>,
+    ledger: Arc<Ledger>,
+}
+
+/// There is one as long as a claim or a waiter is.
+#[derive(Default)]
+struct Slot {
+    claim: Option<Claim>,
+    waiting: usize,
+    /// Made for the first waiter: most claims never have one.
+    wakes: Option<Arc<Notify>>,
+}
+
+#[derive(Clone, Copy)]
+pub(super) struct Claim {
+    pub(super) token: Token,
+    pub(super) fingerprint: Option<Fingerprint>,
+    /// By the storage's clock. The claim is over from then on.
+    pub(super) lease_end: Duration,
+}
+
+/// Whom the end of a claim wakes.
+pub(super) enum Wake {
+    /// One, as the key is free for one.
+    One,
+    /// All: there is an answer, or nobody is left who would wake the next.
+    All,
+}
+
+impl Claims {
+    pub(super) fn new(ledger: Arc<Ledger>) -> Self {
+        Self {
+            slots: HashMap::new(),
+            leases: BTreeSet::new(),
+            ledger,
+        }
+    }
+
+    pub(super) fn get(&self, key: &EncodedKey) -> Option<&Claim> {
+        self.slots.get(key)?.claim.as_ref()
+    }
+
+    /// Stores a claim where none is, unless what the storage holds has reached `limit`. Says whether it did.
+    #[must_use]
+    pub(super) fn start(
+        &mut self,
+        key: &EncodedKey,
+        claim: &NewClaim,
+        lease_end: Duration,
+        limit: Option<u64>,
+    ) -> bool {
+        if !self.ledger.claim_started(limit) {
+            return false;
+        }
+        self.leases.insert((lease_end, *key));
+        self.slots.entry(*key).or_default().claim = Some(Claim {
+            token: claim.token,
+            fingerprint: claim.fingerprint,
+            lease_end,
+        });
+        true
+    }
+
+    /// Moves the end of the lease of the claim of `key`.
+    pub(super) fn renew(&mut self, key: &EncodedKey, lease_end: Duration) {
+        let Some(slot) = self.slots.get_mut(key) else {
+            return;
+        };
+        let Some(claim) = &mut slot.claim else {
+            return;
+        };
+        self.leases.remove(&(claim.lease_end, *key));
+        self.leases.insert((lease_end, *key));
+        let shortened = lease_end < claim.lease_end;
+        claim.lease_end = lease_end;
+        if let (true, Some(wakes)) = (shortened, &slot.wakes) {
+            // They sleep until the old end.
+            wakes.notify_waiters();
+        }
+    }
+
+    /// Ends the claim of `key`. Says whether there was one.
+    pub(super) fn end(&mut self, key: &EncodedKey, wake: Wake) -> bool {
+        let hash_map::Entry::Occupied(mut slot) = self.slots.entry(*key) else {
+            return false;
+        };
+        let Some(claim) = slot.get_mut().claim.take() else {
+            return false;
+        };
+        self.leases.remove(&(claim.lease_end, *key));
+        self.ledger.claim_ended();
+        if let Some(wakes) = &slot.get().wakes {
+            match wake {
+                Wake::One => wakes.notify_one(),
+                Wake::All => wakes.notify_waiters(),
+            }
+        }
+        if slot.get().waiting == 0 {
+            slot.remove();
+        }
+        true
+    }
+
+    /// Ends the claim of `key` if its lease is over.
+    pub(super) fn end_if_over(&mut self, key: &EncodedKey, now: Duration) {
+        if self.get(key).is_some_and(|claim| claim.lease_end <= now) {
+            self.end(key, Wake::All);
+        }
+    }
+
+    /// Ends up to `at_most` claims whose lease is over. Says whether there may be more.
+    pub(super) fn sweep(&mut self, now: Duration, at_most: usize) -> bool {
+        for _ in 0..at_most {
+            match self.leases.first() {
+                Some(&(lease_end, key)) if lease_end <= now => self.end(&key, Wake::All),
+                _ => return false,
+            };
+        }
+        true
+    }
+
+    /// Counts one who waits for the end of the claim of `key`; `None` when there is no claim.
+    pub(super) fn subscribe(&mut self, key: &EncodedKey) -> Option<Arc<Notify>> {
+        let slot = self.slots.get_mut(key)?;
+        slot.claim.as_ref()?;
+        slot.waiting += 1;
+        self.ledger.waiter_came();
+        Some(slot.wakes.get_or_insert_default().clone())
+    }
+
+    /// Takes back one [`subscribe`](Self::subscribe).
+    pub(super) fn unsubscribe(&mut self, key: &EncodedKey) {
+        self.ledger.waiter_left();
+        if let hash_map::Entry::Occupied(mut slot) = self.slots.entry(*key) {
+            slot.get_mut().waiting -= 1;
+            if slot.get().waiting == 0 && slot.get().claim.is_none() {
+                slot.remove();
+            }
+        }
+    }
+
+    /// How many keys have a claim or a waiter.
+    #[cfg(test)]
+    pub(super) fn slots(&self) -> usize {
+        self.slots.len()
+    }
+}

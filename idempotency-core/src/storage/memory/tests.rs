@@ -1,0 +1,380 @@
+//! What the public suite can't see: slots, wakes, odd clocks and odd arguments.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
+use std::{
+    collections::HashSet,
+    future::pending,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    task::{Context, Poll, Waker},
+};
+
+use futures_util::{FutureExt as _, future::BoxFuture};
+use http::{HeaderMap, StatusCode};
+
+use super::*;
+use crate::{Environment, Spawner};
+
+const LEASE: Duration = Duration::from_secs(30);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+fn now<T>(operation: impl Future<Output = Result<T, StorageError>>) -> T {
+    operation
+        .now_or_never()
+        .expect("an operation is over at its first poll")
+        .unwrap()
+}
+
+fn poll<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    future.poll_unpin(&mut Context::from_waker(Waker::noop()))
+}
+
+fn key(number: u8) -> EncodedKey {
+    EncodedKey::from_bytes([number; 32])
+}
+
+fn token(number: u8) -> Token {
+    Token::from_bytes([number; 16])
+}
+
+fn claim(number: u8, lease: Duration) -> NewClaim {
+    NewClaim {
+        token: token(number),
+        fingerprint: None,
+        lease,
+    }
+}
+
+fn response(body: &'static str) -> Record {
+    Record {
+        fingerprint: None,
+        outcome: Outcome::Response(StoredResponse::new(StatusCode::OK, &HeaderMap::new(), body)),
+    }
+}
+
+fn begin(storage: &MemoryStorage, number: u8, lease: Duration) -> Begin {
+    now(storage.begin(&key(1), &claim(number, lease)))
+}
+
+/// A call of `wait` for the key that `begin` takes, not yet polled.
+fn wait(
+    storage: &MemoryStorage,
+    timeout: Duration,
+) -> impl Future<Output = Result<(), StorageError>> + Unpin {
+    Box::pin(async move { storage.wait(&key(1), timeout).await })
+}
+
+fn slots(storage: &MemoryStorage) -> usize {
+    (0..SHARDS)
+        .map(|shard| storage.0.lock_shard(shard).slots())
+        .sum()
+}
+
+/// A clock that can be set, also back.
+#[derive(Clone, Default)]
+struct SetClock(Arc<AtomicU64>);
+
+impl SetClock {
+    fn storage(&self) -> MemoryStorage {
+        MemoryStorage::builder().env(Env::new(self.clone())).build()
+    }
+
+    fn set(&self, seconds: u64) {
+        self.0.store(seconds, SeqCst);
+    }
+}
+
+impl Environment for SetClock {
+    fn now(&self) -> Duration {
+        Duration::from_secs(self.0.load(SeqCst))
+    }
+
+    fn sleep(&self, _: Duration) -> BoxFuture<'static, ()> {
+        Box::pin(pending())
+    }
+
+    fn fill_random(&self, buffer: &mut [u8]) {
+        buffer.fill(4);
+    }
+
+    fn spawner(&self) -> Option<Spawner> {
+        None
+    }
+}
+
+#[test]
+fn nothing_stays_of_waiters() {
+    let storage = SetClock::default().storage();
+    assert_eq!(begin(&storage, 1, LEASE), Begin::Acquired);
+    let mut waiters: Vec<_> = (0..10).map(|_| wait(&storage, DAY)).collect();
+    assert_eq!(storage.waiters(), 0);
+    for waiter in &mut waiters {
+        assert!(poll(waiter).is_pending());
+    }
+    assert_eq!((storage.waiters(), slots(&storage)), (10, 1));
+
+    waiters.truncate(7);
+    assert_eq!((storage.waiters(), slots(&storage)), (7, 1));
+    assert_eq!(now(storage.release(&key(1), token(1))), Held::Yes);
+    assert_eq!((storage.claims(), slots(&storage)), (0, 1));
+    drop(waiters);
+    assert_eq!((storage.waiters(), slots(&storage)), (0, 0));
+    assert_eq!(storage.weight(), 0);
+
+    // The other way round: they leave before the claim does.
+    assert_eq!(begin(&storage, 1, LEASE), Begin::Acquired);
+    drop(wait(&storage, DAY).now_or_never());
+    assert_eq!((storage.waiters(), slots(&storage)), (0, 1));
+    assert_eq!(now(storage.release(&key(1), token(1))), Held::Yes);
+    assert_eq!(slots(&storage), 0);
+}
+
+#[test]
+fn a_release_wakes_one_and_a_completion_all() {
+    let storage = SetClock::default().storage();
+    assert_eq!(begin(&storage, 1, LEASE), Begin::Acquired);
+    let mut waiters: Vec<_> = (0..4).map(|_| wait(&storage, DAY)).collect();
+    for waiter in &mut waiters {
+        assert!(poll(waiter).is_pending());
+    }
+    assert_eq!(now(storage.release(&key(1), token(1))), Held::Yes);
+    let mut left = Vec::new();
+    for mut waiter in waiters {
+        if poll(&mut waiter).is_pending() {
+            left.push(waiter);
+        }
+    }
+    assert_eq!(left.len(), 3);
+
+    // One that is woken and finds another claim goes on to wait.
+    assert_eq!(begin(&storage, 2, LEASE), Begin::Acquired);
+    assert_eq!(now(storage.release(&key(1), token(2))), Held::Yes);
+    assert_eq!(begin(&storage, 3, LEASE), Begin::Acquired);
+    for waiter in &mut left {
+        assert!(poll(waiter).is_pending());
+    }
+    let held = now(storage.complete(&key(1), token(3), &response("done"), DAY));
+    assert_eq!(held, Held::Yes);
+    for waiter in &mut left {
+        assert!(poll(waiter).is_ready());
+    }
+    drop(left);
+    assert_eq!((storage.waiters(), slots(&storage)), (0, 0));
+}
+
+/// Its caller may have stopped waiting too. The key is free, so somebody should learn of it.
+#[test]
+fn a_waiter_whose_time_is_over_passes_its_wake_on() {
+    let clock = SetClock::default();
+    let storage = clock.storage();
+    assert_eq!(begin(&storage, 1, DAY), Begin::Acquired);
+    let mut short = wait(&storage, LEASE);
+    let mut long = wait(&storage, DAY);
+    assert!(poll(&mut short).is_pending());
+    assert!(poll(&mut long).is_pending());
+    clock.set(LEASE.as_secs());
+    assert_eq!(now(storage.release(&key(1), token(1))), Held::Yes);
+    assert!(poll(&mut long).is_pending());
+    assert!(poll(&mut short).is_ready());
+    assert!(poll(&mut long).is_ready());
+}
+
+#[test]
+fn a_shorter_lease_wakes_who_slept_for_the_longer() {
+    let (env, clock) = Env::simulated(1);
+    let storage = MemoryStorage::builder().env(env).build();
+    assert_eq!(begin(&storage, 1, DAY), Begin::Acquired);
+    let mut waiter = wait(&storage, DAY);
+    assert!(poll(&mut waiter).is_pending());
+    assert_eq!(now(storage.renew(&key(1), token(1), LEASE)), Held::Yes);
+    assert!(poll(&mut waiter).is_pending());
+    clock.advance(LEASE);
+    assert!(poll(&mut waiter).is_ready());
+}
+
+#[test]
+fn a_repeated_begin_never_shortens_the_lease() {
+    let clock = SetClock::default();
+    let storage = clock.storage();
+    assert_eq!(begin(&storage, 1, DAY), Begin::Acquired);
+    assert_eq!(begin(&storage, 1, LEASE), Begin::Acquired);
+    clock.set(LEASE.as_secs());
+    assert!(matches!(
+        begin(&storage, 2, LEASE),
+        Begin::InFlight { lease_left: Some(left), .. } if left == DAY - LEASE
+    ));
+}
+
+#[test]
+fn a_claim_that_is_over_is_no_longer_its_holders() {
+    let clock = SetClock::default();
+    let storage = clock.storage();
+    assert_eq!(begin(&storage, 1, LEASE), Begin::Acquired);
+    clock.set(LEASE.as_secs());
+    assert_eq!(now(storage.renew(&key(1), token(1), LEASE)), Held::Lost);
+    assert_eq!(now(storage.release(&key(1), token(1))), Held::Lost);
+    assert_eq!((storage.claims(), slots(&storage)), (0, 0));
+}
+
+#[test]
+fn odd_durations() {
+    let storage = SetClock::default().storage();
+    // No lease at all: acquired, and over at once.
+    assert_eq!(begin(&storage, 1, Duration::ZERO), Begin::Acquired);
+    assert_eq!(begin(&storage, 2, Duration::ZERO), Begin::Acquired);
+    assert_eq!(now(storage.get(&key(1))), None);
+    let held = now(storage.complete(&key(1), token(1), &response("x"), Duration::ZERO));
+    assert_eq!(held, Held::Yes);
+    assert_eq!(now(storage.get(&key(1))), None);
+    assert!(!now(storage.remove(&key(1))));
+
+    assert_eq!(begin(&storage, 3, Duration::MAX), Begin::Acquired);
+    assert_eq!(
+        now(storage.renew(&key(1), token(3), Duration::MAX)),
+        Held::Yes
+    );
+    now(storage.wait(&key(1), Duration::ZERO));
+    assert!(
+        storage
+            .wait(&key(1), Duration::MAX)
+            .now_or_never()
+            .is_none()
+    );
+    let held = now(storage.complete(&key(1), token(3), &response("x"), Duration::MAX));
+    assert_eq!(held, Held::Yes);
+    assert_eq!(begin(&storage, 4, LEASE), Begin::Completed(response("x")));
+}
+
+#[test]
+fn a_clock_that_goes_back_corrupts_nothing() {
+    let clock = SetClock::default();
+    let storage = clock.storage();
+    for (at, seconds) in (0..).zip([1000, 10, 1_000_000, 0, u64::MAX, 5, 100_000]) {
+        clock.set(seconds);
+        for number in 0..100 {
+            let (key, token) = (key(number), token(number));
+            let claim = claim(number, LEASE);
+            match now(storage.begin(&key, &claim)) {
+                Begin::Acquired if (number + at) % 3 == 0 => {
+                    assert_eq!(now(storage.renew(&key, token, DAY)), Held::Yes);
+                }
+                Begin::Acquired => {
+                    let held = now(storage.complete(&key, token, &response("x"), LEASE));
+                    assert_eq!(held, Held::Yes);
+                }
+                Begin::InFlight { .. } => unreachable!("the token is the key's own"),
+                Begin::Completed(record) => now(storage.replace(&key, &record, DAY)),
+            }
+        }
+        assert!(storage.records() + storage.claims() as u64 <= 100);
+    }
+    for number in 0..100 {
+        now(storage.remove(&key(number)));
+    }
+    assert_eq!(
+        (storage.records(), storage.claims(), storage.weight()),
+        (0, 0, 0)
+    );
+    assert_eq!(slots(&storage), 0);
+}
+
+#[test]
+fn observers_may_call_the_storage() {
+    let own: Arc<OnceLock<MemoryStorage>> = Arc::default();
+    let seen = Arc::new(AtomicU64::new(0));
+    let storage = MemoryStorage::builder()
+        .max_bytes(10_000)
+        .observer({
+            let (own, seen) = (own.clone(), seen.clone());
+            move |event: &Event<'_>| {
+                let storage = own.get().unwrap();
+                let Event::Evicted { key, total } = event else {
+                    return;
+                };
+                assert_eq!(now(storage.get(key)), None);
+                assert!(storage.evicted() >= *total && storage.claims() <= 1);
+                seen.fetch_add(1, SeqCst);
+            }
+        })
+        .build();
+    own.set(storage.clone()).unwrap();
+    for number in 0..=255 {
+        let held = now(storage.complete(&key(number), token(1), &response("x"), DAY));
+        assert_eq!(held, Held::Yes);
+    }
+    assert!(storage.evicted() > 200);
+    assert!((2..=9).contains(&seen.load(SeqCst)), "{seen:?}");
+}
+
+/// What is evicted is what was not used for longest, not what is new.
+#[test]
+fn new_and_used_records_stay() {
+    let storage = MemoryStorage::builder().max_bytes(200_000).build();
+    let key = |number: u16| {
+        let mut bytes = [0; 32];
+        bytes[30..].copy_from_slice(&number.to_be_bytes());
+        EncodedKey::from_bytes(bytes)
+    };
+    for number in 0..2_000 {
+        let held = now(storage.complete(&key(number), token(1), &response("x"), DAY));
+        assert_eq!(held, Held::Yes);
+        for kept in [number, 0] {
+            let entry = now(storage.get(&key(kept)));
+            assert!(entry.is_some(), "{kept} is gone after {number}");
+        }
+    }
+    assert!(storage.evicted() > 1_500);
+}
+
+#[test]
+fn clones_share_and_debug_counts() {
+    let storage = MemoryStorage::default();
+    assert_eq!(begin(&storage.clone(), 0xab, LEASE), Begin::Acquired);
+    let held = now(storage.complete(&key(2), token(2), &response("sesame"), DAY));
+    assert_eq!(held, Held::Yes);
+    let shown = format!("{storage:?}");
+    assert!(
+        shown.contains("max_bytes: 67108864, when_full: Evict"),
+        "{shown}"
+    );
+    assert!(
+        shown.contains("records: 1, claims: 1, waiters: 0, evicted: 0"),
+        "{shown}"
+    );
+    assert!(
+        !shown.contains("sesame") && !shown.contains("abab"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn keys_that_count_use_all_shards() {
+    let shards: HashSet<_> = (0..64_u64)
+        .map(|number| {
+            let mut bytes = [0; 32];
+            bytes[24..].copy_from_slice(&number.to_be_bytes());
+            shard_of(&EncodedKey::from_bytes(bytes))
+        })
+        .collect();
+    assert_eq!(shards.len(), SHARDS);
+}
+
+/// Dropped before its first poll, a call has not happened.
+#[test]
+fn a_call_happens_when_it_is_polled() {
+    let storage = MemoryStorage::new();
+    drop(storage.begin(&key(1), &claim(1, LEASE)));
+    assert_eq!(storage.claims(), 0);
+    let (key, first) = (key(1), claim(1, LEASE));
+    let mut call = pin!(storage.begin(&key, &first));
+    assert_eq!(storage.claims(), 0);
+    assert!(matches!(poll(&mut call), Poll::Ready(Ok(Begin::Acquired))));
+    assert_eq!(storage.claims(), 1);
+}
