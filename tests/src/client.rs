@@ -7,7 +7,11 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinHandle,
+};
 
 /// A request that is being put together.
 #[derive(Clone, Debug)]
@@ -70,6 +74,11 @@ impl Call {
         self.try_send().await.expect("an answer")
     }
 
+    /// Sends it from a task of its own, for calls that have to be under way together.
+    pub fn start(self) -> JoinHandle<Answer> {
+        tokio::spawn(self.send())
+    }
+
     /// Sends it and reads the whole answer, or says how the connection broke.
     ///
     /// # Errors
@@ -91,6 +100,20 @@ impl Call {
     }
 }
 
+/// Writes `request` to a connection as it is, also what is not HTTP, and reads all that comes back until the server closes the
+/// connection: the request should ask for that. Does not decode a chunked answer.
+///
+/// # Panics
+///
+/// Panics if the connection breaks, or what comes back is not HTTP.
+pub async fn send_raw(address: SocketAddr, request: &[u8]) -> Answer {
+    let mut stream = TcpStream::connect(address).await.expect("a connection");
+    stream.write_all(request).await.expect("a request sent");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).await.expect("an answer");
+    Answer::parse(&answer).unwrap_or_else(|| panic!("not HTTP: {:?}", answer.escape_ascii()))
+}
+
 /// A whole answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
@@ -103,6 +126,23 @@ pub struct Answer {
 }
 
 impl Answer {
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let end = bytes.windows(4).position(|window| window == b"\r\n\r\n")?;
+        let mut lines = std::str::from_utf8(&bytes[..end]).ok()?.split("\r\n");
+        let status = lines.next()?.split(' ').nth(1)?.parse().ok()?;
+        let mut headers = HeaderMap::new();
+        for line in lines {
+            let (name, value) = line.split_once(':')?;
+            let name: HeaderName = name.parse().ok()?;
+            headers.append(name, value.trim().parse().ok()?);
+        }
+        Some(Self {
+            status,
+            headers,
+            body: Bytes::copy_from_slice(&bytes[end + 4..]),
+        })
+    }
+
     /// The status as a number.
     #[must_use]
     pub fn code(&self) -> u16 {
@@ -150,6 +190,11 @@ impl Answer {
         assert_eq!(problem["status"], self.code(), "the problem's own status");
         assert!(problem["title"].is_string() && problem["detail"].is_string());
         let kind = problem["type"].as_str().expect("a type");
-        Some(kind.rsplit(['#', '/', ':']).next().unwrap_or(kind).to_owned())
+        Some(
+            kind.rsplit(['#', '/', ':'])
+                .next()
+                .unwrap_or(kind)
+                .to_owned(),
+        )
     }
 }

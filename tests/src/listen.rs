@@ -45,9 +45,8 @@ impl Events {
     /// Panics after 30 s, naming what did happen.
     pub async fn until(&self, name: &str, times: usize) {
         let mut names = self.names.subscribe();
-        let heard = names.wait_for(|names| {
-            names.iter().filter(|event| **event == name).count() >= times
-        });
+        let heard =
+            names.wait_for(|names| names.iter().filter(|event| **event == name).count() >= times);
         let limit = std::time::Duration::from_secs(30);
         if tokio::time::timeout(limit, heard).await.is_err() {
             panic!("no {times} × {name:?} in {:?}", self.names.borrow());

@@ -6,7 +6,7 @@ use axum::Router;
 use http::Method;
 use tokio::{net::TcpListener, task::JoinHandle};
 
-use crate::client::Call;
+use crate::client::{Answer, Call, send_raw};
 
 /// Serves a router over real TCP until it is dropped.
 #[derive(Debug)]
@@ -48,6 +48,11 @@ impl Server {
     /// `POST path`.
     pub fn post(&self, path: &str) -> Call {
         self.call(Method::POST, path)
+    }
+
+    /// Sends bytes as they are; see [`send_raw`].
+    pub async fn raw(&self, request: impl AsRef<[u8]>) -> Answer {
+        send_raw(self.address, request.as_ref()).await
     }
 
     /// `GET path`.
