@@ -17,7 +17,7 @@ use super::{SHARDS, records::Stored, shard_of};
 use crate::{EncodedKey, Env, Event, Observer, TracingObserver};
 
 /// What a claim weighs: its slot in a hash table that may be half empty, and its lease in a B-tree. Measured were 252 to 354
-/// bytes, by `measure` in `tests/memory_limits.rs`, where another test holds this to it.
+/// bytes; a test in `tests/memory_limits.rs` holds this to it.
 pub(super) const CLAIM_WEIGHT: u64 = 384;
 
 /// Deadline, and the number that makes it unique.

@@ -12,7 +12,7 @@ use crate::{EncodedKey, Outcome, Record, Token, TombstoneReason};
 
 /// What a record takes besides its body and its headers, in bytes: [`Stored`], its place in the ledger, and moka's nodes,
 /// table and buffers. With moka 0.12.16 that is 550, and 573 once it was read; the rest is for what the allocator rounds up
-/// ten blocks by. Measured by `measure` in `tests/memory_limits.rs`, where other tests hold the whole to its limit.
+/// ten blocks by. `tests/memory_limits.rs` holds the whole to its limit.
 const OVERHEAD: usize = 704;
 
 /// The part of the capacity by which records may be over it before moka is told to evict at once. Otherwise moka takes its
