@@ -112,17 +112,31 @@ where
             policy,
             seat,
         } = self;
-        run(&seat, Self::name(), &policy, request, |mut request, _| {
+        admitted(&seat, Self::name(), &policy, request, |mut request, _| {
             request.extensions_mut().insert(Decided);
             handler.call(request, state)
         })
     }
 }
 
+/// Runs a handler with an attribute, which marks the [`Entry`] once its extractors are done.
+pub fn run<F>(
+    seat: &Seat,
+    name: &'static str,
+    policy: &KeyPolicy,
+    request: Request,
+    handler: impl FnOnce(Request, Entry) -> F,
+) -> HandlerFuture<F> {
+    admitted(seat, name, policy, request, |request, entry| {
+        entry.track();
+        handler(request, entry)
+    })
+}
+
 /// Runs `handler` if the request was treated as `policy` asks, and answers 500 otherwise.
 ///
 /// A required key must never run unprotected because the layer is missing, or could not see the handler.
-pub fn run<F>(
+fn admitted<F>(
     seat: &Seat,
     name: &'static str,
     policy: &KeyPolicy,
@@ -135,6 +149,9 @@ pub fn run<F>(
     match admit(seat, policy, &request) {
         Ok(entry) => HandlerFuture::running(handler(request, entry)),
         Err(misplaced) => {
+            if let Some(protection) = request.extensions().get::<Protection>() {
+                protection.refuse();
+            }
             tracing::error!(
                 target: "idempotency",
                 handler = name,
@@ -156,14 +173,11 @@ fn admit(seat: &Seat, policy: &KeyPolicy, request: &Request) -> Result<Entry, Mi
     {
         return Err(Misplaced::OtherPolicy);
     }
-    let entry = Entry(protection.cloned());
-    entry.track();
-
     let unprotected = protection.is_none() && !decided && !request.method().is_safe();
     match policy.requirement {
         Requirement::Required if unprotected => Err(Misplaced::NoLayer),
         Requirement::Optional if unprotected && !seat.is_taken() => Err(Misplaced::NoLayer),
-        _ => Ok(entry),
+        _ => Ok(Entry(protection.cloned())),
     }
 }
 

@@ -35,6 +35,8 @@ struct Protected {
 const ENTRY_UNKNOWN: u8 = 0;
 const ENTRY_EXPECTED: u8 = 1;
 const ENTERED: u8 = 2;
+/// The handler was not asked: the layer applied another policy than its own.
+const REFUSED: u8 = 3;
 
 impl Protection {
     pub(crate) fn new(key: Key, encoded: EncodedKey, terms: Terms, conflict: Conflict) -> Self {
@@ -70,6 +72,15 @@ impl Protection {
 
     pub(crate) fn enter(&self) {
         self.0.entry.store(ENTERED, Ordering::Relaxed);
+    }
+
+    pub(crate) fn refuse(&self) {
+        self.0.entry.store(REFUSED, Ordering::Relaxed);
+    }
+
+    /// Whether the answer is our own 500 in the place of the handler's, which nothing may record.
+    pub(crate) fn was_refused(&self) -> bool {
+        self.0.entry.load(Ordering::Relaxed) == REFUSED
     }
 
     /// Whether extractors answered for a handler that was never entered. The answer itself orders this after `enter`.

@@ -475,6 +475,7 @@ impl Exchange {
     fn stores(&self, status: StatusCode, protection: &Protection) -> bool {
         let store_on = self.store_on();
         status != StatusCode::SWITCHING_PROTOCOLS
+            && !protection.was_refused()
             && store_on.stores(status)
             && (store_on.stores_rejections() || !protection.was_rejected())
     }
