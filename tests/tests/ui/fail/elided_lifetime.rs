@@ -1,0 +1,8 @@
+use idempotency_axum::idempotency_key;
+
+#[idempotency_key]
+async fn create_order(order: std::borrow::Cow<'_, str>) {
+    let _ = order;
+}
+
+fn main() {}

@@ -1,0 +1,6 @@
+use idempotency_axum::idempotency_exempt;
+
+#[idempotency_exempt(optional)]
+async fn search() {}
+
+fn main() {}

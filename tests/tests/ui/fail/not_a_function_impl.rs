@@ -1,0 +1,8 @@
+use idempotency_axum::idempotency_exempt;
+
+pub struct Orders;
+
+#[idempotency_exempt]
+impl Orders {}
+
+fn main() {}

@@ -1,0 +1,7 @@
+use idempotency_axum::idempotency_key;
+
+#[idempotency_key]
+#[utoipa::path(post, path = "/orders", responses((status = 200)))]
+async fn create_order() {}
+
+fn main() {}
