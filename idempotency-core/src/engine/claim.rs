@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     EncodedKey, Event, Fingerprint, Held, Operation, Outcome, Record, Spawner, Storage,
-    StorageError, StoredResponse, Token, TombstoneReason,
+    StoredResponse, Token, TombstoneReason,
 };
 
 /// The right to run the operation of a key. End it with [`complete`](Self::complete), [`tombstone`](Self::tombstone) or
@@ -89,16 +89,13 @@ impl Claim {
         let Some(run) = self.shared.ledger.end_but_stay(self.token) else {
             return;
         };
-        let release = Release {
-            begun: Begun {
-                shared: self.shared.clone(),
-                key: self.key,
-                token: self.token,
-                spawner: self.spawner.clone(),
-                ended: false,
-            },
-            claimed: Claimed::by(&run),
-        };
+        let release = Release::new(
+            &self.shared,
+            self.key,
+            self.token,
+            self.spawner.clone(),
+            Claimed::by(&run),
+        );
         release.run().await;
     }
 
@@ -177,17 +174,14 @@ impl Drop for Claim {
                 let Some(run) = self.shared.ledger.end_but_stay(self.token) else {
                     return;
                 };
-                Release {
-                    begun: Begun {
-                        shared: self.shared.clone(),
-                        key: self.key,
-                        token: self.token,
-                        spawner: self.spawner.clone(),
-                        ended: false,
-                    },
-                    claimed: Claimed::by(&run),
-                }
-                .run_in_background();
+                Release::new(
+                    &self.shared,
+                    self.key,
+                    self.token,
+                    self.spawner.clone(),
+                    Claimed::by(&run),
+                )
+                .in_background();
             }
             None => {}
         }
@@ -233,8 +227,9 @@ impl Begun {
         self.token
     }
 
-    pub(super) async fn acquired(self, fingerprint: Option<Fingerprint>) -> Claim {
-        let (claim, needs_keeper) = self.into_claim(fingerprint, Phase::Held);
+    /// The storage said yes, to a question that was asked at `since`: the lease counts from then.
+    pub(super) async fn acquired(self, fingerprint: Option<Fingerprint>, since: Duration) -> Claim {
+        let (claim, needs_keeper) = self.into_claim(fingerprint, Phase::Held, since);
         if needs_keeper {
             keeper::start(&claim.shared, claim.spawner.as_ref());
             // A task that was just spawned may sit where only this thread runs it, and the operation may block this thread.
@@ -244,22 +239,28 @@ impl Begun {
     }
 
     pub(super) fn without_claim(self, fingerprint: Option<Fingerprint>) -> Claim {
-        self.into_claim(fingerprint, Phase::Unclaimed).0
+        let now = self.shared.config.env.now();
+        self.into_claim(fingerprint, Phase::Unclaimed, now).0
     }
 
-    fn into_claim(mut self, fingerprint: Option<Fingerprint>, phase: Phase) -> (Claim, bool) {
+    fn into_claim(
+        mut self,
+        fingerprint: Option<Fingerprint>,
+        phase: Phase,
+        since: Duration,
+    ) -> (Claim, bool) {
         self.ended = true;
         let config = &self.shared.config;
-        let now = config.env.now();
         let needs_keeper = self.shared.ledger.add(
             self.token,
             Run {
                 key: self.key,
                 fingerprint,
-                since: now,
+                since,
                 ttl: config.ttl,
-                renew_at: now.saturating_add(config.lock.lease() / 3),
-                give_up_at: now.saturating_add(config.lock.hold_limit()),
+                renew_at: since.saturating_add(config.lock.lease() / 3),
+                give_up_at: since.saturating_add(config.lock.hold_limit()),
+                spawner: self.spawner.clone(),
                 phase,
             },
         );
@@ -295,26 +296,31 @@ impl Drop for Begun {
         if self.ended {
             return;
         }
-        // This one is over, and so is its place: the release takes both over.
         self.ended = true;
-        Release {
-            begun: Self {
-                shared: self.shared.clone(),
-                key: self.key,
-                token: self.token,
-                spawner: self.spawner.clone(),
-                ended: false,
-            },
-            claimed: Claimed::Perhaps,
-        }
-        .run_in_background();
+        // It takes over the place among those that run.
+        Release::new(
+            &self.shared,
+            self.key,
+            self.token,
+            self.spawner.clone(),
+            Claimed::Perhaps,
+        )
+        .in_background();
     }
 }
 
-/// Tells the storage that a claim is over.
+/// Tells the storage that a claim is over, and keeps the claim's place among those that run until it did.
+///
+/// Dropped before its end it goes on in the background, once: what is dropped there, by a panic or by a runtime that ends, is
+/// left to the lease.
 struct Release {
-    begun: Begun,
+    shared: Arc<Shared>,
+    key: EncodedKey,
+    token: Token,
+    spawner: Option<Spawner>,
     claimed: Claimed,
+    is_in_background: bool,
+    ended: bool,
 }
 
 /// What is known of a claim at the storage.
@@ -340,82 +346,115 @@ impl Release {
     const ATTEMPTS: u32 = 4;
     const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
-    /// Asks once, and where that fails, again in the background.
-    async fn run(self) {
-        match self.attempt().await {
-            Ok(()) => self.done(),
-            Err(_) => self.again_in_background(),
+    fn new(
+        shared: &Arc<Shared>,
+        key: EncodedKey,
+        token: Token,
+        spawner: Option<Spawner>,
+        claimed: Claimed,
+    ) -> Self {
+        Self {
+            shared: shared.clone(),
+            key,
+            token,
+            spawner,
+            claimed,
+            is_in_background: false,
+            ended: false,
         }
     }
 
-    async fn attempt(&self) -> Result<(), StorageError> {
-        let Begun {
-            shared, key, token, ..
-        } = &self.begun;
-        if self.claimed == Claimed::No {
-            return Ok(());
+    /// Asks once, and where that fails, again in the background.
+    async fn run(mut self) {
+        if self.attempt().await {
+            self.end();
+        } else {
+            self.again_in_background(Self::FIRST_PAUSE);
         }
-        let released = shared.limited(shared.storage.release(key, *token)).await;
-        match released {
-            Ok(Held::Yes) => shared.config.emit(&Event::Released { key: *key }),
-            Ok(Held::Lost) if self.claimed == Claimed::Yes => shared.config.emit(&Event::Lost {
+    }
+
+    fn in_background(self) {
+        self.again_in_background(Duration::ZERO);
+    }
+
+    fn again_in_background(mut self, mut pause: Duration) {
+        self.is_in_background = true;
+        let Some(spawner) = self.spawner.clone() else {
+            tracing::warn!(
+                target: "idempotency",
+                key = %self.key,
+                "a claim was dropped outside a runtime: its key is blocked until the lease is over"
+            );
+            return;
+        };
+        spawner.spawn(async move {
+            for _ in 0..Self::ATTEMPTS {
+                if !pause.is_zero() {
+                    self.shared.config.env.sleep(pause).await;
+                }
+                if self.attempt().await {
+                    break;
+                }
+                pause = (pause * 4).max(Self::FIRST_PAUSE);
+            }
+            self.end();
+        });
+    }
+
+    /// Says whether the storage answered.
+    async fn attempt(&mut self) -> bool {
+        let Self {
+            shared, key, token, ..
+        } = self;
+        if self.claimed == Claimed::No {
+            return true;
+        }
+        let event = match shared.limited(shared.storage.release(key, *token)).await {
+            Ok(Held::Yes) => Event::Released { key: *key },
+            Ok(Held::Lost) if self.claimed == Claimed::Yes => Event::Lost {
                 key: *key,
                 operation: Operation::Release,
-            }),
-            Ok(Held::Lost) => {}
+            },
+            Ok(Held::Lost) => return true,
             Err(error) => {
                 shared.config.emit(&Event::StorageFailed {
                     key: *key,
                     operation: Operation::Release,
                     error: &error,
                 });
-                return Err(error);
+                // It may have been released, only nobody said so.
+                self.claimed = Claimed::Perhaps;
+                return false;
             }
+        };
+        shared.config.emit(&event);
+        true
+    }
+
+    fn end(&mut self) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.shared.ledger.leave();
+            self.shared.ledger.wake_one(&self.key);
         }
-        Ok(())
-    }
-
-    fn done(mut self) {
-        self.begun.leave();
-        self.begun.shared.ledger.wake_one(&self.begun.key);
-    }
-
-    fn run_in_background(self) {
-        let spawner = self.begun.spawner.clone();
-        spawn_or_warn(spawner, self, |release| async move { release.run().await });
-    }
-
-    fn again_in_background(self) {
-        let spawner = self.begun.spawner.clone();
-        spawn_or_warn(spawner, self, |release| async move {
-            let mut pause = Self::FIRST_PAUSE;
-            for _ in 1..Self::ATTEMPTS {
-                release.begun.shared.config.env.sleep(pause).await;
-                pause *= 4;
-                if release.attempt().await.is_ok() {
-                    break;
-                }
-            }
-            release.done();
-        });
     }
 }
 
-/// Runs `work` on `release` in the background; where there is no runtime, the lease must end what can't be released.
-fn spawn_or_warn<F>(spawner: Option<Spawner>, release: Release, work: impl FnOnce(Release) -> F)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    match spawner {
-        Some(spawner) => spawner.spawn(work(release)),
-        None => {
-            tracing::warn!(
-                target: "idempotency",
-                key = %release.begun.key,
-                "a claim was dropped outside a runtime: its key is blocked until the lease is over"
-            );
-            release.done();
+impl Drop for Release {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
         }
+        if self.is_in_background || std::thread::panicking() {
+            return self.end();
+        }
+        self.ended = true;
+        Self {
+            shared: self.shared.clone(),
+            spawner: self.spawner.clone(),
+            ended: false,
+            ..*self
+        }
+        .in_background();
     }
 }
 

@@ -26,7 +26,7 @@ const LONGEST_RETRY: Duration = Duration::from_secs(10);
 /// Spawns the keeper.
 pub(super) fn start(shared: &Arc<Shared>, spawner: Option<&Spawner>) {
     let Some(spawner) = spawner else {
-        shared.ledger.keeper_is_gone();
+        shared.ledger.stop_keeper();
         tracing::error!(
             target: "idempotency",
             "no tokio runtime to renew claims on: they end with their lease; call the engine inside a runtime"
@@ -38,6 +38,20 @@ pub(super) fn start(shared: &Arc<Shared>, spawner: Option<&Spawner>) {
         leaving: false,
     };
     spawner.spawn(keeper.run());
+}
+
+/// The keeper was dropped with the runtime that it was on. Claims that were made on others still need one.
+fn start_elsewhere(shared: &Arc<Shared>) {
+    let Some(spawners) = shared.ledger.keeper_is_gone() else {
+        return;
+    };
+    for spawner in spawners {
+        // Where that runtime has ended as well, the new keeper is dropped at once, and the next one is tried.
+        if shared.ledger.start_keeper() {
+            start(shared, Some(&spawner));
+        }
+    }
+    shared.ledger.restarted();
 }
 
 /// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key.
@@ -141,7 +155,7 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         if !self.leaving {
-            self.shared.ledger.keeper_is_gone();
+            start_elsewhere(&self.shared);
         }
     }
 }
@@ -234,14 +248,14 @@ async fn reclaim(shared: &Shared, token: Token, run: &Run) {
     match begun {
         Ok(Begin::Acquired) => {
             let renew_at = shared.config.env.now() + lease / 3;
-            let still_runs = shared
-                .ledger
-                .change(token, |run| run.renew_at = renew_at)
-                .is_some();
-            if still_runs {
+            let is_wanted = shared.ledger.change(token, |run| {
+                run.renew_at = renew_at;
+                !matches!(run.phase, Phase::Lost | Phase::Expired)
+            });
+            if is_wanted == Some(true) {
                 shared.config.emit(&Event::Reclaimed { key: run.key });
             } else {
-                // It was released meanwhile, which is why the claim was gone.
+                // It was released or removed meanwhile, which is why the claim was gone.
                 unclaim(shared, token, run).await;
             }
         }

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::{Notify, futures::OwnedNotified};
 
-use crate::{EncodedKey, Fingerprint, Record, Token};
+use crate::{EncodedKey, Fingerprint, Record, Spawner, Token};
 
 /// The claims of an engine by token, and its waiting duplicates by key.
 #[derive(Debug)]
@@ -34,6 +34,7 @@ struct State {
     entered: usize,
     waiting: usize,
     keeper_alive: bool,
+    restarting: bool,
 }
 
 #[derive(Debug, Default)]
@@ -52,6 +53,8 @@ pub(super) struct Run {
     pub(super) renew_at: Duration,
     /// When a tombstone ends a claim that is still held.
     pub(super) give_up_at: Duration,
+    /// Of the runtime that it was made on.
+    pub(super) spawner: Option<Spawner>,
     pub(super) phase: Phase,
 }
 
@@ -289,9 +292,25 @@ impl Ledger {
         Some(kept)
     }
 
-    /// The keeper was dropped by a runtime that ended: the next claim starts another.
-    pub(super) fn keeper_is_gone(&self) {
+    /// No keeper could be started: the next claim tries again.
+    pub(super) fn stop_keeper(&self) {
         self.lock().keeper_alive = false;
+    }
+
+    /// The keeper was dropped. Gives where the claims that are left were made, so that another is started there; `None` while
+    /// that is being tried already. Call [`restarted`](Self::restarted) in the end.
+    pub(super) fn keeper_is_gone(&self) -> Option<Vec<Spawner>> {
+        let mut state = self.lock();
+        state.keeper_alive = false;
+        if std::mem::replace(&mut state.restarting, true) {
+            return None;
+        }
+        let spawners = state.runs.values().filter_map(|run| run.spawner.clone());
+        Some(spawners.collect())
+    }
+
+    pub(super) fn restarted(&self) {
+        self.lock().restarting = false;
     }
 
     pub(super) fn wake_keeper(&self) {

@@ -21,7 +21,7 @@ use futures_util::future::{Either, select};
 
 use self::ledger::{Found, Ledger};
 use crate::{
-    AnyStorage, Begin, Config, Encoded, EncodedKey, Entry, Event, Fingerprint, NewClaim,
+    AnyStorage, Begin, Config, Encoded, EncodedKey, Entry, Event, Fingerprint, Held, NewClaim,
     OnStorageError, OnUnreadable, Operation, Record, Refusal, Storage, StorageError,
     StorageErrorKind,
 };
@@ -140,6 +140,7 @@ impl Progress {
 enum Attempt {
     Decided(Decision),
     InFlight(ledger::Waiter),
+    Again,
 }
 
 impl Engine {
@@ -178,6 +179,7 @@ impl Engine {
                     return decision;
                 }
                 Attempt::InFlight(waiter) => waiter,
+                Attempt::Again => continue,
             };
             progress.set(false);
             if waiting.is_none() {
@@ -303,9 +305,28 @@ impl Engine {
             fingerprint: encoded.fingerprint,
             lease: shared.config.lock.lease(),
         };
+        let mut since = shared.config.env.now();
         match shared.storage_begin(&encoded.key, &new).await {
             Ok(Begin::Acquired) => {
-                let claim = begun.acquired(encoded.fingerprint).await;
+                // An answer that was long under way may be about a lease that is over by now.
+                while shared.has_aged(since) {
+                    since = shared.config.env.now();
+                    let renewed = shared.storage.renew(&encoded.key, new.token, new.lease);
+                    match shared.limited(renewed).await {
+                        Ok(Held::Yes) => {}
+                        Ok(Held::Lost) => {
+                            begun.not_acquired();
+                            return Attempt::Again;
+                        }
+                        Err(error) => {
+                            begun.unknown();
+                            let refused =
+                                shared.storage_failed(&encoded.key, Operation::Renew, error);
+                            return Attempt::Decided(refused);
+                        }
+                    }
+                }
+                let claim = begun.acquired(encoded.fingerprint, since).await;
                 shared.config.emit(&Event::Executing { key: encoded.key });
                 Attempt::Decided(Decision::Execute(claim))
             }
@@ -389,6 +410,12 @@ impl Engine {
 }
 
 impl Shared {
+    /// Whether so much of a lease is over, of one that began at `since` at the earliest, that it has to be renewed first.
+    fn has_aged(&self, since: Duration) -> bool {
+        let age = self.config.env.now().saturating_sub(since);
+        age >= self.config.lock.lease() / 2
+    }
+
     /// `Storage::begin`, once more where an unreadable record was in the way and is to be treated as absent.
     async fn storage_begin(&self, key: &EncodedKey, new: &NewClaim) -> Result<Begin, StorageError> {
         let begin = self.limited(self.storage.begin(key, new)).await;
