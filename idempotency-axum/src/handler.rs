@@ -19,7 +19,7 @@ use pin_project_lite::pin_project;
 use crate::{
     discovery::{Seat, Suspended},
     policy::{KeyPolicy, Requirement},
-    request::{Acknowledgement, Decided, Protection},
+    request::{Acknowledgement, Decided, Protection, WithoutKey},
 };
 
 /// Gives a handler a policy where an attribute can't: closures, generic functions, associated functions, handlers from other
@@ -173,10 +173,13 @@ fn admit(seat: &Seat, policy: &KeyPolicy, request: &Request) -> Result<Entry, Mi
     {
         return Err(Misplaced::OtherPolicy);
     }
+    let without_key = request.extensions().get::<WithoutKey>().is_some();
     let unprotected = protection.is_none() && !decided && !request.method().is_safe();
     match policy.requirement {
         Requirement::Required if unprotected => Err(Misplaced::NoLayer),
-        Requirement::Optional if unprotected && !seat.is_taken() => Err(Misplaced::NoLayer),
+        Requirement::Optional if unprotected && !seat.is_taken() && !without_key => {
+            Err(Misplaced::NoLayer)
+        }
         _ => Ok(Entry(protection.cloned())),
     }
 }

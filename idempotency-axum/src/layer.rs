@@ -179,14 +179,15 @@ impl IdempotencyLayer {
         self.with(|choices| choices.problem_response = Some(Arc::new(respond)))
     }
 
-    /// Says before the server listens whether every route's policy can be kept: gives `router` back, or the first mistake.
+    /// Says before the server listens whether every route's policy can be kept: gives `router` back, or one of the mistakes.
     ///
-    /// The layer must be on the router already. The router that comes back has its layers made, so that serving it does not
+    /// The layer must be on the router already, by `Router::layer` or `route_layer`; one that `Handler::layer` put on is made
+    /// for each request, so it can't be seen. The router that comes back has its layers made, so that serving it does not
     /// make them again for each connection.
     ///
     /// # Errors
     ///
-    /// If a handler names a cache that this layer does not have, or this layer wraps nothing.
+    /// If a handler names a cache that this layer does not have.
     pub fn check(&self, router: Router) -> Result<Router, Misuse> {
         // Makes the services, and so runs `layer()` for each of them.
         let router = router.with_state(());
@@ -194,9 +195,11 @@ impl IdempotencyLayer {
             return Err(misuse.clone());
         }
         if !self.shared.has_layered.load(Ordering::Relaxed) {
-            return Err(Misuse {
-                kind: MisuseKind::WrapsNothing,
-            });
+            tracing::warn!(
+                target: "idempotency",
+                "`check` saw no route with this idempotency layer: put it on the router before, with `.layer(layer.clone())`; it \
+                 can't see one that was put on by `Handler::layer`, which makes it anew for each request"
+            );
         }
         Ok(router)
     }
@@ -459,8 +462,6 @@ pub enum MisuseKind {
         /// The names that the layer has.
         known: Vec<String>,
     },
-    /// The layer was not put on the router before it was checked.
-    WrapsNothing,
 }
 
 impl Misuse {
@@ -483,16 +484,16 @@ impl fmt::Display for Misuse {
                     Some(handler) => write!(f, "handler `{handler}`")?,
                     None => f.write_str("the policy of the layer")?,
                 }
-                write!(f, " uses the cache {cache:?}, which the layer does not have (")?;
+                write!(
+                    f,
+                    " uses the cache {cache:?}, which the layer does not have ("
+                )?;
                 match known.is_empty() {
                     true => f.write_str("it has no named caches")?,
                     false => write!(f, "it has: {}", known.join(", "))?,
                 }
                 write!(f, "): add `.cache({cache:?}, storage)`")
             }
-            MisuseKind::WrapsNothing => f.write_str(
-                "the idempotency layer wraps no route: put it on the router with `.layer(layer.clone())` before `check`",
-            ),
         }
     }
 }

@@ -102,6 +102,10 @@ impl fmt::Debug for Protection {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Decided;
 
+/// Request extension: a layer with a fixed policy has seen that there is no key, which optional handlers accept.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WithoutKey;
+
 /// Request extension: the layer let this request through because of what a handler announced, and waits for that handler to
 /// say that it is the one that answers.
 #[derive(Clone, Debug, Default)]

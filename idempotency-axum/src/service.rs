@@ -31,7 +31,8 @@ use crate::{
     problem::Problem,
     record::{Read, read_at_once},
     request::{
-        Acknowledgement, Decided, Protection, Unbuffered, buffer, original_uri, path_and_query,
+        Acknowledgement, Decided, Protection, Unbuffered, WithoutKey, buffer, original_uri,
+        path_and_query,
     },
     response,
 };
@@ -138,7 +139,7 @@ where
         mut request: Request,
     ) -> ResponseFuture<S::Future, S::Error> {
         if applied.is_fixed && applied.policy.requirement == Requirement::Optional {
-            request.extensions_mut().insert(Decided);
+            request.extensions_mut().insert(WithoutKey);
         }
         let receipt = applied.relies_on.map(|handler| {
             let acknowledgement = self.shared.acknowledgement();
@@ -236,12 +237,10 @@ pub(crate) struct Receipt {
 }
 
 impl Receipt {
-    /// A refusal or an error may come from a middleware between us and the handler. Any other answer without the handler's
-    /// acknowledgement is another handler's, which never said that it may run without a key.
+    /// A refusal, an error or a redirect may come from a middleware between us and the handler, and a client may provoke it. A
+    /// success without the handler's acknowledgement is another handler's, which never said that it may run without a key.
     pub(crate) fn check(self, response: &Response) {
-        let status = response.status();
-        if self.acknowledgement.was_given() || status.is_client_error() || status.is_server_error()
-        {
+        if self.acknowledgement.was_given() || !response.status().is_success() {
             self.shared.give_back(self.acknowledgement);
             return;
         }
@@ -407,7 +406,16 @@ impl Exchange {
             return Ok(Response::from_parts(parts, body));
         }
         // Whatever becomes of the record, this client gets its answer, and the engine tells what became of it.
-        let body = match read_at_once(&parts, body, self.config().max_response_body).await {
+        let read = AssertUnwindSafe(read_at_once(&parts, body, self.config().max_response_body));
+        let read = match read.catch_unwind().await {
+            Ok(read) => read,
+            Err(panic) => {
+                // The handler is done: what it did must not be done again.
+                let _ = claim.tombstone(TombstoneReason::StreamBroken).await;
+                resume_unwind(panic);
+            }
+        };
+        let body = match read {
             Read::Whole(bytes) => {
                 let stored = response::stored(&parts, bytes.clone(), self.config());
                 let _ = claim.complete(stored).await;

@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 #[cfg(feature = "conformance")]
 mod simulated;
 mod system;
+mod watch;
 
 #[cfg(feature = "conformance")]
 pub use self::simulated::SimulatedClock;
@@ -41,6 +42,13 @@ pub trait Environment: Send + Sync + 'static {
 
     /// What spawns tasks from here on, or `None` where there is no runtime.
     fn spawner(&self) -> Option<Spawner>;
+
+    /// Sees to it that timers fire at most `every` late, whatever blocks the runtime's threads, until the result is dropped.
+    /// Default: nothing has to be done.
+    fn watch(&self, every: Duration) -> Watch {
+        let _ = every;
+        Watch::default()
+    }
 
     /// Whether `now` passes at the pace of the wall clock. Storages then leave expiry to their backend's own clock.
     fn is_real_time(&self) -> bool {
@@ -91,6 +99,11 @@ impl Env {
         self.0.spawner()
     }
 
+    /// Sees to it that timers fire at most `every` late, whatever blocks the runtime's threads, until the result is dropped.
+    pub(crate) fn watch(&self, every: Duration) -> Watch {
+        self.0.watch(every)
+    }
+
     /// Whether this environment's time is the wall clock's.
     #[must_use]
     pub fn is_real_time(&self) -> bool {
@@ -111,6 +124,11 @@ impl fmt::Debug for Env {
             .finish_non_exhaustive()
     }
 }
+
+/// Keeps an eye on a runtime for as long as it lives; see [`Environment::watch`].
+#[derive(Clone, Debug, Default)]
+#[must_use = "the watch ends when this is dropped"]
+pub struct Watch(#[expect(dead_code, reason = "what counts is that it is alive")] Option<Arc<()>>);
 
 /// Spawns background tasks; captured where a runtime is entered, usable anywhere.
 #[derive(Clone)]

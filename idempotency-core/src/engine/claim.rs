@@ -85,6 +85,9 @@ impl Claim {
     ///
     /// Where the storage fails it is tried again in the background, until the lease is over anyway.
     pub async fn release(mut self) {
+        if self.is_given_up() {
+            return self.expire();
+        }
         self.ended = true;
         let Some(run) = self.shared.ledger.end_but_stay(self.token) else {
             return;
@@ -106,16 +109,17 @@ impl Claim {
             outcome,
         };
         let ttl = shared.ledger.change(self.token, |run| {
-            if matches!(run.phase, Phase::Expired) {
+            if matches!(run.phase, Phase::Expired | Phase::GivingUp) {
                 return None;
             }
+            let was_lost = matches!(run.phase, Phase::Lost);
             run.phase = Phase::Finishing(record.clone());
-            Some(run.ttl)
+            Some((run.ttl, was_lost))
         });
-        let ttl = match ttl {
-            Some(Some(ttl)) => ttl,
+        let (ttl, was_lost) = match ttl {
+            Some(Some(known)) => known,
             Some(None) => {
-                self.end();
+                self.expire();
                 return Completion::Expired;
             }
             // Removed by hand, or this is a second end, which consuming `self` rules out.
@@ -140,11 +144,31 @@ impl Claim {
                     operation: Operation::Complete,
                     error: &error,
                 });
+                if was_lost {
+                    // The key is another's, and so is the answer to it.
+                    self.end();
+                    return Completion::Lost;
+                }
                 self.ended = true;
                 self.defer();
                 Completion::Deferred
             }
         }
+    }
+
+    /// Ends a claim that was given up, or leaves the tombstone that is being stored for it to the keeper.
+    fn expire(&mut self) {
+        if self.is_given_up() {
+            self.ended = true;
+            self.defer();
+        } else {
+            self.end();
+        }
+    }
+
+    fn is_given_up(&self) -> bool {
+        let is_given_up = |run: &mut Run| matches!(run.phase, Phase::GivingUp);
+        self.shared.ledger.change(self.token, is_given_up) == Some(true)
     }
 
     fn end(&mut self) -> Option<Run> {
@@ -163,12 +187,11 @@ impl Drop for Claim {
         if self.ended {
             return;
         }
-        let finishing = self
-            .shared
-            .ledger
-            .change(self.token, |run| matches!(run.phase, Phase::Finishing(_)));
+        let finishing = self.shared.ledger.change(self.token, |run| {
+            matches!(run.phase, Phase::Finishing(_) | Phase::GivingUp)
+        });
         match finishing {
-            // The outcome is known, and the future that was storing it is being dropped.
+            // The outcome is known, and the future that was storing it is being dropped, or the keeper is at it.
             Some(true) => self.defer(),
             Some(false) => {
                 let Some(run) = self.shared.ledger.end_but_stay(self.token) else {

@@ -58,17 +58,20 @@ fn start_elsewhere(shared: &Arc<Shared>) {
 pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner>) {
     let now = shared.config.env.now();
     let key = shared.ledger.change(token, |run| {
-        if let Phase::Finishing(record) = &run.phase {
-            run.phase = Phase::Pending {
-                record: record.clone(),
-                retry_at: now + retry_pause(shared, 0),
-                attempts: 0,
-                expires: now.saturating_add(run.ttl),
-            };
-        }
-        run.key
+        let record = match &run.phase {
+            Phase::Finishing(record) => record.clone(),
+            Phase::GivingUp => gave_up(run),
+            _ => return None,
+        };
+        run.phase = Phase::Pending {
+            record,
+            retry_at: now + retry_pause(shared, 0),
+            attempts: 0,
+            expires: now.saturating_add(run.ttl),
+        };
+        Some(run.key)
     });
-    let Some(key) = key else { return };
+    let Some(Some(key)) = key else { return };
     shared.config.emit(&Event::Deferred { key });
     shared.ledger.wake_all(&key);
     if shared.ledger.start_keeper() {
@@ -124,6 +127,7 @@ impl Keeper {
         let config = &shared.config;
         // Claims that are due a little later are renewed along, so that the keeper wakes for many at once.
         let slack = config.lock.lease() / 12;
+        let _watch = config.env.watch(config.lock.lease() / 6);
         while let Some(kept) = shared.ledger.kept() {
             let now = config.env.now();
             // Every claim is due within a third of the lease, so one that comes while we sleep is not due before we wake. An
@@ -302,26 +306,47 @@ fn lost(shared: &Shared, token: Token, run: &Run) {
     }
 }
 
-/// The claim was held too long: a tombstone makes sure that the operation, which may still be at it, is never run again.
-async fn give_up(shared: &Shared, token: Token, run: &Run) {
-    let record = Record {
+/// The record of a claim that was held too long.
+fn gave_up(run: &Run) -> Record {
+    Record {
         fingerprint: run.fingerprint,
         outcome: Outcome::Tombstone(TombstoneReason::MaxHold),
-    };
-    let completed_call = shared.storage.complete(&run.key, token, &record, run.ttl);
-    match shared.limited_to(limit(shared), completed_call).await {
+    }
+}
+
+/// The claim was held too long: a tombstone makes sure that the operation, which may still be at it, is never run again. From
+/// here on that is its outcome; an answer that comes later is not stored.
+async fn give_up(shared: &Shared, token: Token, run: &Run) {
+    let begun = shared.ledger.change(token, |run| {
+        let is_held = matches!(run.phase, Phase::Held);
+        if is_held {
+            run.phase = Phase::GivingUp;
+        }
+        is_held
+    });
+    if begun != Some(true) {
+        return;
+    }
+    let record = gave_up(run);
+    let tombstone = shared.storage.complete(&run.key, token, &record, run.ttl);
+    match shared.limited_to(limit(shared), tombstone).await {
         Ok(held) => {
-            let changed = shared.ledger.change(token, |run| {
-                let held_on = matches!(run.phase, Phase::Held);
-                if held_on {
+            let is_over = shared.ledger.change(token, |run| match run.phase {
+                Phase::GivingUp => {
                     run.phase = match held {
                         Held::Yes => Phase::Expired,
                         Held::Lost => Phase::Lost,
                     };
+                    false
                 }
-                held_on
+                // The operation ended meanwhile, and left the tombstone to us.
+                Phase::Pending { .. } => true,
+                _ => false,
             });
-            if changed == Some(true) {
+            if is_over == Some(true) {
+                let _ = shared.ledger.end(token);
+            }
+            if is_over.is_some() {
                 completed(shared, &run.key, Some(run), &record, held);
             }
         }
@@ -332,7 +357,12 @@ async fn give_up(shared: &Shared, token: Token, run: &Run) {
                 error: &error,
             });
             let again = shared.config.env.now() + retry_pause(shared, 0);
-            let _ = shared.ledger.change(token, |run| run.give_up_at = again);
+            let _ = shared.ledger.change(token, |run| {
+                if matches!(run.phase, Phase::GivingUp) {
+                    run.phase = Phase::Held;
+                }
+                run.give_up_at = again;
+            });
             renew(shared, token, run).await;
         }
     }

@@ -3,7 +3,7 @@
 //! A `std` mutex guards it all: every section is a few map operations, and none spans an await or runs code that is not ours.
 
 use std::{
-    collections::{HashMap, hash_map},
+    collections::{HashMap, HashSet, hash_map},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -35,12 +35,37 @@ struct State {
     waiting: usize,
     keeper_alive: bool,
     restarting: bool,
+    clearing: HashSet<EncodedKey>,
 }
 
+/// Those who wait for an operation that runs here hear of it here and nowhere else, so they are woken first.
 #[derive(Debug, Default)]
 struct Waiters {
-    ended: Arc<Notify>,
-    count: usize,
+    here: Arc<Notify>,
+    elsewhere: Arc<Notify>,
+    count_here: usize,
+    count_elsewhere: usize,
+}
+
+impl Waiters {
+    fn of(&mut self, is_local: bool) -> (&Arc<Notify>, &mut usize) {
+        match is_local {
+            true => (&self.here, &mut self.count_here),
+            false => (&self.elsewhere, &mut self.count_elsewhere),
+        }
+    }
+
+    fn wake_one(&self) {
+        match self.count_here {
+            0 => self.elsewhere.notify_one(),
+            _ => self.here.notify_one(),
+        }
+    }
+
+    fn wake_all(&self) {
+        self.here.notify_waiters();
+        self.elsewhere.notify_waiters();
+    }
 }
 
 /// One execution.
@@ -66,7 +91,7 @@ impl Run {
             Phase::Pending {
                 retry_at, expires, ..
             } => self.renew_at.min(*retry_at).min(*expires),
-            Phase::Finishing(_) => self.renew_at,
+            Phase::GivingUp | Phase::Finishing(_) => self.renew_at,
             Phase::Unclaimed | Phase::Lost | Phase::Expired => Duration::MAX,
         }
     }
@@ -76,6 +101,8 @@ impl Run {
 pub(super) enum Phase {
     /// The operation runs under its claim.
     Held,
+    /// It was held too long: a tombstone is being stored. The operation still runs.
+    GivingUp,
     /// The operation runs without a claim: `LockPolicy::disabled`.
     Unclaimed,
     /// The operation is over and its own future is storing the outcome.
@@ -129,7 +156,7 @@ impl Ledger {
             return Found::Nothing;
         };
         match &run.phase {
-            Phase::Held | Phase::Finishing(_) => Found::Running {
+            Phase::Held | Phase::GivingUp | Phase::Finishing(_) => Found::Running {
                 fingerprint: run.fingerprint,
                 waiter: self.waiter(&mut state, key, true),
             },
@@ -138,36 +165,54 @@ impl Ledger {
         }
     }
 
-    /// Whatever happens to `key` here wakes the waiter from now on.
-    pub(super) fn subscribe(&self, key: &EncodedKey) -> Waiter {
+    /// A waiter that is woken by whatever happens to `key` here from now on, or the outcome that is here already.
+    pub(super) fn subscribe(&self, key: &EncodedKey) -> Result<Waiter, Record> {
         let mut state = self.lock();
-        let is_local = state.by_key.contains_key(key);
-        self.waiter(&mut state, key, is_local)
+        let run = state
+            .by_key
+            .get(key)
+            .and_then(|token| state.runs.get(token));
+        if let Some(Phase::Pending { record, .. }) = run.map(|run| &run.phase) {
+            return Err(record.clone());
+        }
+        let is_local = run.is_some();
+        Ok(self.waiter(&mut state, key, is_local))
     }
 
     fn waiter(&self, state: &mut State, key: &EncodedKey, is_local: bool) -> Waiter {
         let waiters = state.waiters.entry(*key).or_default();
-        waiters.count += 1;
+        let (ended, count) = waiters.of(is_local);
+        *count += 1;
         Waiter {
             // Made under the lock: it is told of everything that happens from here on, polled or not.
-            ended: waiters.ended.clone().notified_owned(),
+            ended: ended.clone().notified_owned(),
             is_local,
             place: Place {
                 state: self.state.clone(),
                 key: *key,
+                is_local,
             },
         }
     }
 
     pub(super) fn wake_one(&self, key: &EncodedKey) {
         if let Some(waiters) = self.lock().waiters.get(key) {
-            waiters.ended.notify_one();
+            waiters.wake_one();
+        }
+    }
+
+    /// One who waits for an operation that ran here is to look where it runs now.
+    pub(super) fn wake_one_here(&self, key: &EncodedKey) {
+        if let Some(waiters) = self.lock().waiters.get(key)
+            && waiters.count_here > 0
+        {
+            waiters.here.notify_one();
         }
     }
 
     pub(super) fn wake_all(&self, key: &EncodedKey) {
         if let Some(waiters) = self.lock().waiters.get(key) {
-            waiters.ended.notify_waiters();
+            waiters.wake_all();
         }
     }
 
@@ -221,7 +266,7 @@ impl Ledger {
             Phase::Pending { .. } => {
                 state.by_key.entry(run.key).or_insert(token);
             }
-            Phase::Held | Phase::Unclaimed | Phase::Finishing(_) => {}
+            Phase::Held | Phase::GivingUp | Phase::Unclaimed | Phase::Finishing(_) => {}
         }
         Some(result)
     }
@@ -249,11 +294,17 @@ impl Ledger {
         run
     }
 
-    /// The key was removed by hand: its run answers for nothing any more. Says whether there was one.
-    pub(super) fn forget(&self, key: &EncodedKey) -> bool {
+    /// The run that answers for `key` here.
+    pub(super) fn holder(&self, key: &EncodedKey) -> Option<Token> {
+        self.lock().by_key.get(key).copied()
+    }
+
+    /// The key was removed by hand while `holder` was its run, which answers for nothing any more. Says whether it did.
+    pub(super) fn forget(&self, key: &EncodedKey, holder: Option<Token>) -> bool {
         let mut state = self.lock();
-        let forgotten = state.by_key.remove(key);
+        let forgotten = holder.filter(|token| state.by_key.get(key) == Some(token));
         if let Some(token) = forgotten {
+            state.by_key.remove(key);
             match state.runs.get_mut(&token) {
                 // Nobody but the keeper is waiting for this one to end.
                 Some(Run {
@@ -266,7 +317,7 @@ impl Ledger {
             self.check_drained(&state);
         }
         if let Some(waiters) = state.waiters.get(key) {
-            waiters.ended.notify_waiters();
+            waiters.wake_all();
         }
         forgotten.is_some()
     }
@@ -280,7 +331,7 @@ impl Ledger {
             .filter(|(_, run)| {
                 matches!(
                     run.phase,
-                    Phase::Held | Phase::Finishing(_) | Phase::Pending { .. }
+                    Phase::Held | Phase::GivingUp | Phase::Finishing(_) | Phase::Pending { .. }
                 )
             })
             .map(|(token, run)| (*token, run.clone()))
@@ -311,6 +362,15 @@ impl Ledger {
 
     pub(super) fn restarted(&self) {
         self.lock().restarting = false;
+    }
+
+    /// The right to clear what lies unreadable under `key` away; one at a time, so that nobody clears another's claim.
+    pub(super) fn clear(&self, key: &EncodedKey) -> Option<Clearing<'_>> {
+        let may = self.lock().clearing.insert(*key);
+        may.then_some(Clearing {
+            ledger: self,
+            key: *key,
+        })
     }
 
     pub(super) fn wake_keeper(&self) {
@@ -374,6 +434,19 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// See [`Ledger::clear`].
+pub(super) struct Clearing<'a> {
+    ledger: &'a Ledger,
+    key: EncodedKey,
+}
+
+impl Drop for Clearing<'_> {
+    fn drop(&mut self) {
+        self.ledger.lock().clearing.remove(&self.key);
+        self.ledger.wake_all(&self.key);
+    }
+}
+
 /// A duplicate's ear at a key.
 pub(super) struct Waiter {
     ended: OwnedNotified,
@@ -399,14 +472,15 @@ impl Waiter {
 struct Place {
     state: Arc<Mutex<State>>,
     key: EncodedKey,
+    is_local: bool,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut state = lock(&self.state);
         if let hash_map::Entry::Occupied(mut waiters) = state.waiters.entry(self.key) {
-            waiters.get_mut().count -= 1;
-            if waiters.get().count == 0 {
+            *waiters.get_mut().of(self.is_local).1 -= 1;
+            if waiters.get().count_here + waiters.get().count_elsewhere == 0 {
                 waiters.remove();
             }
         }

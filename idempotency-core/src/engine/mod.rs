@@ -136,6 +136,9 @@ impl Progress {
     }
 }
 
+/// How long a duplicate pauses after the storage failed to wait for it.
+const WAIT_FAILED_PAUSE: Duration = Duration::from_millis(50);
+
 /// What one look at ledger and storage came to.
 enum Attempt {
     Decided(Decision),
@@ -168,6 +171,7 @@ impl Engine {
         let shared = &self.shared;
         let env = &shared.config.env;
         let mut waiting: Option<Waiting<'_>> = None;
+        let mut waited_here = false;
         loop {
             let waited = waiting.as_ref().map_or(Duration::ZERO, Waiting::waited);
             let waiter = match self.attempt(encoded, progress, waited).await {
@@ -182,6 +186,11 @@ impl Engine {
                 Attempt::Again => continue,
             };
             progress.set(false);
+            if waited_here && !waiter.is_local() {
+                // It runs elsewhere now, which those who still wait for it here do not know.
+                shared.ledger.wake_one_here(&encoded.key);
+            }
+            waited_here = waiter.is_local();
             if waiting.is_none() {
                 waiting = shared.start_waiting(&encoded.key, env.now());
                 if waiting.is_none() {
@@ -233,8 +242,10 @@ impl Engine {
     /// If the storage fails.
     pub async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
         let shared = &self.shared;
+        // Whoever claims the key once it is removed is not to be forgotten.
+        let holder = shared.ledger.holder(key);
         let removed = shared.limited(shared.storage.remove(key)).await?;
-        let forgotten = shared.ledger.forget(key);
+        let forgotten = shared.ledger.forget(key, holder);
         Ok(removed || forgotten)
     }
 
@@ -306,7 +317,25 @@ impl Engine {
             lease: shared.config.lock.lease(),
         };
         let mut since = shared.config.env.now();
-        match shared.storage_begin(&encoded.key, &new).await {
+        let mut clearing = None;
+        let mut answer = shared
+            .limited(shared.storage.begin(&encoded.key, &new))
+            .await;
+        if shared.is_to_be_cleared(&answer) {
+            clearing = shared.ledger.clear(&encoded.key);
+            if clearing.is_none() {
+                begun.not_acquired();
+                return match shared.ledger.subscribe(&encoded.key) {
+                    Ok(waiter) => Attempt::InFlight(waiter),
+                    Err(record) => Attempt::Decided(shared.replay(encoded, record, waited)),
+                };
+            }
+            since = shared.config.env.now();
+            answer = shared.clear_and_begin(&encoded.key, &new).await;
+        }
+        // Until the claim is in the ledger, or it is known that there is none.
+        let _clearing = clearing;
+        match answer {
             Ok(Begin::Acquired) => {
                 // An answer that was long under way may be about a lease that is over by now.
                 while shared.has_aged(since) {
@@ -336,8 +365,10 @@ impl Engine {
             }
             Ok(Begin::InFlight { fingerprint, .. }) => {
                 begun.not_acquired();
-                let waiter = shared.ledger.subscribe(&encoded.key);
-                shared.in_flight(encoded, fingerprint, waiter)
+                match shared.ledger.subscribe(&encoded.key) {
+                    Ok(waiter) => shared.in_flight(encoded, fingerprint, waiter),
+                    Err(record) => Attempt::Decided(shared.replay(encoded, record, waited)),
+                }
             }
             Err(error) => {
                 match error.kind() {
@@ -416,24 +447,32 @@ impl Shared {
         age >= self.config.lock.lease() / 2
     }
 
-    /// `Storage::begin`, once more where an unreadable record was in the way and is to be treated as absent.
-    async fn storage_begin(&self, key: &EncodedKey, new: &NewClaim) -> Result<Begin, StorageError> {
+    /// Whether an unreadable record is in the way and is to be treated as absent.
+    fn is_to_be_cleared(&self, begin: &Result<Begin, StorageError>) -> bool {
+        let unreadable =
+            matches!(begin, Err(error) if error.kind() == StorageErrorKind::Unreadable);
+        unreadable && self.config.on_unreadable == OnUnreadable::TreatAsAbsent
+    }
+
+    /// `Storage::begin` in the place of an unreadable record, if it is still there.
+    async fn clear_and_begin(
+        &self,
+        key: &EncodedKey,
+        new: &NewClaim,
+    ) -> Result<Begin, StorageError> {
         let begin = self.limited(self.storage.begin(key, new)).await;
-        match begin {
-            Err(error)
-                if error.kind() == StorageErrorKind::Unreadable
-                    && self.config.on_unreadable == OnUnreadable::TreatAsAbsent =>
-            {
-                self.config.emit(&Event::StorageFailed {
-                    key: *key,
-                    operation: Operation::Begin,
-                    error: &error,
-                });
-                self.limited(self.storage.remove(key)).await?;
-                self.limited(self.storage.begin(key, new)).await
-            }
-            begin => begin,
+        if !self.is_to_be_cleared(&begin) {
+            return begin;
         }
+        if let Err(error) = &begin {
+            self.config.emit(&Event::StorageFailed {
+                key: *key,
+                operation: Operation::Begin,
+                error,
+            });
+        }
+        self.limited(self.storage.remove(key)).await?;
+        self.limited(self.storage.begin(key, new)).await
     }
 
     /// A duplicate of a running operation, or another request under its key.
@@ -521,6 +560,8 @@ impl Shared {
                     operation: Operation::Wait,
                     error: &error,
                 });
+                // The caller looks again, but not at once, and again, and again.
+                self.config.env.sleep(WAIT_FAILED_PAUSE).await;
             }
         });
         let over = pin!(self.config.env.sleep(limit));

@@ -6,9 +6,12 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use tokio::{runtime::Handle, time::Instant};
+use tokio::{
+    runtime::{Handle, RuntimeFlavor},
+    time::Instant,
+};
 
-use super::{Environment, Spawner};
+use super::{Environment, Spawner, Watch, watch};
 
 /// One for the process: all its users then count from the same origin.
 pub(super) fn shared() -> Arc<dyn Environment> {
@@ -63,6 +66,16 @@ impl Environment for System {
     fn spawner(&self) -> Option<Spawner> {
         let handle = Handle::try_current().ok()?;
         Some(Spawner::new(move |task| drop(handle.spawn(task))))
+    }
+
+    fn watch(&self, every: Duration) -> Watch {
+        match Handle::try_current() {
+            Ok(handle) if handle.runtime_flavor() == RuntimeFlavor::MultiThread => {
+                Watch(Some(watch::watch(handle, every)))
+            }
+            // A runtime of one thread that is blocked can't be helped.
+            _ => Watch::default(),
+        }
     }
 
     fn is_real_time(&self) -> bool {
