@@ -66,9 +66,13 @@
 //! | placement | what happens |
 //! |---|---|
 //! | `nest_service(Router)`, a layer around a whole `Router`, `BufferLayer` | the mode's default policy applies. A handler that asked for more answers 500 and logs its name, its policy and the cure; it never runs unprotected. In `enforce` an exempt handler there gets 400 for a missing key |
-//! | `route_service(MethodRouter)`, a closure that calls an annotated handler | the announced policy applies. If it let a request through and another handler answered it, that is logged as an error and the route falls back to the mode's default |
+//! | `route_service(MethodRouter)`, a closure that calls an annotated handler | the announced policy applies. If it let a request through and another handler answered it with success, that is logged as an error and the route (known by its matched path) falls back to the mode's default |
 //! | [`IdempotencyLayer::policy`] | that policy, no questions asked |
+//! | `Handler::layer` with our layer, inside a router that has one too | the router's layer decides and the inner one passes the request through; a cache that only the inner one has is unknown |
 //! | an unknown `cache_name` | the route answers 500; [`IdempotencyLayer::check`] finds it before the server listens |
+//!
+//! `MethodRouter::route_layer` leaves a wrong method 405, and `Router::route_layer` an unmatched path 404. `Router::layer` wraps
+//! those answers too, so in `enforce` they are 400 for an unsafe method without a key; so does `Router::route_layer` with 405.
 //!
 //! # Order of layers
 //!

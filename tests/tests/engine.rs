@@ -1146,6 +1146,42 @@ async fn a_clock_that_jumps_over_the_lease_lets_nobody_here_run_twice() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_runs_here_is_known_here_whatever_the_storage_thinks() {
+    let node = Node::new();
+    let claim = claim_of(node.engine.begin(&operation(1)).await);
+    node.storage.set(Operation::Renew, Fault::FailBefore);
+    node.pass(2 * LEASE).await;
+    assert_eq!(
+        node.memory.claims(),
+        0,
+        "the storage thinks that it is over"
+    );
+    let duplicate = begin(&node.engine, operation(1));
+    idle().await;
+    assert!(!duplicate.is_finished());
+    assert_eq!(claim.complete(answer("one")).await, Completion::Stored);
+    assert_replays(duplicate.await.unwrap(), "one");
+    node.assert_quiet().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outcome_that_is_not_stored_yet_answers_while_the_storage_is_down() {
+    let node = Node::new();
+    let claim = claim_of(node.engine.begin(&operation(1)).await);
+    for operation in [Operation::Begin, Operation::Complete, Operation::Renew] {
+        node.storage.set(operation, Fault::FailBefore);
+    }
+    assert_eq!(claim.complete(answer("one")).await, Completion::Deferred);
+    assert_replays(node.engine.begin(&operation(1)).await, "one");
+    for operation in [Operation::Begin, Operation::Complete, Operation::Renew] {
+        node.storage.heal(operation);
+    }
+    node.pass(LEASE).await;
+    assert_replays(node.engine.begin(&operation(1)).await, "one");
+    node.assert_quiet().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_claim_whose_lease_is_over_when_it_is_granted_is_no_claim() {
     // The storage granted it, then the machine slept for a lease before the answer was read. Meanwhile another node runs.
     let (env, clock) = Env::simulated(7);

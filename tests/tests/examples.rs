@@ -138,7 +138,10 @@ async fn a_stop_waits_for_the_order_of_a_client_that_has_left() {
     until(&mut log, |line| line.contains("executing")).await;
     drop(client);
     // On a machine that is slow enough the order was made before the client had left.
-    until(&mut log, |line| line.contains("adopted")).await;
+    until(&mut log, |line| {
+        line.contains("adopted") || line.contains("completed")
+    })
+    .await;
     let kill = format!("kill -INT {}", orders.child.id().unwrap());
     assert!(
         Command::new("sh")
