@@ -133,9 +133,9 @@ impl http_body::Body for Resumed {
         let rest = self.rest.size_hint();
         let read = self.read.length as u64;
         let mut hint = SizeHint::new();
-        hint.set_lower(rest.lower() + read);
+        hint.set_lower(rest.lower().saturating_add(read));
         if let Some(upper) = rest.upper() {
-            hint.set_upper(upper + read);
+            hint.set_upper(upper.saturating_add(read));
         }
         hint
     }

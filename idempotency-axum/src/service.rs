@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    panic::{AssertUnwindSafe, resume_unwind},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
     task::{Context, Poll},
 };
@@ -401,16 +401,25 @@ impl Exchange {
             }
         };
         let (parts, body) = response.into_parts();
-        if !self.stores(parts.status, &protection) {
-            claim.release().await;
-            return Ok(Response::from_parts(parts, body));
+        // A user's function may say which statuses are stored, and panic.
+        let stores = catch_unwind(AssertUnwindSafe(|| self.stores(parts.status, &protection)));
+        match stores {
+            Ok(true) => {}
+            Ok(false) => {
+                claim.release().await;
+                return Ok(Response::from_parts(parts, body));
+            }
+            Err(panic) => {
+                // The handler is done: what it did must not be done again.
+                let _ = claim.tombstone(TombstoneReason::HandlerFailed).await;
+                resume_unwind(panic);
+            }
         }
         // Whatever becomes of the record, this client gets its answer, and the engine tells what became of it.
         let read = AssertUnwindSafe(read_at_once(&parts, body, self.config().max_response_body));
         let read = match read.catch_unwind().await {
             Ok(read) => read,
             Err(panic) => {
-                // The handler is done: what it did must not be done again.
                 let _ = claim.tombstone(TombstoneReason::StreamBroken).await;
                 resume_unwind(panic);
             }

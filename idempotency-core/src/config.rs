@@ -101,7 +101,8 @@ pub enum OnUnreadable {
     /// It is treated as any storage error.
     #[default]
     Reject,
-    /// The record is removed, and the operation runs as if it had never been there. It may have run before.
+    /// The record is removed, and the operation runs as if it had never been there. It may have run before, and of two
+    /// processes that find the record at the same moment both may run it now: removing is not one step with claiming.
     TreatAsAbsent,
 }
 

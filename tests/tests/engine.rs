@@ -1182,6 +1182,44 @@ async fn an_outcome_that_is_not_stored_yet_answers_while_the_storage_is_down() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_claim_that_comes_after_a_slow_answer_is_renewed() {
+    // The keeper finds that the only claim is completed, whose future does not know it yet: there is nothing to renew.
+    let (env, clock) = Env::simulated(7);
+    let memory = MemoryStorage::builder().env(env.clone()).build();
+    let gate = Gate::new();
+    let slow = Hooked::new(memory.clone(), after(Operation::Complete, gate.clone()));
+    let engine = Engine::new(slow, config(&env).storage_timeout(LEASE));
+    let first = claim_of(engine.begin(&operation(1)).await);
+    let completing = tokio::spawn(first.complete(answer("one")));
+    gate.arrived(1).await;
+    pass(&clock, LEASE / 2).await;
+    gate.open(10);
+    assert_eq!(completing.await.unwrap(), Completion::Stored);
+    let second = claim_of(engine.begin(&operation(2)).await);
+    for _ in 0..20 {
+        pass(&clock, LEASE / 5).await;
+        assert_eq!(memory.claims(), 1, "the second claim is not renewed");
+    }
+    assert_eq!(second.complete(answer("two")).await, Completion::Stored);
+    engine.drain().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outcome_that_hangs_while_its_key_is_removed_leaves_nothing() {
+    let node = Node::new();
+    let claim = claim_of(node.engine.begin(&operation(1)).await);
+    node.storage.set(Operation::Complete, Fault::Hang);
+    let completing = tokio::spawn(claim.complete(answer("one")));
+    idle().await;
+    assert!(node.engine.remove(&operation(1).key).await.unwrap());
+    node.clock.advance(STORAGE_TIMEOUT);
+    assert_eq!(completing.await.unwrap(), Completion::Lost);
+    node.storage.heal(Operation::Complete);
+    node.engine.drain().await;
+    node.assert_quiet().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_claim_whose_lease_is_over_when_it_is_granted_is_no_claim() {
     // The storage granted it, then the machine slept for a lease before the answer was read. Meanwhile another node runs.
     let (env, clock) = Env::simulated(7);

@@ -113,7 +113,10 @@ impl Claim {
                 return None;
             }
             let was_lost = matches!(run.phase, Phase::Lost);
-            run.phase = Phase::Finishing(record.clone());
+            // The key of a lost claim is another's: its outcome is tried once, and nobody here answers from it.
+            if !was_lost {
+                run.phase = Phase::Finishing(record.clone());
+            }
             Some((run.ttl, was_lost))
         });
         let (ttl, was_lost) = match ttl {
@@ -150,8 +153,11 @@ impl Claim {
                     return Completion::Lost;
                 }
                 self.ended = true;
-                self.defer();
-                Completion::Deferred
+                if self.defer() {
+                    Completion::Deferred
+                } else {
+                    Completion::Lost
+                }
             }
         }
     }
@@ -160,7 +166,7 @@ impl Claim {
     fn expire(&mut self) {
         if self.is_given_up() {
             self.ended = true;
-            self.defer();
+            let _ = self.defer();
         } else {
             self.end();
         }
@@ -176,9 +182,9 @@ impl Claim {
         self.shared.ledger.end(self.token)
     }
 
-    /// Leaves the outcome to the keeper.
-    fn defer(&self) {
-        keeper::defer(&self.shared, self.token, self.spawner.as_ref());
+    /// Leaves the outcome to the keeper. Says whether there was one to leave.
+    fn defer(&self) -> bool {
+        keeper::defer(&self.shared, self.token, self.spawner.as_ref())
     }
 }
 
@@ -192,7 +198,9 @@ impl Drop for Claim {
         });
         match finishing {
             // The outcome is known, and the future that was storing it is being dropped, or the keeper is at it.
-            Some(true) => self.defer(),
+            Some(true) => {
+                let _ = self.defer();
+            }
             Some(false) => {
                 let Some(run) = self.shared.ledger.end_but_stay(self.token) else {
                     return;
@@ -233,15 +241,14 @@ pub(super) struct Begun {
 
 impl Begun {
     pub(super) fn enter(shared: &Arc<Shared>, key: EncodedKey) -> Option<Self> {
-        if !shared.ledger.enter() {
-            return None;
-        }
         let env = &shared.config.env;
-        Some(Self {
+        // Made before the place is taken: an environment of a user's may panic.
+        let (token, spawner) = (Token::random_from(env), env.spawner());
+        shared.ledger.enter().then(|| Self {
             shared: shared.clone(),
             key,
-            token: Token::random_from(env),
-            spawner: env.spawner(),
+            token,
+            spawner,
             ended: false,
         })
     }

@@ -4,7 +4,7 @@
 //! ends when there are none. So a request that is answered within a third of the lease costs no spawn and no timer beyond the
 //! one that the keeper already has.
 
-use std::{panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
+use std::{collections::HashSet, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, StreamExt, future::select, stream};
 
@@ -42,25 +42,29 @@ pub(super) fn start(shared: &Arc<Shared>, spawner: Option<&Spawner>) {
 
 /// The keeper was dropped with the runtime that it was on. Claims that were made on others still need one.
 fn start_elsewhere(shared: &Arc<Shared>) {
-    let Some(spawners) = shared.ledger.keeper_is_gone() else {
+    if !shared.ledger.keeper_is_gone() {
         return;
-    };
-    for spawner in spawners {
-        // Where that runtime has ended as well, the new keeper is dropped at once, and the next one is tried.
-        if shared.ledger.start_keeper() {
-            start(shared, Some(&spawner));
+    }
+    let mut tried = HashSet::new();
+    while let Some(spawners) = shared.ledger.untried(&mut tried) {
+        for spawner in spawners {
+            // Where that runtime has ended as well, the new keeper is dropped at once, and the next one is tried.
+            if shared.ledger.start_keeper() {
+                start(shared, Some(&spawner));
+            }
         }
     }
-    shared.ledger.restarted();
 }
 
-/// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key.
-pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner>) {
+/// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key. Says whether there was one
+/// to leave: a key that was removed by hand has none.
+pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner>) -> bool {
     let now = shared.config.env.now();
-    let key = shared.ledger.change(token, |run| {
+    let deferred = shared.ledger.change(token, |run| {
         let record = match &run.phase {
             Phase::Finishing(record) => record.clone(),
-            Phase::GivingUp => gave_up(run),
+            // `Held`: the tombstone could not be stored since the caller looked.
+            Phase::GivingUp | Phase::Held => gave_up(run),
             _ => return None,
         };
         run.phase = Phase::Pending {
@@ -71,7 +75,15 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner
         };
         Some(run.key)
     });
-    let Some(Some(key)) = key else { return };
+    let key = match deferred {
+        Some(Some(key)) => key,
+        // Removed by hand, or given up, since the caller looked: nothing is left to store.
+        Some(None) => {
+            let _ = shared.ledger.end(token);
+            return false;
+        }
+        None => return false,
+    };
     shared.config.emit(&Event::Deferred { key });
     shared.ledger.wake_all(&key);
     if shared.ledger.start_keeper() {
@@ -79,6 +91,7 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner
     } else {
         shared.ledger.wake_keeper();
     }
+    true
 }
 
 /// The storage took an outcome, or said that the key is another's.
@@ -127,19 +140,30 @@ impl Keeper {
         let config = &shared.config;
         // Claims that are due a little later are renewed along, so that the keeper wakes for many at once.
         let slack = config.lock.lease() / 12;
+        // A keeper before this one may have been dropped while it gave up.
+        shared.ledger.give_up_again();
         let _watch = config.env.watch(config.lock.lease() / 6);
         while let Some(kept) = shared.ledger.kept() {
             let now = config.env.now();
-            // Every claim is due within a third of the lease, so one that comes while we sleep is not due before we wake. An
-            // outcome that could not be stored may be: it wakes us.
-            let wake_at = kept.iter().map(|(_, run)| run.due()).min().unwrap_or(now);
+            // A new claim does not wake us, and is due in a third of the lease: we never sleep longer. An outcome that could not
+            // be stored does wake us.
+            let latest = now.saturating_add(config.lock.lease() / 3);
+            let due = kept.iter().map(|(_, run)| run.due()).min();
+            let wake_at = due.unwrap_or(now).min(latest);
             if wake_at > now {
                 let sleep = pin!(config.env.sleep(wake_at - now));
                 let _ = select(sleep, pin!(shared.ledger.deferred())).await;
                 continue;
             }
             let horizon = now + slack;
-            stream::iter(kept)
+            // What may hang goes last, and no more of it than fits at once: a renewal never queues behind it.
+            let (mut batch, mut outcomes): (Vec<_>, Vec<_>) = kept
+                .into_iter()
+                .filter(|(_, run)| run.due() <= horizon)
+                .partition(|(_, run)| !matches!(run.phase, Phase::Pending { .. }));
+            outcomes.sort_by_key(|(_, run)| run.due());
+            batch.extend(outcomes.into_iter().take(CONCURRENCY));
+            stream::iter(batch)
                 .for_each_concurrent(CONCURRENCY, |(token, run)| {
                     let shared = &shared;
                     async move {
@@ -176,6 +200,9 @@ fn put_off(shared: &Shared, token: Token, now: Duration) {
     let _ = shared.ledger.change(token, |run| {
         run.renew_at = run.renew_at.max(later);
         run.give_up_at = run.give_up_at.max(later);
+        if matches!(run.phase, Phase::GivingUp) {
+            run.phase = Phase::Held;
+        }
         if let Phase::Pending { retry_at, .. } = &mut run.phase {
             *retry_at = later.max(*retry_at);
         }

@@ -348,20 +348,37 @@ impl Ledger {
         self.lock().keeper_alive = false;
     }
 
-    /// The keeper was dropped. Gives where the claims that are left were made, so that another is started there; `None` while
-    /// that is being tried already. Call [`restarted`](Self::restarted) in the end.
-    pub(super) fn keeper_is_gone(&self) -> Option<Vec<Spawner>> {
+    /// The keeper was dropped. Says whether the caller is the one to start another, see [`untried`](Self::untried).
+    #[must_use]
+    pub(super) fn keeper_is_gone(&self) -> bool {
         let mut state = self.lock();
         state.keeper_alive = false;
-        if std::mem::replace(&mut state.restarting, true) {
-            return None;
-        }
-        let spawners = state.runs.values().filter_map(|run| run.spawner.clone());
-        Some(spawners.collect())
+        !std::mem::replace(&mut state.restarting, true)
     }
 
-    pub(super) fn restarted(&self) {
-        self.lock().restarting = false;
+    /// Where claims that are left were made, to start a keeper there. `None`, and in the same step no restart any more, once
+    /// a keeper lives or all was tried.
+    pub(super) fn untried(&self, tried: &mut HashSet<Token>) -> Option<Vec<Spawner>> {
+        let mut state = self.lock();
+        let mut next = Vec::new();
+        if !state.keeper_alive {
+            let untried = state.runs.iter().filter(|(token, _)| tried.insert(**token));
+            next.extend(untried.filter_map(|(_, run)| run.spawner.clone()));
+        }
+        if next.is_empty() {
+            state.restarting = false;
+            return None;
+        }
+        Some(next)
+    }
+
+    /// Claims that a dropped keeper was giving up are to be given up by this one.
+    pub(super) fn give_up_again(&self) {
+        for run in self.lock().runs.values_mut() {
+            if matches!(run.phase, Phase::GivingUp) {
+                run.phase = Phase::Held;
+            }
+        }
     }
 
     /// The right to clear what lies unreadable under `key` away; one at a time, so that nobody clears another's claim.

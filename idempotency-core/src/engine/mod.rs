@@ -338,7 +338,7 @@ impl Engine {
         match answer {
             Ok(Begin::Acquired) => {
                 // An answer that was long under way may be about a lease that is over by now.
-                while shared.has_aged(since) {
+                if shared.has_aged(since) {
                     since = shared.config.env.now();
                     let renewed = shared.storage.renew(&encoded.key, new.token, new.lease);
                     match shared.limited(renewed).await {
@@ -353,6 +353,13 @@ impl Engine {
                                 shared.storage_failed(&encoded.key, Operation::Renew, error);
                             return Attempt::Decided(refused);
                         }
+                    }
+                    if shared.has_aged(since) {
+                        // Too slow for this lease: it would be over before the keeper could renew it.
+                        begun.unknown();
+                        let error = StorageError::timeout();
+                        let refused = shared.storage_failed(&encoded.key, Operation::Renew, error);
+                        return Attempt::Decided(refused);
                     }
                 }
                 let claim = begun.acquired(encoded.fingerprint, since).await;

@@ -24,8 +24,8 @@ struct Watched {
 pub(super) fn watch(runtime: Handle, every: Duration) -> Arc<()> {
     let wanted = Arc::new(());
     let mut watched = lock();
-    if watched.is_empty() {
-        start();
+    if watched.is_empty() && !start() {
+        return wanted;
     }
     watched.push(Watched {
         is_wanted: Arc::downgrade(&wanted),
@@ -39,17 +39,19 @@ pub(super) fn watch(runtime: Handle, every: Duration) -> Arc<()> {
 
 /// One thread for the process. It ends when there is nothing to watch; its list is empty only then, so a list that is empty
 /// has no thread.
-fn start() {
+#[must_use]
+fn start() -> bool {
     let started = std::thread::Builder::new()
         .name("idempotency-watch".to_owned())
         .spawn(run);
-    if let Err(error) = started {
+    if let Err(error) = &started {
         tracing::error!(
             target: "idempotency",
             %error,
             "no thread to watch the runtime: a handler that blocks its thread on an idle server may lose its claim"
         );
     }
+    started.is_ok()
 }
 
 fn run() {
