@@ -7,6 +7,7 @@
 )]
 
 pub mod client;
+pub mod example;
 pub mod faults;
 pub mod listen;
 pub mod runs;
@@ -14,6 +15,7 @@ pub mod server;
 
 pub use self::{
     client::{Answer, Call},
+    example::Example,
     faults::{Fault, FaultyStorage},
     listen::{Events, Logs},
     runs::{Gate, Runs},

@@ -5,23 +5,19 @@
     reason = "the examples are processes, which no `Env` drives"
 )]
 
-use std::{
-    collections::BTreeMap,
-    net::SocketAddr,
-    path::PathBuf,
-    process::{Output, Stdio},
-    time::Duration,
-};
+use std::{collections::BTreeMap, process::Stdio};
 
 use futures_util::future::join_all;
 use http::Method;
-use idempotency_tests::{Answer, Call};
+use idempotency_tests::{
+    Answer, Call, Example,
+    example::{command, refused, until},
+};
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWriteExt, BufReader, Lines},
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
-    process::{Child, ChildStdout, Command},
-    time::timeout,
+    process::Command,
 };
 
 const ALICE: &str = "Bearer alice-token";
@@ -49,7 +45,7 @@ async fn orders_prints_lines_that_do_what_they_say() {
 #[tokio::test]
 async fn ten_concurrent_duplicates_are_one_order_and_each_is_told_what_it_got() {
     let orders = Example::start("orders").await;
-    let answers = join_all((0..10).map(|_| orders.order(ALICE, "ten").send())).await;
+    let answers = join_all((0..10).map(|_| order(&orders, ALICE, "ten").send())).await;
 
     assert!(answers.iter().all(|answer| answer.code() == 201));
     assert!(answers.iter().all(|answer| answer.body == answers[0].body));
@@ -67,11 +63,11 @@ async fn ten_concurrent_duplicates_are_one_order_and_each_is_told_what_it_got() 
         assert!(seen.contains_key("replayed"), "{seen:?}");
     }
 
-    let list = orders.get("/orders", ALICE).send().await;
+    let list = get(&orders, "/orders", ALICE).send().await;
     assert_eq!(parsed(&list), json!([parsed(executed)]));
 
     // What the page shows of the record is what a retry gets.
-    let record = orders.get(&format!("/records/{}", seen["key"]), ALICE);
+    let record = get(&orders, &format!("/records/{}", seen["key"]), ALICE);
     let record = parsed(&record.send().await);
     assert_eq!(record["status"], 201);
     assert_eq!(
@@ -81,22 +77,28 @@ async fn ten_concurrent_duplicates_are_one_order_and_each_is_told_what_it_got() 
     assert_eq!(record["body"], executed.text());
     assert_eq!(record["kept_for_seconds"], 24 * 3600);
     let location = executed.header("location").unwrap();
-    assert_eq!(orders.get(location, ALICE).send().await.body, executed.body);
+    assert_eq!(
+        get(&orders, location, ALICE).send().await.body,
+        executed.body
+    );
 }
 
 #[tokio::test]
 async fn a_stranger_gets_no_replay_and_a_customer_only_his_own() {
     let orders = Example::start("orders").await;
-    let first = orders.order(ALICE, "shared").send().await;
+    let first = order(&orders, ALICE, "shared").send().await;
     assert_eq!(first.code(), 201);
 
-    let stranger = orders.order("Bearer guess", "shared").send().await;
+    let stranger = order(&orders, "Bearer guess", "shared").send().await;
     assert_eq!((stranger.code(), stranger.is_replay()), (401, false));
     assert_eq!(stranger.header("www-authenticate"), Some("Bearer"));
     let record = format!("/records/{}", timing(&first)["key"]);
-    assert_eq!(orders.get(&record, "Bearer guess").send().await.code(), 401);
+    assert_eq!(
+        get(&orders, &record, "Bearer guess").send().await.code(),
+        401
+    );
 
-    let bob = orders.order(BOB, "shared").send().await;
+    let bob = order(&orders, BOB, "shared").send().await;
     assert_eq!((bob.code(), bob.is_replay()), (201, false));
     assert_eq!(parsed(&bob)["customer"], "bob");
 }
@@ -104,7 +106,7 @@ async fn a_stranger_gets_no_replay_and_a_customer_only_his_own() {
 #[tokio::test]
 async fn the_page_needs_no_network() {
     let orders = Example::start("orders").await;
-    let page = Call::new(orders.address, Method::GET, "/").send().await;
+    let page = orders.call(Method::GET, "/").send().await;
     assert_eq!(page.code(), 200);
     assert_eq!(
         page.header("content-type"),
@@ -128,7 +130,7 @@ async fn a_stop_waits_for_the_order_of_a_client_that_has_left() {
     let log = orders.child.stderr.take().unwrap();
     let mut log = BufReader::new(log).lines();
 
-    let mut client = TcpStream::connect(orders.address).await.unwrap();
+    let mut client = TcpStream::connect(orders.address()).await.unwrap();
     let request = format!(
         "POST /orders HTTP/1.1\r\nhost: orders\r\nauthorization: {ALICE}\r\nidempotency-key: left\r\n\
          content-type: application/json\r\ncontent-length: {}\r\n\r\n{COFFEE}",
@@ -188,8 +190,16 @@ async fn opt_in_prints_lines_that_do_what_they_say() {
 async fn a_port_that_is_taken_is_an_error_that_names_the_cure() {
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
-    for example in ["orders", "opt_in"] {
-        let output = refused(example, &port).await;
+    for example in [
+        "orders",
+        "opt_in",
+        "named_caches",
+        "custom_encoder",
+        "downstream",
+        "manual",
+        "streaming",
+    ] {
+        let output = refused(at_port(example, &port)).await;
         let says = format!("error: port {port} is taken: ");
         assert!(
             output.starts_with(&says) && output.contains("PORT=0"),
@@ -201,7 +211,7 @@ async fn a_port_that_is_taken_is_an_error_that_names_the_cure() {
 #[tokio::test]
 async fn a_bad_port_is_an_error_that_names_the_cure() {
     for port in ["http", "", "70000", "-1"] {
-        let output = refused("orders", port).await;
+        let output = refused(at_port("orders", port)).await;
         let says = format!("error: PORT is {port:?}, which is not a port: ");
         assert!(
             output.starts_with(&says) && output.contains("65535"),
@@ -210,195 +220,22 @@ async fn a_bad_port_is_an_error_that_names_the_cure() {
     }
 }
 
-/// What an example that can't listen prints before it ends.
-async fn refused(example: &str, port: &str) -> String {
+fn at_port(example: &str, port: &str) -> Command {
     let mut command = command(example);
-    command.env("PORT", port).stderr(Stdio::piped());
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = soon(command.output()).await.unwrap();
-    assert_eq!(status.code(), Some(1));
-    assert!(
-        stdout.is_empty(),
-        "it prints lines to try though nobody listens"
-    );
-    String::from_utf8(stderr).unwrap()
-}
-
-// ---- processes
-
-/// An example that runs, until it is dropped.
-struct Example {
-    child: Child,
-    stdout: Lines<BufReader<ChildStdout>>,
-    /// All that it has printed before it served.
-    printed: Vec<String>,
-    address: SocketAddr,
-}
-
-impl Example {
-    async fn start(name: &str) -> Self {
-        Self::spawn(command(name)).await
-    }
-
-    async fn spawn(mut command: Command) -> Self {
-        let mut child = command.spawn().expect("the example starts");
-        let stdout = child.stdout.take().expect("a piped stdout");
-        let mut stdout = BufReader::new(stdout).lines();
-        let printed = until(&mut stdout, |line| line == "Ctrl-c stops.").await;
-        let (_, address) = printed[0]
-            .split_once("http://")
-            .expect("the address comes first");
-        Self {
-            child,
-            stdout,
-            address: address.parse().expect("an address"),
-            printed,
-        }
-    }
-
-    /// Sends what its `curl` lines would send, in their order.
-    async fn try_lines(&self) -> Vec<Answer> {
-        let mut answers = Vec::new();
-        for line in self.printed.iter().filter(|line| line.starts_with("curl ")) {
-            answers.push(curl(line, self.address).send().await);
-        }
-        answers
-    }
-
-    /// The remark above each line names the status, if it names one.
-    fn says_those_codes(&self, codes: &[u16]) {
-        let lines = self
-            .printed
-            .split(|line| line.is_empty())
-            .filter_map(|paragraph| {
-                let (line, remarks) = paragraph.split_last()?;
-                line.starts_with("curl ").then(|| remarks.join(" "))
-            });
-        let mut said = 0;
-        for (remark, code) in lines.zip(codes) {
-            let named = remark
-                .split(|c: char| !c.is_ascii_digit())
-                .find(|word| word.len() == 3);
-            if let Some(named) = named {
-                assert_eq!(named, code.to_string(), "{remark}");
-                said += 1;
-            }
-        }
-        assert!(
-            said + 1 >= codes.len(),
-            "only {said} of {} lines name a status",
-            codes.len()
-        );
-    }
-
-    fn order(&self, authorization: &str, key: &str) -> Call {
-        Call::new(self.address, Method::POST, "/orders")
-            .header("authorization", authorization)
-            .key(key)
-            .json(COFFEE)
-    }
-
-    fn get(&self, path: &str, authorization: &str) -> Call {
-        Call::new(self.address, Method::GET, path).header("authorization", authorization)
-    }
-}
-
-/// The example on a free port.
-fn command(example: &str) -> Command {
-    let mut command = Command::new(executable(example));
-    command
-        .env("PORT", "0")
-        .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .kill_on_drop(true);
+    command.env("PORT", port);
     command
 }
 
-/// Asks cargo for the example, so that it is there and up to date whichever way the tests were started. Where the whole
-/// workspace was built for the tests, as `tests/run` does, it is there already.
-fn executable(example: &str) -> PathBuf {
-    let output = std::process::Command::new(env!("CARGO"))
-        .args([
-            "build",
-            "--workspace",
-            "--all-features",
-            "--examples",
-            "--message-format=json",
-        ])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stderr(Stdio::inherit())
-        .output()
-        .expect("cargo runs");
-    assert!(output.status.success(), "the examples do not build");
-    let messages = String::from_utf8(output.stdout).expect("cargo's messages are JSON");
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| {
-            message["target"]["name"] == example && message["target"]["kind"] == json!(["example"])
-        })
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .expect("cargo names the example's executable")
+// ---- calls and answers
+
+fn order(orders: &Example, authorization: &str, key: &str) -> Call {
+    let call = orders.post("/orders").key(key).json(COFFEE);
+    call.header("authorization", authorization)
 }
 
-/// A printed `curl` line as a call; knows the options that the examples use.
-fn curl(line: &str, address: SocketAddr) -> Call {
-    // The arguments are separated by spaces, those with a space in single quotes.
-    let words = line
-        .split('\'')
-        .enumerate()
-        .flat_map(|(n, part)| match n % 2 {
-            0 => part.split_whitespace().collect(),
-            _ => vec![part],
-        });
-    let (mut method, mut path) = (Method::GET, None);
-    let (mut headers, mut body) = (Vec::new(), "");
-    let mut words = words.skip(1);
-    while let Some(word) = words.next() {
-        match word {
-            "-i" => {}
-            "-X" => method = words.next().unwrap().parse().unwrap(),
-            "-H" => headers.push(words.next().unwrap().split_once(": ").unwrap()),
-            "-d" => (method, body) = (Method::POST, words.next().unwrap()),
-            url => path = url.strip_prefix(&format!("http://{address}")),
-        }
-    }
-    let path = path.unwrap_or_else(|| panic!("no URL at {address}: {line}"));
-    let call = Call::new(address, method, path).body(body.to_owned());
-    headers
-        .into_iter()
-        .fold(call, |call, (name, value)| call.header(name, value))
-}
-
-/// Reads lines up to the one that is waited for, and returns them all.
-async fn until<R>(lines: &mut Lines<BufReader<R>>, is_it: impl Fn(&str) -> bool) -> Vec<String>
-where
-    R: AsyncRead + AsyncReadExt + Unpin,
-{
-    let mut read = Vec::new();
-    loop {
-        let line = match timeout(Duration::from_secs(30), lines.next_line()).await {
-            Ok(line) => line.unwrap(),
-            Err(_) => panic!("the line did not come; until now: {read:#?}"),
-        };
-        let Some(line) = line else {
-            panic!("the process has ended; it said: {read:#?}");
-        };
-        let found = is_it(&line);
-        read.push(line);
-        if found {
-            return read;
-        }
-    }
-}
-
-async fn soon<T>(future: impl Future<Output = T>) -> T {
-    let limit = Duration::from_secs(30);
-    timeout(limit, future).await.expect("an end within 30 s")
+fn get(orders: &Example, path: &str, authorization: &str) -> Call {
+    let call = orders.call(Method::GET, path);
+    call.header("authorization", authorization)
 }
 
 fn parsed(answer: &Answer) -> Value {
