@@ -1,0 +1,169 @@
+//! The engine without HTTP: the consumer of a queue that delivers at least once.
+//!
+//! Such a queue delivers a message again when it heard no acknowledgement in time: because the consumer died after its work, or
+//! was slow, or the acknowledgement got lost. So a consumer sees messages twice, even at the same moment in two workers, and must
+//! not ship a parcel twice. [`Engine::begin`] decides for every delivery:
+//!
+//! | decision | what the worker does |
+//! |---|---|
+//! | [`Decision::Execute`] | the work; then it ends the claim, and acknowledges |
+//! | [`Decision::Replay`] | nothing: it was done, so it acknowledges |
+//! | [`Decision::Refuse`] | nothing; without an acknowledgement the queue delivers again |
+//! | [`Decision::Unprotected`] | as `Refuse`; it comes only with `OnStorageError::RunUnprotected` |
+//!
+//! A message that fails is *released*: the next delivery works on it. With a storage that other machines share, the same lines
+//! hold for workers on all of them.
+//!
+//! # Run
+//!
+//! ```console
+//! $ cargo run -p idempotency-examples --example engine_only
+//! ```
+//!
+//! It needs no port and ends by itself; `RUST_LOG=idempotency=debug` shows each step.
+
+use std::{
+    collections::VecDeque,
+    process::ExitCode,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use http::{HeaderMap, StatusCode};
+use idempotency_core::{
+    Completion, Config, Decision, Encoded, EncodedKey, Engine, LockPolicy, MemoryStorage, Outcome,
+    StoredResponse,
+};
+use sha2::{Digest, Sha256};
+
+/// The queue's own id of a message, which is as good a key as a client's.
+type MessageId = &'static str;
+
+/// One of the workers: takes deliveries until there are none left.
+async fn work(name: &str, queue: &Queue, engine: &Engine, parcels: &Parcels) {
+    while let Some(id) = queue.take() {
+        match engine.begin(&operation(id)).await {
+            Decision::Execute(claim) => match parcels.ship(id).await {
+                Ok(parcel) => {
+                    println!("{name}: {id} shipped as {parcel}");
+                    // What a later delivery is told. The engine keeps answers of HTTP; for a queue a 200 will do.
+                    let answer = StoredResponse::new(StatusCode::OK, &HeaderMap::new(), parcel);
+                    match claim.complete(answer).await {
+                        Completion::Stored => {}
+                        // It is done all the same, and must be acknowledged. Why nobody else may know goes to the log.
+                        other => eprintln!("{name}: {id} is done, but {other:?}"),
+                    }
+                }
+                Err(failed) => {
+                    println!("{name}: {id} failed: {failed}");
+                    claim.release().await;
+                    queue.deliver_again(id);
+                }
+            },
+            Decision::Replay(replay) => match replay.record.outcome {
+                Outcome::Response(done) => {
+                    let parcel = String::from_utf8_lossy(done.body()).into_owned();
+                    println!("{name}: {id} was shipped as {parcel} already");
+                }
+                // It was begun, and how it ended is not known: never again by itself, a person has to look.
+                Outcome::Tombstone(reason) => println!("{name}: {id} needs a person: {reason}"),
+            },
+            Decision::Refuse(refused) => {
+                println!("{name}: {id} later: {}", refused.refusal);
+                queue.deliver_again(id);
+            }
+            Decision::Unprotected => queue.deliver_again(id),
+        }
+    }
+}
+
+/// Names the work on a message. What comes from outside is hashed, so it may be of any length and no storage sees it.
+///
+/// The name of the queue stands before the id, because the ids of two queues may be equal.
+fn operation(id: &str) -> Encoded {
+    let hash = Sha256::new()
+        .chain_update("queue:parcels/")
+        .chain_update(id);
+    Encoded {
+        key: EncodedKey::from_bytes(hash.finalize().into()),
+        fingerprint: None,
+    }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    idempotency_examples::log();
+    // Longer than a parcel takes, so a delivery beside a running one learns how that ended.
+    let lock = LockPolicy::default().timeout(Duration::from_secs(10));
+    let engine = Engine::new(MemoryStorage::new(), Config::default().lock(lock));
+    let (queue, parcels) = (Queue::filled(), Parcels::default());
+
+    tokio::join!(
+        work("worker 1", &queue, &engine, &parcels),
+        work("worker 2", &queue, &engine, &parcels),
+    );
+    // Nothing is left that only this process knows.
+    engine.drain().await;
+
+    let shipped = parcels.shipped.load(Ordering::Relaxed);
+    println!(
+        "{} deliveries, {shipped} parcels",
+        queue.deliveries.load(Ordering::Relaxed)
+    );
+    ExitCode::SUCCESS
+}
+
+// ---- what stands in for the world
+
+/// A queue that delivers every message twice, and again what was not acknowledged.
+struct Queue {
+    waiting: Mutex<VecDeque<MessageId>>,
+    deliveries: AtomicU32,
+}
+
+impl Queue {
+    fn filled() -> Self {
+        // Each twice in a row, so that both workers have it at once.
+        let messages = ["m-1", "m-1", "m-2", "m-2", "m-3", "m-3"];
+        Self {
+            waiting: Mutex::new(messages.into()),
+            deliveries: AtomicU32::new(0),
+        }
+    }
+
+    fn take(&self) -> Option<MessageId> {
+        let id = self.lock().pop_front()?;
+        self.deliveries.fetch_add(1, Ordering::Relaxed);
+        Some(id)
+    }
+
+    fn deliver_again(&self, id: MessageId) {
+        self.lock().push_back(id);
+    }
+
+    // Every change is one push or pop, so what a panic leaves is whole.
+    fn lock(&self) -> MutexGuard<'_, VecDeque<MessageId>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The carrier, which does not answer the first time it is asked to take `m-2`.
+#[derive(Default)]
+struct Parcels {
+    has_failed: AtomicBool,
+    shipped: AtomicU32,
+}
+
+impl Parcels {
+    async fn ship(&self, id: MessageId) -> Result<String, &'static str> {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        if id == "m-2" && !self.has_failed.swap(true, Ordering::Relaxed) {
+            return Err("the carrier does not answer");
+        }
+        let number = self.shipped.fetch_add(1, Ordering::Relaxed) + 1;
+        Ok(format!("parcel {number}"))
+    }
+}
