@@ -25,7 +25,9 @@ use crate::{
 /// Gives a handler a policy where an attribute can't: closures, generic functions, associated functions, handlers from other
 /// crates.
 ///
-/// The **outermost** policy wins, also over an attribute on the function itself.
+/// The **outermost** policy wins, also over an attribute on the function itself. A combinator says all that an attribute can, and
+/// what it can't: [`store_on`](KeyPolicy::store_on), [`scope`](KeyPolicy::scope) and
+/// [`max_request_body`](KeyPolicy::max_request_body) for one route.
 ///
 /// ```
 /// use axum::{Router, routing::post};

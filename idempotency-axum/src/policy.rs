@@ -21,6 +21,9 @@ use idempotency_core::{Scope, StoreOn};
 ///     .route("/ping", post((async || "pong").idempotency_exempt()));
 /// # let _ = app;
 /// ```
+///
+/// Around a handler with an attribute a policy counts as a whole: nothing of the attribute's is left, so it has to be
+/// [`manual`](Self::manual) again if that was.
 #[derive(Clone, Debug, PartialEq)]
 #[must_use]
 pub struct KeyPolicy {
@@ -84,20 +87,104 @@ impl KeyPolicy {
         self
     }
 
-    /// Which answers are recorded. Default: [`Config::store_on`](crate::Config::store_on).
+    /// Which answers are recorded; after any other the key is free, and a retry runs. Default:
+    /// [`Config::store_on`](crate::Config::store_on).
+    ///
+    /// For the handler whose refusal is as final as its success, and for the one that answers a form with a redirect:
+    ///
+    /// ```
+    /// use axum::{Router, body::Body, http::{Request, StatusCode, header::LOCATION}, routing::post};
+    /// use idempotency_axum::{IdempotencyHandler, IdempotencyLayer, KeyPolicy, MemoryStorage, StoreOn};
+    /// use tower::ServiceExt;
+    ///
+    /// async fn submit() -> (StatusCode, [(axum::http::HeaderName, &'static str); 1]) {
+    ///     (StatusCode::SEE_OTHER, [(LOCATION, "/orders/1")])
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let policy = KeyPolicy::required().store_on(StoreOn::below(400));
+    /// let app = Router::new()
+    ///     .route("/orders", post(submit.idempotency_key(policy)))
+    ///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));
+    ///
+    /// let request = || Request::post("/orders").header("idempotency-key", "form-7").body(Body::empty());
+    /// let first = app.clone().oneshot(request()?).await?;
+    /// let retry = app.oneshot(request()?).await?;
+    /// assert_eq!(retry.headers()[LOCATION], first.headers()[LOCATION]);
+    /// assert_eq!(retry.headers()["idempotency-replayed"], "true");
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn store_on(mut self, store_on: StoreOn) -> Self {
         self.terms.store_on = Some(store_on);
         self
     }
 
     /// Whose key it is. Default: [`Config::scope`](crate::Config::scope).
+    ///
+    /// For a route whose callers are known by something else than those of the others, say a webhook of a partner among the
+    /// routes of users. With [`Scope::required`](crate::Scope::required) a request of nobody is refused with 403:
+    ///
+    /// ```
+    /// use axum::{Router, body::Body, http::{Request, StatusCode}, routing::post};
+    /// use idempotency_axum::{IdempotencyHandler, IdempotencyLayer, KeyPolicy, MemoryStorage, Scope};
+    /// use tower::ServiceExt;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// // Set by the gateway, and by nobody else.
+    /// let policy = KeyPolicy::required().scope(Scope::header("x-partner").required());
+    /// let app = Router::new()
+    ///     .route("/webhooks", post((async || "taken").idempotency_key(policy)))
+    ///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));
+    ///
+    /// let from = |partner: Option<&str>| {
+    ///     let mut request = Request::post("/webhooks").header("idempotency-key", "event-7");
+    ///     if let Some(partner) = partner {
+    ///         request = request.header("x-partner", partner);
+    ///     }
+    ///     request.body(Body::empty())
+    /// };
+    /// let status = async |request: Request<Body>| app.clone().oneshot(request).await.map(|answer| answer.status());
+    /// assert_eq!(status(from(Some("one"))?).await?, StatusCode::OK);
+    /// assert_eq!(status(from(Some("two"))?).await?, StatusCode::OK); // the same key, but another's
+    /// assert_eq!(status(from(Some("one"))?).await?, StatusCode::CONFLICT); // the retry
+    /// assert_eq!(status(from(None)?).await?, StatusCode::FORBIDDEN);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn scope(mut self, scope: Scope) -> Self {
         self.terms.scope = Some(scope);
         self
     }
 
-    /// The longest request body that is buffered, in bytes. Default:
-    /// [`Config::max_request_body`](crate::Config::max_request_body).
+    /// The longest request body that is buffered, in bytes; a longer one is refused with 413 before anything is claimed.
+    /// Default: [`Config::max_request_body`](crate::Config::max_request_body).
+    ///
+    /// For the one route that takes uploads, so that the limit of all the others can stay low. It concerns only requests with a
+    /// key, and only encoders that read the body. axum's own `DefaultBodyLimit` is asked besides.
+    ///
+    /// ```
+    /// use axum::{Router, body::Body, http::{Request, StatusCode}, routing::post};
+    /// use idempotency_axum::{IdempotencyHandler, IdempotencyLayer, KeyPolicy, MemoryStorage};
+    /// use tower::ServiceExt;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let policy = KeyPolicy::required().max_request_body(8);
+    /// let app = Router::new()
+    ///     .route("/notes", post((async |note: String| note).idempotency_key(policy)))
+    ///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));
+    ///
+    /// let note = |text| Request::post("/notes").header("idempotency-key", "note-7").body(Body::from(text));
+    /// let short = app.clone().oneshot(note("12345678")?).await?;
+    /// let long = app.oneshot(note("123456789")?).await?;
+    /// assert_eq!(short.status(), StatusCode::OK);
+    /// assert_eq!(long.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn max_request_body(mut self, bytes: usize) -> Self {
         self.terms.max_request_body = Some(bytes);
         self

@@ -250,6 +250,11 @@ impl FingerprintKeyEncoder {
     /// function. What it leaves out may change under a key unnoticed, so it should leave out by
     /// name, and return a body it does not understand as it is.
     ///
+    /// Canonical JSON takes care besides: `serde_json` keeps members in order only until another
+    /// crate turns on its `preserve_order`, hence the `sort_all_objects` below; and of a member that
+    /// is there twice, or a number beyond 64 bits, it forgets a part. Let the handler refuse such
+    /// bodies, as one that reads integers into a struct does.
+    ///
     /// A function that returns the body unchanged gives the same result as this encoder without
     /// `fields`. The storage key is the same in any case.
     ///
@@ -260,14 +265,17 @@ impl FingerprintKeyEncoder {
     /// use idempotency_core::{FingerprintKeyEncoder, Key, KeyEncoder, RequestView};
     /// use serde_json::Value;
     ///
-    /// /// The client stamps every attempt with `sent_at`.
-    /// let encoder = FingerprintKeyEncoder.fields(|body| {
+    /// // The client stamps every attempt with `sent_at`.
+    /// fn without_stamp(body: &[u8]) -> Cow<'_, [u8]> {
     ///     let Ok(Value::Object(mut order)) = serde_json::from_slice(body) else {
     ///         return Cow::Borrowed(body);
     ///     };
     ///     order.remove("sent_at");
-    ///     Cow::Owned(Value::Object(order).to_string().into_bytes())
-    /// });
+    ///     let mut order = Value::Object(order);
+    ///     order.sort_all_objects();
+    ///     Cow::Owned(order.to_string().into_bytes())
+    /// }
+    /// let encoder = FingerprintKeyEncoder.fields(without_stamp);
     ///
     /// let key = Key::parse(&HeaderValue::from_static("order-7"))?;
     /// let headers = HeaderMap::new();
@@ -275,11 +283,11 @@ impl FingerprintKeyEncoder {
     ///     method: &Method::POST,
     ///     path_and_query: "/orders",
     ///     headers: &headers,
-    ///     body: br#"{"item": "book", "sent_at": 1}"#,
+    ///     body: br#"{"item": "book", "amount": 450, "sent_at": 1}"#,
     ///     scope: None,
     /// };
-    /// let retry = RequestView { body: br#"{"item": "book", "sent_at": 2}"#, ..first };
-    /// let other = RequestView { body: br#"{"item": "lamp", "sent_at": 3}"#, ..first };
+    /// let retry = RequestView { body: br#"{"sent_at":2,"amount":450,"item":"book"}"#, ..first };
+    /// let other = RequestView { body: br#"{"item": "book", "amount": 900, "sent_at": 3}"#, ..first };
     /// let print = |view| encoder.encode(&key, view).fingerprint;
     /// assert_eq!(print(&first), print(&retry));
     /// assert_ne!(print(&first), print(&other));

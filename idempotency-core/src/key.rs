@@ -595,13 +595,39 @@ impl EncodedKey {
     /// On the other hand the result changes when what the encoder covers does: under
     /// [`BasicKeyEncoder`](crate::BasicKeyEncoder) with every byte of the request's body.
     ///
+    /// A timestamp in the body is then another charge at every attempt; see
+    /// [`FingerprintKeyEncoder`](crate::FingerprintKeyEncoder), which leaves the body out.
+    ///
+    /// A handler that charges a card and then fails is run again by the retry. It must not charge
+    /// again, and need not remember that it did: the provider does, under the derived key.
+    ///
     /// ```
+    /// use std::collections::HashMap;
+    ///
     /// use idempotency_core::EncodedKey;
     ///
+    /// /// A provider that takes idempotency keys.
+    /// #[derive(Default)]
+    /// struct Provider(HashMap<String, u32>);
+    ///
+    /// impl Provider {
+    ///     /// Charges once for each key.
+    ///     fn charge(&mut self, key: String, cents: u32) -> u32 {
+    ///         *self.0.entry(key).or_insert(cents)
+    ///     }
+    /// }
+    ///
+    /// let mut provider = Provider::default();
+    /// let mut attempt = |operation: EncodedKey| provider.charge(operation.derive("psp-charge"), 450);
+    ///
     /// let alice = EncodedKey::from_bytes([1; 32]);
-    /// let bob = EncodedKey::from_bytes([2; 32]);
-    /// assert_eq!(alice.derive("psp-charge"), alice.derive("psp-charge"));
-    /// assert_ne!(alice.derive("psp-charge"), bob.derive("psp-charge"));
+    /// attempt(alice); // charged, but the answer never reached the client
+    /// attempt(alice); // the retry, perhaps in another process
+    /// attempt(EncodedKey::from_bytes([2; 32])); // bob, who sent the same client's key
+    /// assert_eq!(provider.0.len(), 2);
+    ///
+    /// // Each kind of call has its own label: a refund must not be taken for the charge.
+    /// assert_ne!(alice.derive("psp-charge"), alice.derive("psp-refund"));
     /// ```
     #[must_use]
     pub fn derive(&self, label: &str) -> String {
