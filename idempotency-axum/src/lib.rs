@@ -115,6 +115,7 @@ pub mod problem;
 mod record;
 mod request;
 mod response;
+mod run;
 mod service;
 
 #[doc(hidden)]

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use axum::{body::Body, response::Response};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, header, response::Parts};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use idempotency_core::{Config, StoredResponse};
 
 /// Headers that belong to one connection, RFC 9110 section 7.6.1 and RFC 9112 section 9.
@@ -21,8 +21,13 @@ const HOP_BY_HOP: [HeaderName; 9] = [
 ];
 
 /// What is kept of an answer.
-pub(crate) fn stored(parts: &Parts, body: Bytes, config: &Config) -> StoredResponse {
-    StoredResponse::new(parts.status, &kept_headers(&parts.headers, config), body)
+pub(crate) fn stored(
+    status: StatusCode,
+    headers: &HeaderMap,
+    body: Bytes,
+    config: &Config,
+) -> StoredResponse {
+    StoredResponse::new(status, &kept_headers(headers, config), body)
 }
 
 fn kept_headers(headers: &HeaderMap, config: &Config) -> HeaderMap {
@@ -67,8 +72,6 @@ pub(crate) fn mark_replayed(headers: &mut HeaderMap, config: &Config) {
 
 #[cfg(test)]
 mod tests {
-    use http::StatusCode;
-
     use super::*;
 
     fn kept(config: &Config) -> HeaderMap {
@@ -93,7 +96,7 @@ mod tests {
             headers.append(name, HeaderValue::from_static(value));
         }
         let (parts, ()) = response.into_parts();
-        stored(&parts, Bytes::from("body"), config).headers()
+        stored(parts.status, &parts.headers, Bytes::from("body"), config).headers()
     }
 
     #[test]

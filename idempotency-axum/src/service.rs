@@ -16,8 +16,8 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use http::{StatusCode, request::Parts};
 use idempotency_core::{
-    BoxError, Claim, Config, Decision, Encoded, Event, Key, Outcome, Progress, Record, Refusal,
-    RequestView, StoreOn, TombstoneReason,
+    BoxError, Config, Decision, Encoded, Event, Key, ManualDecision, Outcome, Progress, Record,
+    Refusal, RequestView, StoreOn, TombstoneReason,
 };
 use tower_service::Service;
 
@@ -29,12 +29,13 @@ use crate::{
     layer::{Applied, Plan, Shared},
     policy::Requirement,
     problem::Problem,
-    record::{Read, read_at_once},
+    record::record,
     request::{
         Acknowledgement, Decided, Protection, Unbuffered, WithoutKey, buffer, original_uri,
         path_and_query,
     },
     response,
+    run::Run,
 };
 
 /// Middleware that protects what it wraps with idempotency keys; made by
@@ -279,25 +280,53 @@ impl Exchange {
             Ok(encoded) => encoded,
             Err(refusal) => return Ok(refusal),
         };
-        match self.engine.begin_with(&encoded, &self.progress).await {
-            Decision::Execute(claim) => {
-                let request = self.request(&encoded, Conflict::default(), parts, body);
-                self.execute(inner, claim, request).await
-            }
-            Decision::Replay(replay) if self.terms.manual => {
-                let conflict = Conflict(Some(replay.record));
-                let request = self.request(&encoded, conflict, parts, body);
-                self.resolve(inner, &encoded, request).await
-            }
-            Decision::Replay(replay) => Ok(self.replay(&encoded, &replay.record)),
-            Decision::Refuse(refused) => Ok(self
-                .shared
-                .respond(Problem::new(refused.refusal, self.config()))),
-            Decision::Unprotected => {
+        let (run, conflict) = match self.begin(&encoded).await {
+            Begun::Run(run, conflict) => (run, conflict),
+            Begun::Answered(response) => return Ok(response),
+            Begun::Unprotected => {
                 let request = self.request(&encoded, Conflict::default(), parts, body);
                 let response = inner.call(request.into_inner()).await?;
-                Ok(response.map(Body::new))
+                return Ok(response.map(Body::new));
             }
+        };
+        let request = self.request(&encoded, conflict, parts, body);
+        self.execute(inner, run, request).await
+    }
+
+    async fn begin(&self, encoded: &Encoded) -> Begun {
+        let decision = if self.terms.manual {
+            self.engine.begin_manual(encoded, &self.progress).await
+        } else {
+            match self.engine.begin_with(encoded, &self.progress).await {
+                Decision::Execute(claim) => ManualDecision::Execute(claim),
+                Decision::Replay(replay) => {
+                    return Begun::Answered(self.replay(encoded, &replay.record));
+                }
+                Decision::Refuse(refused) => ManualDecision::Refuse(refused),
+                Decision::Unprotected => ManualDecision::Unprotected,
+            }
+        };
+        match decision {
+            ManualDecision::Execute(claim) => {
+                let claim = match self.terms.ttl {
+                    Some(ttl) => claim.ttl(ttl),
+                    None => claim,
+                };
+                Begun::Run(Run::First(claim), Conflict::default())
+            }
+            ManualDecision::Conflict(turn) => {
+                let turn = match self.terms.ttl {
+                    Some(ttl) => turn.ttl(ttl),
+                    None => turn,
+                };
+                let conflict = Conflict(Some(turn.record().clone()));
+                Begun::Run(Run::Conflict(turn), conflict)
+            }
+            ManualDecision::Refuse(refused) => {
+                let problem = Problem::new(refused.refusal, self.config());
+                Begun::Answered(self.shared.respond(problem))
+            }
+            ManualDecision::Unprotected => Begun::Unprotected,
         }
     }
 
@@ -365,11 +394,11 @@ impl Exchange {
         }
     }
 
-    /// Runs the handler under its claim and records what it answers.
+    /// Runs the handler and records what it answers.
     async fn execute<S, R>(
         self,
         mut inner: S,
-        claim: Claim,
+        run: Run,
         request: Protected,
     ) -> Result<Response, S::Error>
     where
@@ -377,12 +406,8 @@ impl Exchange {
         R: http_body::Body<Data = Bytes> + Send + 'static,
         R::Error: Into<BoxError>,
     {
-        let claim = match self.terms.ttl {
-            Some(ttl) => claim.ttl(ttl),
-            None => claim,
-        };
         let protection = request.protection.clone();
-        // A panic goes on to whoever catches it outside, once the claim is ended.
+        // A panic goes on to whoever catches it outside, once the run is ended.
         let answered = AssertUnwindSafe(async { inner.call(request.into_inner()).await })
             .catch_unwind()
             .await;
@@ -390,9 +415,9 @@ impl Exchange {
             Ok(Ok(response)) => response.map(Body::new),
             failed => {
                 if self.stores(StatusCode::INTERNAL_SERVER_ERROR, &protection) {
-                    let _ = claim.tombstone(TombstoneReason::HandlerFailed).await;
+                    run.store_none(TombstoneReason::HandlerFailed).await;
                 } else {
-                    claim.release().await;
+                    run.release().await;
                 }
                 match failed {
                     Ok(result) => return result.map(|response| response.map(Body::new)),
@@ -400,78 +425,20 @@ impl Exchange {
                 }
             }
         };
-        let (parts, body) = response.into_parts();
         // A user's function may say which statuses are stored, and panic.
-        let stores = catch_unwind(AssertUnwindSafe(|| self.stores(parts.status, &protection)));
-        match stores {
-            Ok(true) => {}
+        let status = response.status();
+        match catch_unwind(AssertUnwindSafe(|| self.stores(status, &protection))) {
+            Ok(true) => Ok(record(run, response, &self.engine).await),
             Ok(false) => {
-                claim.release().await;
-                return Ok(Response::from_parts(parts, body));
+                run.release().await;
+                Ok(response)
             }
             Err(panic) => {
                 // The handler is done: what it did must not be done again.
-                let _ = claim.tombstone(TombstoneReason::HandlerFailed).await;
+                run.store_none(TombstoneReason::HandlerFailed).await;
                 resume_unwind(panic);
             }
         }
-        // Whatever becomes of the record, this client gets its answer, and the engine tells what became of it.
-        let read = AssertUnwindSafe(read_at_once(&parts, body, self.config().max_response_body));
-        let read = match read.catch_unwind().await {
-            Ok(read) => read,
-            Err(panic) => {
-                let _ = claim.tombstone(TombstoneReason::StreamBroken).await;
-                resume_unwind(panic);
-            }
-        };
-        let body = match read {
-            Read::Whole(bytes) => {
-                let stored = response::stored(&parts, bytes.clone(), self.config());
-                let _ = claim.complete(stored).await;
-                Body::from(bytes)
-            }
-            Read::Not(reason, body) => {
-                let _ = claim.tombstone(reason).await;
-                body
-            }
-        };
-        Ok(Response::from_parts(parts, body))
-    }
-
-    /// Runs a manual handler on a conflict; an answer that is stored replaces the record.
-    async fn resolve<S, R>(
-        self,
-        mut inner: S,
-        encoded: &Encoded,
-        request: Protected,
-    ) -> Result<Response, S::Error>
-    where
-        S: Service<Request, Response = http::Response<R>>,
-        R: http_body::Body<Data = Bytes> + Send + 'static,
-        R::Error: Into<BoxError>,
-    {
-        let protection = request.protection.clone();
-        let response = inner.call(request.into_inner()).await?.map(Body::new);
-        let (parts, body) = response.into_parts();
-        if !self.stores(parts.status, &protection) {
-            return Ok(Response::from_parts(parts, body));
-        }
-        let config = self.config();
-        let body = match read_at_once(&parts, body, config.max_response_body).await {
-            Read::Whole(bytes) => {
-                let record = Record {
-                    fingerprint: encoded.fingerprint,
-                    outcome: Outcome::Response(response::stored(&parts, bytes.clone(), config)),
-                };
-                let ttl = self.terms.ttl.unwrap_or(config.ttl);
-                if let Err(error) = self.engine.replace(&encoded.key, &record, ttl).await {
-                    tracing::warn!(target: "idempotency", key = %encoded.key, %error, "the old record stays");
-                }
-                Body::from(bytes)
-            }
-            Read::Not(_, body) => body,
-        };
-        Ok(Response::from_parts(parts, body))
     }
 
     fn replay(&self, encoded: &Encoded, record: &Record) -> Response {
@@ -496,6 +463,18 @@ impl Exchange {
             && store_on.stores(status)
             && (store_on.stores_rejections() || !protection.was_rejected())
     }
+}
+
+/// What came of asking the engine.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one a request, and the large one is the usual one"
+)]
+enum Begun {
+    /// The handler is to run, on a conflict with what stands recorded.
+    Run(Run, Conflict),
+    Answered(Response),
+    Unprotected,
 }
 
 /// A request with its protection.

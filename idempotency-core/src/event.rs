@@ -51,6 +51,19 @@ pub enum Event<'a> {
         /// How long the duplicate had waited for the original; zero if the record was there at once.
         waited: Duration,
     },
+    /// A manual handler runs on a conflict. Meanwhile it holds a claim under a key of its own, derived from this one, about
+    /// which there are events too.
+    Conflict {
+        /// The key that has a record.
+        key: EncodedKey,
+    },
+    /// What a manual handler answered on a conflict took the place of the record.
+    Replaced {
+        /// The key that has another record now.
+        key: EncodedKey,
+        /// Status of the stored answer.
+        status: StatusCode,
+    },
     /// A request was refused before its operation ran.
     Refused {
         /// The key, if the request got far enough to have one.
@@ -116,6 +129,8 @@ impl Event<'_> {
             Self::Tombstoned { .. } => "tombstoned",
             Self::Released { .. } => "released",
             Self::Replayed { .. } => "replayed",
+            Self::Conflict { .. } => "conflict",
+            Self::Replaced { .. } => "replaced",
             Self::Refused { .. } => "refused",
             Self::Adopted => "adopted",
             Self::Lost { .. } => "lost",
@@ -138,6 +153,8 @@ impl Event<'_> {
             | Self::Tombstoned { key, .. }
             | Self::Released { key }
             | Self::Replayed { key, .. }
+            | Self::Conflict { key }
+            | Self::Replaced { key, .. }
             | Self::Lost { key, .. }
             | Self::Reclaimed { key }
             | Self::StorageFailed { key, .. }
@@ -321,7 +338,11 @@ impl Observer for TracingObserver {
             Event::Replayed { waited, .. } => {
                 tracing::debug!(target: TARGET, key, ?waited, "replayed");
             }
+            Event::Replaced { status, .. } => {
+                tracing::debug!(target: TARGET, key, status = status.as_u16(), "replaced");
+            }
             Event::Executing { .. }
+            | Event::Conflict { .. }
             | Event::Waiting { .. }
             | Event::Released { .. }
             | Event::Adopted => tracing::debug!(target: TARGET, key, "{name}"),

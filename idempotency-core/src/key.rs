@@ -18,6 +18,9 @@ const DERIVE_FROM_KEY: &str = "idempotency/derive-from-key/1";
 /// Names the recipe of [`EncodedKey::derive`]; part of what is hashed.
 const DERIVE_FROM_ENCODED: &str = "idempotency/derive-from-encoded-key/1";
 
+/// Names the recipe of [`EncodedKey::turn`]; part of what is hashed.
+const TURN: &str = "idempotency/turn/1";
+
 /// An idempotency key as the client means it: without the quotes, escapes and parameters it may
 /// have been sent with.
 ///
@@ -632,6 +635,11 @@ impl EncodedKey {
     #[must_use]
     pub fn derive(&self, label: &str) -> String {
         derive(DERIVE_FROM_ENCODED, &self.0, label)
+    }
+
+    /// What the runs of a manual handler on this key's conflicts claim, one at a time.
+    pub(crate) fn turn(&self) -> Self {
+        Self(FieldHasher::new(TURN).field(&self.0).finish())
     }
 }
 

@@ -69,7 +69,9 @@ pub use self::{
         BasicKeyEncoder, Encoded, Fingerprint, FingerprintFieldsEncoder, FingerprintKeyEncoder,
         KeyEncoder, KeyOnlyEncoder, RequestView,
     },
-    engine::{Claim, Completion, Decision, Engine, Progress, Refused, Replay},
+    engine::{
+        Claim, Completion, Decision, Engine, ManualDecision, Progress, Refused, Replay, Turn,
+    },
     env::{Env, Environment, Spawner},
     error::{BoxError, StorageError, StorageErrorKind},
     event::{Event, Observer, Operation, Refusal, TracingObserver},

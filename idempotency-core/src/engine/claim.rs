@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     EncodedKey, Event, Fingerprint, Held, Operation, Outcome, Record, Spawner, Storage,
-    StoredResponse, Token, TombstoneReason,
+    StorageError, StoredResponse, Token, TombstoneReason,
 };
 
 /// The right to run the operation of a key. End it with [`complete`](Self::complete), [`tombstone`](Self::tombstone) or
@@ -88,18 +88,41 @@ impl Claim {
         if self.is_given_up() {
             return self.expire();
         }
+        if let Some(release) = self.end_without_record() {
+            release.run().await;
+        }
+    }
+
+    /// Whether nobody else can hold the key: as far as is known here, and as the storage says now.
+    pub(super) async fn is_still_held(&self) -> Result<bool, StorageError> {
+        let phase = self
+            .shared
+            .ledger
+            .change(self.token, |run| run.phase.clone());
+        match phase {
+            Some(Phase::Held) => {}
+            Some(Phase::Unclaimed) => return Ok(true),
+            _ => return Ok(false),
+        }
+        let Self {
+            shared, key, token, ..
+        } = self;
+        let lease = shared.config.lock.lease();
+        let renewed = shared.limited(shared.storage.renew(key, *token, lease));
+        Ok(renewed.await? == Held::Yes)
+    }
+
+    /// Ends the run; what is left is to tell the storage. `None` if the run is gone already.
+    fn end_without_record(&mut self) -> Option<Release> {
         self.ended = true;
-        let Some(run) = self.shared.ledger.end_but_stay(self.token) else {
-            return;
-        };
-        let release = Release::new(
+        let run = self.shared.ledger.end_but_stay(self.token)?;
+        Some(Release::new(
             &self.shared,
             self.key,
             self.token,
             self.spawner.clone(),
             Claimed::by(&run),
-        );
-        release.run().await;
+        ))
     }
 
     async fn finish(mut self, outcome: Outcome) -> Completion {
@@ -202,17 +225,9 @@ impl Drop for Claim {
                 let _ = self.defer();
             }
             Some(false) => {
-                let Some(run) = self.shared.ledger.end_but_stay(self.token) else {
-                    return;
-                };
-                Release::new(
-                    &self.shared,
-                    self.key,
-                    self.token,
-                    self.spawner.clone(),
-                    Claimed::by(&run),
-                )
-                .in_background();
+                if let Some(release) = self.end_without_record() {
+                    release.in_background();
+                }
             }
             None => {}
         }

@@ -69,6 +69,7 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner
         };
         run.phase = Phase::Pending {
             record,
+            replaced: 0,
             retry_at: now + retry_pause(shared, 0),
             attempts: 0,
             expires: now.saturating_add(run.ttl),
@@ -214,13 +215,8 @@ async fn keep(shared: &Shared, token: Token, run: Run, now: Duration, horizon: D
     match &run.phase {
         Phase::Held if run.give_up_at <= now => give_up(shared, token, &run).await,
         Phase::Pending {
-            record,
-            retry_at,
-            expires,
-            ..
-        } if *retry_at <= now || *expires <= now => {
-            store(shared, token, &run, record, *expires, now).await;
-        }
+            retry_at, expires, ..
+        } if *retry_at <= now || *expires <= now => store(shared, token, &run, now).await,
         _ if run.renew_at <= horizon => renew(shared, token, &run).await,
         _ => {}
     }
@@ -358,7 +354,7 @@ async fn give_up(shared: &Shared, token: Token, run: &Run) {
     let tombstone = shared.storage.complete(&run.key, token, &record, run.ttl);
     match shared.limited_to(limit(shared), tombstone).await {
         Ok(held) => {
-            let is_over = shared.ledger.change(token, |run| match run.phase {
+            let is_over = shared.ledger.change(token, |run| match &mut run.phase {
                 Phase::GivingUp => {
                     run.phase = match held {
                         Held::Yes => Phase::Expired,
@@ -371,7 +367,7 @@ async fn give_up(shared: &Shared, token: Token, run: &Run) {
                 _ => false,
             });
             if is_over == Some(true) {
-                let _ = shared.ledger.end(token);
+                let _ = shared.ledger.end_stored(token, 0);
             }
             if is_over.is_some() {
                 completed(shared, &run.key, Some(run), &record, held);
@@ -396,24 +392,34 @@ async fn give_up(shared: &Shared, token: Token, run: &Run) {
 }
 
 /// Tries again to store an outcome.
-async fn store(
-    shared: &Shared,
-    token: Token,
-    run: &Run,
-    record: &Record,
-    expires: Duration,
-    now: Duration,
-) {
+async fn store(shared: &Shared, token: Token, run: &Run, now: Duration) {
+    let Phase::Pending {
+        record,
+        replaced,
+        expires,
+        ..
+    } = &run.phase
+    else {
+        return;
+    };
     let Some(ttl) = expires.checked_sub(now).filter(|ttl| !ttl.is_zero()) else {
-        if shared.ledger.end(token).is_some() {
+        if shared.ledger.end_stored(token, *replaced).is_some() {
             shared.config.emit(&Event::Abandoned { key: run.key });
         }
         return;
     };
-    let stored = shared.storage.complete(&run.key, token, record, ttl);
+    let stored = async {
+        let storage = &shared.storage;
+        let held = storage.complete(&run.key, token, record, ttl).await?;
+        if held == Held::Yes && *replaced > 0 {
+            // An attempt before may have stored the record that this one replaced, and the storage keeps the first.
+            storage.replace(&run.key, record, ttl).await?;
+        }
+        Ok(held)
+    };
     match shared.limited_to(limit(shared), stored).await {
         Ok(held) => {
-            if shared.ledger.end(token).is_some() {
+            if shared.ledger.end_stored(token, *replaced).is_some() {
                 completed(shared, &run.key, Some(run), record, held);
             }
         }

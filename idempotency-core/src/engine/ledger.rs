@@ -110,6 +110,8 @@ pub(super) enum Phase {
     /// The outcome is still to be stored, by the keeper.
     Pending {
         record: Record,
+        /// How often another record took its place since it is pending.
+        replaced: u32,
         retry_at: Duration,
         attempts: u32,
         expires: Duration,
@@ -273,15 +275,64 @@ impl Ledger {
 
     /// Ends a run.
     pub(super) fn end(&self, token: Token) -> Option<Run> {
-        let mut state = self.lock();
+        self.remove(&mut self.lock(), token)
+    }
+
+    fn remove(&self, state: &mut State, token: Token) -> Option<Run> {
         let run = state.runs.remove(&token)?;
         if let hash_map::Entry::Occupied(holder) = state.by_key.entry(run.key)
             && *holder.get() == token
         {
             holder.remove();
         }
-        self.check_drained(&state);
+        self.check_drained(state);
         Some(run)
+    }
+
+    /// Puts `record` in the place of an outcome that is still to be stored. Says whether there is one under `key`.
+    #[must_use]
+    pub(super) fn replace(&self, key: &EncodedKey, record: &Record, expires: Duration) -> bool {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let run = state
+            .by_key
+            .get(key)
+            .and_then(|token| state.runs.get_mut(token));
+        let Some(Run {
+            phase:
+                Phase::Pending {
+                    record: pending,
+                    replaced,
+                    expires: pending_expires,
+                    ..
+                },
+            ..
+        }) = run
+        else {
+            return false;
+        };
+        *pending = record.clone();
+        *pending_expires = expires;
+        *replaced += 1;
+        true
+    }
+
+    /// Ends a run whose pending outcome was stored, unless the outcome was replaced since, more than `replaced` times: then
+    /// that is still to be stored.
+    pub(super) fn end_stored(&self, token: Token, replaced: u32) -> Option<Run> {
+        let mut state = self.lock();
+        if let Some(run) = state.runs.get_mut(&token)
+            && let Phase::Pending {
+                replaced: now,
+                retry_at,
+                ..
+            } = &mut run.phase
+            && *now > replaced
+        {
+            *retry_at = Duration::ZERO;
+            return None;
+        }
+        self.remove(&mut state, token)
     }
 
     /// Ends a run whose end is still to be told to the storage: its place is kept until [`leave`](Self::leave).

@@ -29,8 +29,12 @@ use crate::{
 mod claim;
 mod keeper;
 mod ledger;
+mod turn;
 
-pub use self::claim::{Claim, Completion};
+pub use self::{
+    claim::{Claim, Completion},
+    turn::{ManualDecision, Turn},
+};
 
 /// Runs operations at most once per key; clones share everything.
 ///
@@ -168,6 +172,14 @@ impl Engine {
 
     /// [`begin`](Self::begin), with a `progress` that tells whether the future may be dropped.
     pub async fn begin_with(&self, encoded: &Encoded, progress: &Progress) -> Decision {
+        let limit = self.shared.config.lock.wait_timeout();
+        let decision = self.decide(encoded, progress, limit).await;
+        self.shared.announce(&encoded.key, &decision);
+        decision
+    }
+
+    /// Comes to a decision, waiting up to `limit` for a running original, and tells nobody.
+    async fn decide(&self, encoded: &Encoded, progress: &Progress, limit: Duration) -> Decision {
         let shared = &self.shared;
         let env = &shared.config.env;
         let mut waiting: Option<Waiting<'_>> = None;
@@ -194,12 +206,13 @@ impl Engine {
             if waiting.is_none() {
                 waiting = shared.start_waiting(&encoded.key, env.now());
                 if waiting.is_none() {
-                    return shared.refuse(&encoded.key, Refused::new(Refusal::Overloaded));
+                    return Decision::Refuse(Refused::new(Refusal::Overloaded));
                 }
             }
-            let left = waiting.as_ref().map_or(Duration::ZERO, Waiting::left);
+            let waited = waiting.as_ref().map_or(Duration::ZERO, Waiting::waited);
+            let left = limit.saturating_sub(waited);
             if left.is_zero() {
-                return shared.refuse(&encoded.key, Refused::new(Refusal::InFlight));
+                return Decision::Refuse(Refused::new(Refusal::InFlight));
             }
             shared.wait(&encoded.key, waiter, left).await;
         }
@@ -215,7 +228,8 @@ impl Engine {
         shared.limited(shared.storage.get(key)).await
     }
 
-    /// Puts `record` in the place of the completed record under `key`; does nothing if there is none.
+    /// Puts `record` in the place of the completed record under `key`, also of one that is still to be stored, and restarts its
+    /// TTL; does nothing if there is none.
     ///
     /// # Errors
     ///
@@ -227,6 +241,10 @@ impl Engine {
         ttl: Duration,
     ) -> Result<(), StorageError> {
         let shared = &self.shared;
+        let expires = shared.config.env.now().saturating_add(ttl);
+        if shared.ledger.replace(key, record, expires) {
+            return Ok(());
+        }
         shared
             .limited(shared.storage.replace(key, record, ttl))
             .await
@@ -286,12 +304,12 @@ impl Engine {
         let key = &encoded.key;
         match shared.ledger.find(key) {
             Found::Outcome(record) => {
-                return Attempt::Decided(shared.replay(encoded, record, waited));
+                return Attempt::Decided(replay(encoded, record, waited));
             }
             Found::Running {
                 fingerprint,
                 waiter,
-            } => return shared.in_flight(encoded, fingerprint, waiter),
+            } => return in_flight(encoded, fingerprint, waiter),
             Found::Nothing => {}
         }
         if !shared.config.lock.is_enabled() {
@@ -327,7 +345,7 @@ impl Engine {
                 begun.not_acquired();
                 return match shared.ledger.subscribe(&encoded.key) {
                     Ok(waiter) => Attempt::InFlight(waiter),
-                    Err(record) => Attempt::Decided(shared.replay(encoded, record, waited)),
+                    Err(record) => Attempt::Decided(replay(encoded, record, waited)),
                 };
             }
             since = shared.config.env.now();
@@ -363,18 +381,17 @@ impl Engine {
                     }
                 }
                 let claim = begun.acquired(encoded.fingerprint, since).await;
-                shared.config.emit(&Event::Executing { key: encoded.key });
                 Attempt::Decided(Decision::Execute(claim))
             }
             Ok(Begin::Completed(record)) => {
                 begun.not_acquired();
-                Attempt::Decided(shared.replay(encoded, record, waited))
+                Attempt::Decided(replay(encoded, record, waited))
             }
             Ok(Begin::InFlight { fingerprint, .. }) => {
                 begun.not_acquired();
                 match shared.ledger.subscribe(&encoded.key) {
-                    Ok(waiter) => shared.in_flight(encoded, fingerprint, waiter),
-                    Err(record) => Attempt::Decided(shared.replay(encoded, record, waited)),
+                    Ok(waiter) => in_flight(encoded, fingerprint, waiter),
+                    Err(record) => Attempt::Decided(replay(encoded, record, waited)),
                 }
             }
             Err(error) => {
@@ -399,11 +416,6 @@ impl Waiting<'_> {
     fn waited(&self) -> Duration {
         self.shared.config.env.now().saturating_sub(self.since)
     }
-
-    fn left(&self) -> Duration {
-        let timeout = self.shared.config.lock.wait_timeout();
-        timeout.saturating_sub(self.waited())
-    }
 }
 
 impl Drop for Waiting<'_> {
@@ -417,20 +429,19 @@ impl Engine {
     async fn look_up(&self, encoded: &Encoded, progress: &Progress, waited: Duration) -> Decision {
         let shared = &self.shared;
         match self.get(&encoded.key).await {
-            Ok(Some(Entry::Completed(record))) => shared.replay(encoded, record, waited),
+            Ok(Some(Entry::Completed(record))) => replay(encoded, record, waited),
             Ok(Some(Entry::Claimed { fingerprint, .. }))
                 if differ(fingerprint, encoded.fingerprint) =>
             {
-                shared.refuse(&encoded.key, Refused::new(Refusal::KeyReused))
+                Decision::Refuse(Refused::new(Refusal::KeyReused))
             }
             Ok(_) => match claim::Begun::enter(shared, encoded.key) {
                 Some(begun) => {
                     let claim = begun.without_claim(encoded.fingerprint);
                     progress.set(true);
-                    shared.config.emit(&Event::Executing { key: encoded.key });
                     Decision::Execute(claim)
                 }
-                None => shared.refuse(&encoded.key, Refused::new(Refusal::Overloaded)),
+                None => Decision::Refuse(Refused::new(Refusal::Overloaded)),
             },
             Err(error) => shared.storage_failed(&encoded.key, Operation::Get, error),
         }
@@ -440,8 +451,8 @@ impl Engine {
     async fn replay_only(&self, encoded: &Encoded, waited: Duration) -> Decision {
         let shared = &self.shared;
         match self.get(&encoded.key).await {
-            Ok(Some(Entry::Completed(record))) => shared.replay(encoded, record, waited),
-            Ok(_) => shared.refuse(&encoded.key, Refused::new(Refusal::Overloaded)),
+            Ok(Some(Entry::Completed(record))) => replay(encoded, record, waited),
+            Ok(_) => Decision::Refuse(Refused::new(Refusal::Overloaded)),
             Err(error) => shared.storage_failed(&encoded.key, Operation::Get, error),
         }
     }
@@ -482,36 +493,21 @@ impl Shared {
         self.limited(self.storage.begin(key, new)).await
     }
 
-    /// A duplicate of a running operation, or another request under its key.
-    fn in_flight(
-        &self,
-        encoded: &Encoded,
-        running: Option<Fingerprint>,
-        waiter: ledger::Waiter,
-    ) -> Attempt {
-        if differ(running, encoded.fingerprint) {
-            return Attempt::Decided(self.refuse(&encoded.key, Refused::new(Refusal::KeyReused)));
-        }
-        Attempt::InFlight(waiter)
-    }
-
-    fn replay(&self, encoded: &Encoded, record: Record, waited: Duration) -> Decision {
-        if differ(record.fingerprint, encoded.fingerprint) {
-            return self.refuse(&encoded.key, Refused::new(Refusal::KeyReused));
-        }
-        self.config.emit(&Event::Replayed {
-            key: encoded.key,
-            waited,
+    /// Tells the observers what was decided.
+    fn announce(&self, key: &EncodedKey, decision: &Decision) {
+        let key = *key;
+        self.config.emit(&match decision {
+            Decision::Execute(_) => Event::Executing { key },
+            Decision::Replay(replay) => Event::Replayed {
+                key,
+                waited: replay.waited,
+            },
+            Decision::Refuse(refused) => Event::Refused {
+                key: Some(key),
+                refusal: refused.refusal,
+            },
+            Decision::Unprotected => Event::Unprotected { key },
         });
-        Decision::Replay(Replay { record, waited })
-    }
-
-    fn refuse(&self, key: &EncodedKey, refused: Refused) -> Decision {
-        self.config.emit(&Event::Refused {
-            key: Some(*key),
-            refusal: refused.refusal,
-        });
-        Decision::Refuse(refused)
     }
 
     fn storage_failed(
@@ -525,17 +521,13 @@ impl Shared {
             operation,
             error: &error,
         });
-        if self.config.on_storage_error == OnStorageError::RunUnprotected {
-            self.config.emit(&Event::Unprotected { key: *key });
-            return Decision::Unprotected;
-        }
-        self.refuse(
-            key,
-            Refused {
+        match self.config.on_storage_error {
+            OnStorageError::RunUnprotected => Decision::Unprotected,
+            OnStorageError::Reject => Decision::Refuse(Refused {
                 refusal: Refusal::StorageUnavailable,
                 error: Some(error),
-            },
-        )
+            }),
+        }
     }
 
     /// Takes a place among those that wait, if there is one.
@@ -600,6 +592,22 @@ impl Shared {
             Either::Right(_) => Err(StorageError::timeout()),
         }
     }
+}
+
+/// A duplicate of a running operation, or another request under its key.
+fn in_flight(encoded: &Encoded, running: Option<Fingerprint>, waiter: ledger::Waiter) -> Attempt {
+    if differ(running, encoded.fingerprint) {
+        return Attempt::Decided(Decision::Refuse(Refused::new(Refusal::KeyReused)));
+    }
+    Attempt::InFlight(waiter)
+}
+
+/// A retry of the operation that left `record`, or another request under its key.
+fn replay(encoded: &Encoded, record: Record, waited: Duration) -> Decision {
+    if differ(record.fingerprint, encoded.fingerprint) {
+        return Decision::Refuse(Refused::new(Refusal::KeyReused));
+    }
+    Decision::Replay(Replay { record, waited })
 }
 
 /// Whether both requests are known, and not the same.
