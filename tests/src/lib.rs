@@ -10,6 +10,7 @@ pub mod client;
 pub mod example;
 pub mod faults;
 pub mod listen;
+pub mod node;
 pub mod runs;
 pub mod server;
 

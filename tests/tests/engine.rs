@@ -10,176 +10,32 @@
 
 use std::{
     collections::HashSet,
-    pin::{Pin, pin},
+    pin::pin,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    task::Poll,
     time::Duration,
 };
 
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, StatusCode};
 use idempotency_axum::{
-    Begin, Claim, Completion, Config, Decision, Encoded, EncodedKey, Engine, Entry, Env, Event,
-    Fingerprint, Held, LockPolicy, MemoryStorage, NewClaim, OnStorageError, OnUnreadable,
-    Operation, Outcome, Progress, Record, Refusal, Refused, Replay, SimulatedClock, Storage,
-    StorageError, StorageErrorKind, StoredResponse, Token, TombstoneReason,
+    Begin, Completion, Decision, EncodedKey, Engine, Entry, Env, Event, Held, LockPolicy,
+    MemoryStorage, NewClaim, OnStorageError, OnUnreadable, Operation, Outcome, Progress, Record,
+    Refusal, Storage, StorageError, StorageErrorKind, Token, TombstoneReason,
 };
-use idempotency_tests::{Events, Fault, FaultyStorage, Gate};
+use idempotency_tests::{
+    Events, Fault, FaultyStorage, Gate,
+    node::{
+        LEASE, Node, WAIT, answer, assert_replays, begin, claim_of, config, idle, operation, pass,
+        poll_times, printed, record, refusal_of, replay_of,
+    },
+};
 use tokio::task::JoinHandle;
 
-const LEASE: Duration = Duration::from_secs(30);
-const WAIT: Duration = Duration::from_secs(10);
 const MAX_HOLD: Duration = Duration::from_secs(600);
 const TTL: Duration = Duration::from_secs(24 * 3600);
 const STORAGE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// One node: an engine, its storage with faults, and what both share with other nodes.
-struct Node {
-    engine: Engine,
-    storage: FaultyStorage<MemoryStorage>,
-    memory: MemoryStorage,
-    clock: SimulatedClock,
-    env: Env,
-    events: Events,
-}
-
-impl Node {
-    fn new() -> Self {
-        Self::with(|config| config)
-    }
-
-    fn with(change: impl FnOnce(Config) -> Config) -> Self {
-        let (env, clock) = Env::simulated(7);
-        let memory = MemoryStorage::builder().env(env.clone()).build();
-        let storage = FaultyStorage::new(memory.clone());
-        let events = Events::new();
-        let config = change(config(&env).observer(events.clone()));
-        Self {
-            engine: Engine::new(storage.clone(), config),
-            storage,
-            memory,
-            clock,
-            env,
-            events,
-        }
-    }
-
-    /// Another node that works on the same storage, by the same clock.
-    fn peer(&self) -> Engine {
-        Engine::new(self.memory.clone(), config(&self.env))
-    }
-
-    /// Moves the clock in steps small enough for every renewal to happen in time.
-    async fn pass(&self, time: Duration) {
-        pass(&self.clock, time).await;
-    }
-
-    /// Nothing runs, waits or is claimed any more.
-    async fn assert_quiet(&self) {
-        self.engine.drain().await;
-        assert_eq!(self.engine.running(), 0, "running");
-        assert_eq!(self.engine.waiting(), 0, "waiting");
-        assert_eq!(self.memory.claims(), 0, "claims");
-        assert_eq!(self.memory.waiters(), 0, "waiters at the storage");
-    }
-}
-
-fn config(env: &Env) -> Config {
-    Config::default()
-        .env(env.clone())
-        .lock(LockPolicy::default().timeout(WAIT))
-}
-
-/// Returns once every other task waits for something that only the test can give: tokio moves a paused clock only then.
-async fn idle() {
-    tokio::time::sleep(Duration::from_millis(1)).await;
-}
-
-async fn pass(clock: &SimulatedClock, time: Duration) {
-    let step = LEASE / 30;
-    let mut left = time;
-    while !left.is_zero() {
-        idle().await;
-        clock.advance(step.min(left));
-        left = left.saturating_sub(step);
-    }
-    idle().await;
-}
-
-fn operation(n: u8) -> Encoded {
-    Encoded {
-        key: EncodedKey::from_bytes([n; 32]),
-        fingerprint: None,
-    }
-}
-
-fn printed(n: u8, print: u8) -> Encoded {
-    Encoded {
-        fingerprint: Some(Fingerprint::from_bytes([print; 32])),
-        ..operation(n)
-    }
-}
-
-fn answer(text: &'static str) -> StoredResponse {
-    StoredResponse::new(StatusCode::CREATED, &HeaderMap::new(), text)
-}
-
-fn record(text: &'static str) -> Record {
-    Record {
-        fingerprint: None,
-        outcome: Outcome::Response(answer(text)),
-    }
-}
-
-#[track_caller]
-fn claim_of(decision: Decision) -> Claim {
-    match decision {
-        Decision::Execute(claim) => claim,
-        other => panic!("expected to execute: {other:?}"),
-    }
-}
-
-#[track_caller]
-fn replay_of(decision: Decision) -> Replay {
-    match decision {
-        Decision::Replay(replay) => replay,
-        other => panic!("expected a replay: {other:?}"),
-    }
-}
-
-#[track_caller]
-fn refusal_of(decision: Decision) -> Refused {
-    match decision {
-        Decision::Refuse(refused) => refused,
-        other => panic!("expected a refusal: {other:?}"),
-    }
-}
-
-#[track_caller]
-fn assert_replays(decision: Decision, text: &'static str) {
-    assert_eq!(replay_of(decision).record, record(text));
-}
-
-/// A `begin` in a task of its own.
-fn begin(engine: &Engine, encoded: Encoded) -> JoinHandle<Decision> {
-    let engine = engine.clone();
-    tokio::spawn(async move { engine.begin(&encoded).await })
-}
-
-/// Polls up to `times`, and lets everything else go on in between.
-async fn poll_times<F: Future>(mut future: Pin<&mut F>, times: usize) -> Option<F::Output> {
-    for _ in 0..times {
-        let poll = std::future::poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
-        if let Poll::Ready(output) = poll {
-            return Some(output);
-        }
-        tokio::task::yield_now().await;
-    }
-    None
-}
 
 // ---- The ends of a claim ----
 

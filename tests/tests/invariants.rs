@@ -28,39 +28,25 @@ use futures_util::{StreamExt, future::BoxFuture, stream};
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use idempotency_axum::{
-    Begin, Config, Decision, Encoded, EncodedKey, Engine, Entry, Env, Environment, Held,
-    IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, LockPolicy, MemoryStorage,
-    NewClaim, OnUnreadable, Operation, Outcome, Record, Scope, SimulatedClock, Spawner, Storage,
-    StoreOn, StoredResponse, Token, TombstoneReason, WhenFull,
+    Begin, Config, Decision, Engine, Entry, Env, Environment, Held, IdempotencyHandler,
+    IdempotencyKey, IdempotencyLayer, KeyPolicy, LockPolicy, MemoryStorage, NewClaim, OnUnreadable,
+    Operation, Outcome, Record, Scope, SimulatedClock, Spawner, Storage, StoreOn, StoredResponse,
+    Token, TombstoneReason, WhenFull,
 };
-use idempotency_tests::{Answer, Events, Fault, FaultyStorage, Gate, Logs, Runs, Server};
+use idempotency_tests::{
+    Answer, Events, Fault, FaultyStorage, Gate, Logs, Runs, Server,
+    node::{LEASE, idle, operation, pass, record},
+};
 use tokio::sync::Semaphore;
 use tower::{Service, ServiceExt};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
-
-const LEASE: Duration = Duration::from_secs(30);
 
 /// Longer than any test runs.
 const LONG: Duration = Duration::from_secs(300);
 
 fn patient() -> LockPolicy {
     LockPolicy::default().timeout(LONG)
-}
-
-fn operation(n: u8) -> Encoded {
-    Encoded {
-        key: EncodedKey::from_bytes([n; 32]),
-        fingerprint: None,
-    }
-}
-
-fn record(text: &'static str) -> Record {
-    let response = StoredResponse::new(StatusCode::CREATED, &HeaderMap::new(), text);
-    Record {
-        fingerprint: None,
-        outcome: Outcome::Response(response),
-    }
 }
 
 fn post_with(path: &str, headers: &[(&str, &str)], body: &'static str) -> Request<Body> {
@@ -107,22 +93,6 @@ async fn in_time<F: Future>(what: &str, work: F) -> F::Output {
         Ok(output) => output,
         Err(_) => panic!("{what} does not end"),
     }
-}
-
-/// With tokio's clock paused: returns once nothing is left to do.
-async fn idle() {
-    tokio::time::sleep(Duration::from_millis(1)).await;
-}
-
-async fn pass(clock: &SimulatedClock, time: Duration) {
-    let step = LEASE / 30;
-    let mut left = time;
-    while !left.is_zero() {
-        idle().await;
-        clock.advance(step.min(left));
-        left = left.saturating_sub(step);
-    }
-    idle().await;
 }
 
 // ---- 1. Between Acquired and complete no second execution starts, on any node ----

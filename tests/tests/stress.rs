@@ -7,24 +7,25 @@
 
 use std::{
     convert::Infallible,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    task::Poll,
     time::Duration,
 };
 
 use axum::{Router, body::Body, extract::Path, response::Response, routing::post};
-use http::{HeaderMap, Method, Request, StatusCode};
+use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use idempotency_axum::{
     Begin, Completion, Config, Decision, Encoded, EncodedKey, Engine, Entry, Env, Held,
     IdempotencyKey, IdempotencyLayer, LockPolicy, MemoryStorage, NewClaim, Operation, Outcome,
-    Record, Refusal, Storage, StorageError, StoredResponse, Token,
+    Record, Refusal, Storage, StorageError, Token,
 };
-use idempotency_tests::{Answer, Call, Events, Fault, FaultyStorage, Gate, Runs, Server};
+use idempotency_tests::{
+    Answer, Call, Events, Fault, FaultyStorage, Gate, Runs, Server,
+    node::{answer, operation, poll_times},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -50,17 +51,6 @@ fn patient() -> LockPolicy {
     LockPolicy::default().timeout(LONG)
 }
 
-fn operation(n: u8) -> Encoded {
-    Encoded {
-        key: EncodedKey::from_bytes([n; 32]),
-        fingerprint: None,
-    }
-}
-
-fn answer(text: &'static str) -> StoredResponse {
-    StoredResponse::new(StatusCode::CREATED, &HeaderMap::new(), text)
-}
-
 /// SplitMix64: the same numbers in every run.
 struct Random(u64);
 
@@ -78,18 +68,6 @@ async fn yields(times: usize) {
     for _ in 0..times {
         tokio::task::yield_now().await;
     }
-}
-
-/// Polls up to `times`, and lets others go on in between.
-async fn poll_times<F: Future>(mut future: Pin<&mut F>, times: usize) -> Option<F::Output> {
-    for _ in 0..times {
-        let poll = std::future::poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx))).await;
-        if let Poll::Ready(output) = poll {
-            return Some(output);
-        }
-        tokio::task::yield_now().await;
-    }
-    None
 }
 
 /// Fails a test that would hang.

@@ -93,23 +93,21 @@ impl Claim {
         }
     }
 
-    /// Whether nobody else can hold the key: as far as is known here, and as the storage says now.
-    pub(super) async fn is_still_held(&self) -> Result<bool, StorageError> {
-        let phase = self
-            .shared
-            .ledger
-            .change(self.token, |run| run.phase.clone());
-        match phase {
-            Some(Phase::Held) => {}
-            Some(Phase::Unclaimed) => return Ok(true),
-            _ => return Ok(false),
-        }
+    /// Whether nobody else held the key since this claim was made. Always, where claims are switched off.
+    pub(super) async fn was_held_throughout(&self) -> Result<bool, StorageError> {
         let Self {
             shared, key, token, ..
         } = self;
         let lease = shared.config.lock.lease();
+        let is_unclaimed = |run: &mut Run| matches!(run.phase, Phase::Unclaimed);
+        if shared.ledger.change(*token, is_unclaimed) == Some(true) {
+            return Ok(true);
+        }
         let renewed = shared.limited(shared.storage.renew(key, *token, lease));
-        Ok(renewed.await? == Held::Yes)
+        let is_held = renewed.await? == Held::Yes;
+        // Looked at last: the keeper may have taken the claim again just before it was renewed.
+        let is_whole = |run: &mut Run| matches!(run.phase, Phase::Held) && !run.interrupted;
+        Ok(is_held && shared.ledger.change(*token, is_whole) == Some(true))
     }
 
     /// Ends the run; what is left is to tell the storage. `None` if the run is gone already.
@@ -305,6 +303,7 @@ impl Begun {
                 ttl: config.ttl,
                 renew_at: since.saturating_add(config.lock.lease() / 3),
                 give_up_at: since.saturating_add(config.lock.hold_limit()),
+                interrupted: false,
                 spawner: self.spawner.clone(),
                 phase,
             },

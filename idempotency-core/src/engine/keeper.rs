@@ -259,8 +259,12 @@ fn renew_at(shared: &Shared, token: Token, at: Duration) {
 /// The claim is not ours any more. If that is because the storage lost it (a restart without its data), and nobody else has
 /// begun, it is ours again; the operation still runs, so nobody else may begin.
 async fn reclaim(shared: &Shared, token: Token, run: &Run) {
-    let is_held = |run: &mut Run| matches!(run.phase, Phase::Held);
-    if shared.ledger.change(token, is_held) != Some(true) {
+    // Set before the claim is taken again, so that whoever finds it renewable finds this too.
+    let interrupt = |run: &mut Run| {
+        run.interrupted = true;
+        matches!(run.phase, Phase::Held)
+    };
+    if shared.ledger.change(token, interrupt) != Some(true) {
         return;
     }
     let lease = shared.config.lock.lease();

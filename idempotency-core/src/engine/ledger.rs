@@ -78,6 +78,8 @@ pub(super) struct Run {
     pub(super) renew_at: Duration,
     /// When a tombstone ends a claim that is still held.
     pub(super) give_up_at: Duration,
+    /// Its claim was gone for a while, in which another may have held and released it.
+    pub(super) interrupted: bool,
     /// Of the runtime that it was made on.
     pub(super) spawner: Option<Spawner>,
     pub(super) phase: Phase,

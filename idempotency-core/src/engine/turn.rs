@@ -86,7 +86,7 @@ impl Turn {
             engine, key, claim, ..
         } = self;
         if let Some(claim) = claim
-            && !claim.is_still_held().await?
+            && !claim.was_held_throughout().await?
         {
             engine.config().emit(&Event::Lost {
                 key: *key,
