@@ -3,21 +3,36 @@
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode};
-use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, header};
+use http_body_util::Full;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::JoinHandle,
 };
 
+use crate::incoming::{Connection, Incoming};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// The version of HTTP that a call is made with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/1.1
+    #[default]
+    Http1,
+    /// HTTP/2 without TLS, by prior knowledge
+    Http2,
+}
+
 /// A request that is being put together.
 #[derive(Clone, Debug)]
 #[must_use]
 pub struct Call {
     address: SocketAddr,
+    protocol: Protocol,
     request: Request<Bytes>,
 }
 
@@ -34,7 +49,17 @@ impl Call {
             .header("host", address.to_string())
             .body(Bytes::new())
             .expect("a valid path");
-        Self { address, request }
+        Self {
+            address,
+            protocol: Protocol::default(),
+            request,
+        }
+    }
+
+    /// Sends it over this version of HTTP. Default: HTTP/1.1.
+    pub fn over(mut self, protocol: Protocol) -> Self {
+        self.protocol = protocol;
+        self
     }
 
     /// Adds a header line.
@@ -84,19 +109,47 @@ impl Call {
     /// # Errors
     ///
     /// If the connection can't be made, or breaks before the end of the answer.
-    pub async fn try_send(self) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
-        let stream = TcpStream::connect(self.address).await?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        let connection = tokio::spawn(connection);
-        let response = sender.send_request(self.request.map(Full::new)).await?;
-        let (parts, body) = response.into_parts();
-        let body = body.collect().await?.to_bytes();
-        connection.abort();
-        Ok(Answer {
-            status: parts.status,
-            headers: parts.headers,
-            body,
-        })
+    pub async fn try_send(self) -> Result<Answer, BoxError> {
+        self.try_open().await?.answer().await
+    }
+
+    /// Sends it and reads the head of the answer; its body is read as the test likes.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the connection breaks; see [`try_open`](Self::try_open).
+    pub async fn open(self) -> Incoming {
+        self.try_open().await.expect("the head of an answer")
+    }
+
+    /// Sends it and reads the head of the answer, or says how the connection broke.
+    ///
+    /// # Errors
+    ///
+    /// If the connection can't be made, or breaks before the head is there.
+    pub async fn try_open(self) -> Result<Incoming, BoxError> {
+        let io = TokioIo::new(TcpStream::connect(self.address).await?);
+        match self.protocol {
+            Protocol::Http1 => {
+                let (mut sender, connection) = http1::handshake(io).await?;
+                let task = tokio::spawn(async { drop(connection.with_upgrades().await) });
+                let connection = Connection::http1(task);
+                let response = sender.send_request(self.request.map(Full::new)).await?;
+                Ok(Incoming::new(response, connection))
+            }
+            Protocol::Http2 => {
+                let (mut sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
+                let task = tokio::spawn(async { drop(connection.await) });
+                let mut request = self.request.map(Full::new);
+                request.headers_mut().remove(header::HOST);
+                let mut uri = request.uri().clone().into_parts();
+                uri.scheme = Some(http::uri::Scheme::HTTP);
+                uri.authority = Some(self.address.to_string().parse()?);
+                *request.uri_mut() = Uri::from_parts(uri)?;
+                let response = sender.send_request(request).await?;
+                Ok(Incoming::new(response, Connection::http2(task, sender)))
+            }
+        }
     }
 }
 

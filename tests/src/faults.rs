@@ -9,7 +9,7 @@ use std::{
 use idempotency_axum::{
     Begin, EncodedKey, Entry, Held, NewClaim, Operation, Record, Storage, StorageError, Token,
 };
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 /// What an operation does instead of its work.
 #[derive(Clone, Debug)]
@@ -24,6 +24,8 @@ pub enum Fault {
     Hang,
     /// Waits for a permit of the gate, then works.
     Gate(Arc<Semaphore>),
+    /// Lets the other tasks of this thread go first so many times, then works.
+    Slow(usize),
 }
 
 /// Any storage, with faults. Clones share them.
@@ -31,7 +33,7 @@ pub enum Fault {
 pub struct FaultyStorage<S> {
     inner: S,
     faults: Arc<Mutex<HashMap<Operation, Fault>>>,
-    calls: Arc<Mutex<HashMap<Operation, usize>>>,
+    calls: Arc<watch::Sender<HashMap<Operation, usize>>>,
 }
 
 impl<S: Storage> FaultyStorage<S> {
@@ -40,7 +42,7 @@ impl<S: Storage> FaultyStorage<S> {
         Self {
             inner,
             faults: Arc::default(),
-            calls: Arc::default(),
+            calls: Arc::new(watch::Sender::new(HashMap::new())),
         }
     }
 
@@ -63,8 +65,21 @@ impl<S: Storage> FaultyStorage<S> {
     /// How often `operation` was called.
     #[must_use]
     pub fn calls(&self, operation: Operation) -> usize {
-        let calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
-        calls.get(&operation).copied().unwrap_or(0)
+        self.calls.borrow().get(&operation).copied().unwrap_or(0)
+    }
+
+    /// Returns once `operation` was called so many times, whether it has answered or not.
+    ///
+    /// # Panics
+    ///
+    /// Panics after 20 s, naming what was called.
+    pub async fn called(&self, operation: Operation, times: usize) {
+        let mut calls = self.calls.subscribe();
+        let enough = calls.wait_for(|calls| calls.get(&operation).is_some_and(|is| *is >= times));
+        let limit = Duration::from_secs(20);
+        if tokio::time::timeout(limit, enough).await.is_err() {
+            panic!("no {times} × {operation} in {:?}", self.calls.borrow());
+        }
     }
 
     async fn run<T>(
@@ -72,9 +87,9 @@ impl<S: Storage> FaultyStorage<S> {
         operation: Operation,
         work: impl Future<Output = Result<T, StorageError>>,
     ) -> Result<T, StorageError> {
+        self.calls
+            .send_modify(|calls| *calls.entry(operation).or_default() += 1);
         let fault = {
-            let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
-            *calls.entry(operation).or_default() += 1;
             let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
             faults.get(&operation).cloned()
         };
@@ -93,6 +108,12 @@ impl<S: Storage> FaultyStorage<S> {
             Some(Fault::Gate(gate)) => {
                 let permit = gate.acquire().await.map_err(StorageError::unavailable)?;
                 permit.forget();
+                work.await
+            }
+            Some(Fault::Slow(turns)) => {
+                for _ in 0..turns {
+                    tokio::task::yield_now().await;
+                }
                 work.await
             }
         }

@@ -9,15 +9,19 @@
 pub mod client;
 pub mod example;
 pub mod faults;
+pub mod feed;
+pub mod incoming;
 pub mod listen;
 pub mod node;
 pub mod runs;
 pub mod server;
 
 pub use self::{
-    client::{Answer, Call},
+    client::{Answer, Call, Protocol},
     example::Example,
     faults::{Fault, FaultyStorage},
+    feed::{End, Feed, Length},
+    incoming::{Ending, Incoming},
     listen::{Events, Logs},
     runs::{Gate, Runs},
     server::Server,

@@ -4,7 +4,10 @@ use std::net::SocketAddr;
 
 use axum::Router;
 use http::Method;
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    task::JoinHandle,
+};
 
 use crate::client::{Answer, Call, send_raw};
 
@@ -25,6 +28,25 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0")
             .await
             .expect("a free port on 127.0.0.1");
+        Self::serve(listener, router)
+    }
+
+    /// As [`start`](Self::start), and sends into a buffer of a few KiB, so that a client that does not read is soon noticed.
+    ///
+    /// # Panics
+    ///
+    /// Panics if no port can be had.
+    #[must_use]
+    pub fn start_without_slack(router: Router) -> Self {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        // Those that it accepts inherit this.
+        socket.set_send_buffer_size(4096).expect("a small buffer");
+        let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
+        socket.bind(any_port).expect("a free port on 127.0.0.1");
+        Self::serve(socket.listen(64).expect("a listener"), router)
+    }
+
+    fn serve(listener: TcpListener, router: Router) -> Self {
         let address = listener.local_addr().expect("a bound listener's address");
         let task = tokio::spawn(async move {
             axum::serve(listener, router)
