@@ -64,7 +64,7 @@ pub(crate) async fn record(run: Run, response: Response, engine: &Engine) -> Res
         match AssertUnwindSafe(polled).catch_unwind().await {
             Ok(Poll::Ready(next)) => {
                 if let Some(end) = data.take(next) {
-                    break end;
+                    break source.judge(end);
                 }
             }
             Ok(Poll::Pending) => match config.env.spawner() {
@@ -166,6 +166,17 @@ impl Source {
         }
         polled
     }
+
+    /// An end at another place than was announced is none: the body broke off.
+    fn judge(&self, end: End) -> End {
+        match end {
+            End::Whole if self.length.is_some_and(|length| length != self.read) => {
+                let error = axum::Error::new(Fault::WrongLength);
+                End::Unrecorded(TombstoneReason::StreamBroken, Some(Err(error)))
+            }
+            end => end,
+        }
+    }
 }
 
 /// Reads a body to its end, and ends the run.
@@ -208,9 +219,9 @@ impl Recorder {
         loop {
             let polled = poll_fn(|cx| source.poll_next(cx));
             let next = AssertUnwindSafe(polled).catch_unwind().await;
-            let next = next.unwrap_or_else(|_| Some(Err(axum::Error::new(BodyPanicked))));
+            let next = next.unwrap_or_else(|_| Some(Err(axum::Error::new(Fault::Panicked))));
             if let Some(end) = self.tape.take(next) {
-                return end;
+                return source.judge(end);
             }
         }
     }
@@ -228,14 +239,21 @@ impl Drop for Recorder {
     }
 }
 
-/// The body's own code panicked, which was logged where it did.
+/// What is wrong with a body that gave no error of its own.
 #[derive(Debug)]
-struct BodyPanicked;
+enum Fault {
+    /// Which was logged where it did.
+    Panicked,
+    WrongLength,
+}
 
-impl fmt::Display for BodyPanicked {
+impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the answer's body panicked")
+        f.write_str(match self {
+            Self::Panicked => "the answer's body panicked",
+            Self::WrongLength => "the answer's body is not as long as was announced",
+        })
     }
 }
 
-impl std::error::Error for BodyPanicked {}
+impl std::error::Error for Fault {}
