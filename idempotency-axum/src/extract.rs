@@ -8,11 +8,11 @@ use axum::{
 };
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, request::Parts};
-use idempotency_core::{EncodedKey, Key, Outcome, Record, StoredResponse};
+use idempotency_core::{EncodedKey, Key, Outcome, StoredResponse};
 
 use crate::{
     policy::{ExtractorNeeds, Needs},
-    request::Protection,
+    request::{Conflict, Protection},
 };
 
 /// The key of the request that is being handled.
@@ -100,17 +100,51 @@ impl From<&Protection> for IdempotencyKey {
     }
 }
 
-/// What the first execution left, for a handler that answers conflicts itself.
+/// What stands recorded, for a handler that answers conflicts itself.
 ///
-/// A handler with an attribute and this parameter is *manual*: it runs on a retry too, and its answer is what the client gets.
+/// A handler with an attribute and this parameter, `Option` or alias or not, is *manual*: it runs on a retry too, and its answer
+/// is what the client gets, as it is, without the conflict status or the replay header.
+///
+/// * [`exists`](Self::exists) says that the operation ran before. **Doing it once is then the handler's job.**
+/// * [`response`](Self::response) is the answer of the *last* run. A tombstone has none.
+/// * An answer whose status is stored, in full within the limit, **replaces** the record and restarts its TTL. Any other, an
+///   error or a panic leaves it as it is.
+/// * The runs on conflicts of one key come one after another, on all processes that share the storage. Each waits for the one
+///   before it, [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) at most, and sees what that left. (Not with
+///   [`LockPolicy::disabled`](crate::LockPolicy::disabled).)
+/// * A client that leaves cancels nothing, and [`drain`](crate::IdempotencyLayer::drain) waits for these runs too.
+///
+/// ```
+/// use axum::{Router, body::Body, http::{Request, StatusCode}, response::{IntoResponse, Response}, routing::post};
+/// use idempotency_axum::{IdempotencyLayer, ManualIdempotency, MemoryStorage, idempotency_key};
+/// use tower::ServiceExt;
+///
+/// #[idempotency_key]
+/// async fn create_order(manual: ManualIdempotency) -> Response {
+///     match (manual.exists(), manual.response()) {
+///         (false, _) => (StatusCode::CREATED, "order 1").into_response(),
+///         (true, Some(last)) => last.with_status(StatusCode::OK).into_response(),
+///         // It ran, but its answer was not kept: look it up, don't do it again.
+///         (true, None) => StatusCode::CONFLICT.into_response(),
+///     }
+/// }
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() {
+/// let app: Router = Router::new()
+///     .route("/orders", post(create_order))
+///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));
+/// for expected in [StatusCode::CREATED, StatusCode::OK, StatusCode::OK] {
+///     let request = Request::post("/orders").header("idempotency-key", "abc").body(Body::empty());
+///     let response = app.clone().oneshot(request.unwrap()).await.unwrap();
+///     assert_eq!(response.status(), expected);
+/// }
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct ManualIdempotency {
     conflict: Conflict,
 }
-
-/// The record that a manual handler meets.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Conflict(pub(crate) Option<Record>);
 
 impl ManualIdempotency {
     /// Whether the operation ran before.
@@ -179,7 +213,7 @@ impl ReplayedResponse {
         self.status
     }
 
-    /// Its headers.
+    /// Its headers, without those that belong to one connection and those that are not recorded.
     #[must_use]
     pub fn headers(&self) -> HeaderMap {
         self.stored.headers()

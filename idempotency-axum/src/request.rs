@@ -12,12 +12,9 @@ use axum::{body::Body, extract::OriginalUri};
 use bytes::Bytes;
 use http::{Uri, header, request::Parts};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use idempotency_core::{BoxError, EncodedKey, Key};
+use idempotency_core::{BoxError, EncodedKey, Key, Record};
 
-use crate::{
-    extract::Conflict,
-    policy::{KeyPolicy, Requirement, Terms},
-};
+use crate::policy::{KeyPolicy, Requirement, Terms};
 
 /// Request extension: this request is protected, and how.
 #[derive(Clone)]
@@ -30,6 +27,10 @@ struct Protected {
     conflict: Conflict,
     entry: AtomicU8,
 }
+
+/// What stands recorded when a manual handler runs.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Conflict(pub(crate) Option<Record>);
 
 /// The handler is not one of ours, so nobody says when it is entered.
 const ENTRY_UNKNOWN: u8 = 0;

@@ -24,15 +24,14 @@ use tower_service::Service;
 use crate::{
     detach::Detachable,
     discovery::{self, Suspended},
-    extract::Conflict,
     future::ResponseFuture,
     layer::{Applied, Plan, Shared},
     policy::Requirement,
     problem::Problem,
     record::record,
     request::{
-        Acknowledgement, Decided, Protection, Unbuffered, WithoutKey, buffer, original_uri,
-        path_and_query,
+        Acknowledgement, Conflict, Decided, Protection, Unbuffered, WithoutKey, buffer,
+        original_uri, path_and_query,
     },
     response,
     run::Run,
