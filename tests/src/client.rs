@@ -128,7 +128,9 @@ impl Call {
     ///
     /// If the connection can't be made, or breaks before the head is there.
     pub async fn try_open(self) -> Result<Incoming, BoxError> {
-        let io = TokioIo::new(TcpStream::connect(self.address).await?);
+        let stream = TcpStream::connect(self.address).await?;
+        stream.set_nodelay(true)?;
+        let io = TokioIo::new(stream);
         match self.protocol {
             Protocol::Http1 => {
                 let (mut sender, connection) = http1::handshake(io).await?;

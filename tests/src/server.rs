@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use axum::Router;
+use axum::{Router, serve::ListenerExt};
 use http::Method;
 use tokio::{
     net::{TcpListener, TcpSocket},
@@ -31,7 +31,7 @@ impl Server {
         Self::serve(listener, router)
     }
 
-    /// As [`start`](Self::start), and sends into a buffer of a few KiB, so that a client that does not read is soon noticed.
+    /// As [`start`](Self::start), and sends into a small buffer, so that a client that does not read is soon noticed.
     ///
     /// # Panics
     ///
@@ -40,7 +40,9 @@ impl Server {
     pub fn start_without_slack(router: Router) -> Self {
         let socket = TcpSocket::new_v4().expect("a socket");
         // Those that it accepts inherit this.
-        socket.set_send_buffer_size(4096).expect("a small buffer");
+        socket
+            .set_send_buffer_size(64 << 10)
+            .expect("a small buffer");
         let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
         socket.bind(any_port).expect("a free port on 127.0.0.1");
         Self::serve(socket.listen(64).expect("a listener"), router)
@@ -49,6 +51,11 @@ impl Server {
     fn serve(listener: TcpListener, router: Router) -> Self {
         let address = listener.local_addr().expect("a bound listener's address");
         let task = tokio::spawn(async move {
+            // A frame of HTTP/2 is not to wait for the acknowledgement of the one before.
+            let listener = listener.tap_io(|stream| {
+                // The client may be gone already.
+                let _ = stream.set_nodelay(true);
+            });
             axum::serve(listener, router)
                 .await
                 .expect("axum::serve never ends by itself");

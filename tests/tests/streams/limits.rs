@@ -171,7 +171,7 @@ async fn the_rest_breaks(protocol: Protocol) {
 
 /// Far more than all buffers between handler and client can hold.
 const FRAMES: usize = 1024;
-const FRAME: usize = 64 << 10;
+const FRAME: usize = 16 << 10;
 
 /// Counts the frames that the handler has made.
 #[derive(Clone, Default)]
@@ -201,7 +201,7 @@ async fn a_client_that_does_not_read_holds_the_handler_back(protocol: Protocol) 
             made.body()
         }
     };
-    let config = limited(1 << 20).observer(events.clone());
+    let config = limited(256 << 10).observer(events.clone());
     let layer = IdempotencyLayer::enforce(MemoryStorage::new()).config(config);
     let router = Router::new().route("/big", post(handler)).layer(layer);
     let server = Server::start_without_slack(router);

@@ -7,7 +7,7 @@ use axum::{
     body::{Body, Bytes},
     routing::post,
 };
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use idempotency_axum::{Config, Env, IdempotencyLayer, LockPolicy, MemoryStorage, Operation};
 use idempotency_tests::{Events, FaultyStorage, Protocol, Runs, Server};
 use tokio::{
@@ -86,11 +86,16 @@ impl Slow {
             let runs = runs.clone();
             async move || {
                 runs.next();
+                // After a pause, so that it is not there at once.
+                let first = stream::once(async {
+                    tokio::task::yield_now().await;
+                    Bytes::new()
+                });
                 let frames: Vec<_> = answer()
                     .chunks(8 << 10)
                     .map(Bytes::copy_from_slice)
                     .collect();
-                Body::from_stream(stream::iter(frames.into_iter().map(Ok::<_, Infallible>)))
+                Body::from_stream(first.chain(stream::iter(frames)).map(Ok::<_, Infallible>))
             }
         };
         let router = Router::new().route("/slow", post(handler));
