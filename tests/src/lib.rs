@@ -6,6 +6,7 @@
     reason = "the harness is outside of what `Env` drives"
 )]
 
+pub mod catalogue;
 pub mod client;
 pub mod example;
 pub mod faults;

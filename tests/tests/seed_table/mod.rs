@@ -1,0 +1,368 @@
+//! The seed's cases, and the tests that show the same here: `tests/tests/<file>.py` and the function there, to our tests.
+
+use idempotency_tests::catalogue::Ours::{self, NoMeaning, NotYet, Tests};
+
+/// Cases of the seed that show one behaviour: each of `cases` stands in each of `files`.
+#[derive(Debug)]
+pub struct Behaviour {
+    pub files: &'static [&'static str],
+    pub cases: &'static [&'static str],
+    pub ours: Ours,
+}
+
+const ENFORCE: &str = "test_middleware";
+const ENFORCE_VIEWSETS: &str = "test_middleware_viewsets";
+const EXEMPT: &str = "test_middleware_exempt";
+const EXEMPT_VIEWSETS: &str = "test_middleware_exempt_viewsets";
+const MIDDLEWARES: &[&str] = &[ENFORCE, ENFORCE_VIEWSETS, EXEMPT, EXEMPT_VIEWSETS];
+const VIEWSETS: &[&str] = &[ENFORCE_VIEWSETS, EXEMPT_VIEWSETS];
+const UTILS: &[&str] = &["test_utils"];
+const STORAGE: &[&str] = &["test_storage"];
+const LOCKS: &[&str] = &["test_locks"];
+const ENCODER: &[&str] = &["test_encoder"];
+
+/// How many cases each file of the seed has.
+pub const CASES: [(&str, usize); 10] = [
+    ("test_django_debug_toolbar", 2),
+    ("test_encoder", 3),
+    ("test_locks", 5),
+    (ENFORCE, 23),
+    (EXEMPT, 20),
+    (EXEMPT_VIEWSETS, 23),
+    (ENFORCE_VIEWSETS, 24),
+    ("test_storage", 7),
+    ("test_storage_locking", 1),
+    ("test_utils", 23),
+];
+
+const fn row(
+    files: &'static [&'static str],
+    cases: &'static [&'static str],
+    ours: Ours,
+) -> Behaviour {
+    Behaviour { files, cases, ours }
+}
+
+pub const SEED: &[Behaviour] = &[
+    // ---- who needs a key
+    row(
+        MIDDLEWARES,
+        &["test_get_exempt"],
+        Tests(&[
+            "seed::a_get_runs_without_a_key",
+            "modes::safe_methods_are_exempt_where_a_key_is_required",
+        ]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_post_exempt"],
+        Tests(&["seed::an_exempt_post_runs_every_time"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_post_no_decorators"],
+        Tests(&["seed::a_post_without_a_decorator_has_the_policy_of_the_mode"]),
+    ),
+    row(
+        &[ENFORCE_VIEWSETS],
+        &["test_post_optional"],
+        Tests(&["seed::an_optional_key_may_be_missing"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_bad_request_no_key_specified"],
+        Tests(&["seed::a_required_key_that_is_missing_is_400"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &[
+            "test_idempotency_key_exempt_mutually_exclusive_1",
+            "test_idempotency_key_exempt_mutually_exclusive_2",
+            "test_manual_exempt_mutually_exclusive_1",
+            "test_manual_exempt_mutually_exclusive_2",
+        ],
+        // There an exception for each request, here the handler does not compile: `ui/fail/both_*` and `exempt_manual*`.
+        Tests(&["macros::what_is_refused_names_its_cure"]),
+    ),
+    row(
+        VIEWSETS,
+        &["test_nested_decorator", "test_nested_decorator_exempt"],
+        // A method that calls the one it overrides.
+        Tests(&[
+            "seed::a_nested_handler_has_the_policy_of_the_outermost",
+            "policies/combinators::on_an_associated_function",
+            "policies/combinators::over_an_attribute",
+        ]),
+    ),
+    // ---- what a retry gets
+    row(
+        MIDDLEWARES,
+        &[
+            "test_middleware_duplicate_request",
+            "test_idempotency_key_decorator",
+        ],
+        Tests(&[
+            "seed::a_retry_gets_the_stored_answer_with_409",
+            "answers/conflicts::retry_after_completion",
+        ]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_middleware_duplicate_request_use_original_status_code"],
+        Tests(&["seed::a_retry_may_get_the_original_status"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_middleware_duplicate_request_use_different_status_code"],
+        Tests(&["seed::a_retry_may_get_a_status_of_ones_own"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_middleware_duplicate_request_manual_override"],
+        Tests(&["seed::a_manual_handler_answers_a_retry_itself"]),
+    ),
+    row(
+        UTILS,
+        &[
+            "test_idempotency_key_exists_none",
+            "test_idempotency_key_exists_false",
+            "test_idempotency_key_exists_true",
+            "test_idempotency_key_response_none",
+            "test_idempotency_key_response_object",
+        ],
+        Tests(&[
+            "seed::a_manual_handler_is_told_whether_there_was_an_answer_and_which",
+            "policies/rows::manual_idempotency_with_an_optional_key",
+        ]),
+    ),
+    // ---- which answers are stored
+    row(
+        MIDDLEWARES,
+        &["test_store_on_statuses_does_not_store"],
+        Tests(&["seed::a_status_that_is_not_listed_is_not_stored"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_store_on_statuses_does_store"],
+        Tests(&["seed::a_status_that_is_listed_is_stored"]),
+    ),
+    row(
+        UTILS,
+        &["test_get_store_on_statuses_default"],
+        Tests(&["answers/recording::store_on_statuses"]),
+    ),
+    row(
+        UTILS,
+        &["test_get_store_on_statuses_not_specified"],
+        // Every status from 200 to 599.
+        Tests(&["answers/recording::status_stored"]),
+    ),
+    // ---- the key: header and encoder
+    row(
+        &[ENFORCE],
+        &[
+            "test_post_custom_header_pass",
+            "test_post_custom_header_fail",
+        ],
+        Tests(&["seed::the_key_is_taken_from_the_configured_header_alone"]),
+    ),
+    row(
+        UTILS,
+        &[
+            "test_get_default_header_name",
+            "test_get_custom_header_name_with_header",
+        ],
+        Tests(&[
+            "seed::the_key_is_taken_from_the_configured_header_alone",
+            "answers/keys::custom_header_name",
+        ]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_middleware_custom_encoder"],
+        Tests(&["seed::an_encoder_of_ones_own_names_the_operation"]),
+    ),
+    row(
+        ENCODER,
+        &["test_basic_encoding"],
+        // Another hash on purpose: ours knows where a field ends, and has the query in it.
+        Tests(&["idempotency-core/tests/golden.rs::basic_key_encoder"]),
+    ),
+    row(
+        ENCODER,
+        &["test_basic_encoder_null_key"],
+        NoMeaning(
+            "an encoder is given a `Key`, which is parsed and can't be null; a missing one is 400 before",
+        ),
+    ),
+    row(
+        ENCODER,
+        &["test_basic_encoder_uses_authorization_header"],
+        Tests(&["answers/conflicts::same_key_other_authorization"]),
+    ),
+    // ---- where records are
+    row(
+        MIDDLEWARES,
+        &["test_middleware_custom_storage"],
+        Tests(&["seed::a_storage_that_keeps_nothing_lets_a_retry_run"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_middleware_cache_storage"],
+        Tests(&["seed::a_storage_that_is_given_is_the_one_that_is_used"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_middleware_cache_storage_using_custom_cache_name_on_decorator"],
+        Tests(&["seed::a_named_cache_wins_over_the_default_one"]),
+    ),
+    row(
+        MIDDLEWARES,
+        &["test_middleware_storage_cache_name_provides_default_name"],
+        Tests(&["seed::a_handler_that_names_no_cache_is_in_the_default_one"]),
+    ),
+    row(
+        VIEWSETS,
+        &["test_middleware_invalid_cache_name"],
+        Tests(&[
+            "seed::a_cache_that_nobody_configured_is_found_before_the_server_listens",
+            "policies/attributes::key_unknown_cache_name",
+        ]),
+    ),
+    row(
+        STORAGE,
+        &["test_memory_storage_store", "test_memory_storage_retrieve"],
+        Tests(&[
+            "seed::what_is_stored_is_found_under_its_key_alone",
+            "idempotency-core/tests/memory_conformance.rs::records_come_back_unchanged",
+        ]),
+    ),
+    row(
+        STORAGE,
+        &[
+            "test_memory_storage_cache_name_not_present",
+            "test_memory_storage_retrieve_no_key",
+        ],
+        Tests(&["seed::what_is_stored_is_found_under_its_key_alone"]),
+    ),
+    row(
+        STORAGE,
+        &[
+            "test_cache_storage_store_default_cache",
+            "test_cache_storage_store_named_cache",
+        ],
+        // The seed's bytes are a pickle, which runs code when it is read. Ours are checked before they are believed.
+        Tests(&[
+            "policies/caches::records_lie_in_the_named_cache_alone",
+            "idempotency-core/src/codec.rs::samples_come_back",
+            "idempotency-core/src/codec.rs::garbage_is_an_error",
+        ]),
+    ),
+    row(
+        STORAGE,
+        &["test_cache_storage_validation_failure"],
+        Tests(&["seed::a_cache_that_nobody_configured_is_found_before_the_server_listens"]),
+    ),
+    // ---- locks
+    row(
+        &["test_storage_locking"],
+        &["test_storage_when_locked_returns_423"],
+        // There only the look-up is locked; here the key, until the answer is stored.
+        Tests(&["seed::a_duplicate_beside_the_running_first_is_423_until_the_key_is_free"]),
+    ),
+    row(
+        LOCKS,
+        &["test_single_thread_lock"],
+        Tests(&[
+            "seed::a_duplicate_beside_the_running_first_is_423_until_the_key_is_free",
+            "engine::a_released_key_is_free_at_once",
+        ]),
+    ),
+    row(
+        LOCKS,
+        &[
+            "test_multi_process_lock_only_host",
+            "test_multi_process_lock_host_and_port",
+        ],
+        NotYet("needs a storage or a lock that processes share, which is Redis"),
+    ),
+    row(
+        LOCKS,
+        &[
+            "test_multi_process_lock_empty_string_must_be_set",
+            "test_multi_process_lock_null_must_be_set",
+        ],
+        NotYet("needs `Settings` with a location of a Redis lock"),
+    ),
+    row(
+        UTILS,
+        &["test_get_lock_class_default"],
+        // Claims within the process.
+        Tests(&["answers/conflicts::duplicate_while_the_first_runs"]),
+    ),
+    row(
+        UTILS,
+        &[
+            "test_get_lock_class_default_memory_storage",
+            "test_get_lock_class_default_cache_storage",
+        ],
+        NoMeaning(
+            "they load a storage's class by its path as if it were a lock; here both are typed values",
+        ),
+    ),
+    row(
+        UTILS,
+        &["test_get_lock_timeout_default"],
+        Tests(&[
+            "answers/conflicts::duplicate_waits_for_a_tenth_of_a_second",
+            "answers/conflicts::duplicate_gives_up_after_a_tenth_of_a_second",
+        ]),
+    ),
+    row(
+        UTILS,
+        &["test_get_lock_timeout_default_with_lock"],
+        Tests(&["seed::a_duplicate_waits_for_as_long_as_configured"]),
+    ),
+    row(
+        UTILS,
+        &["test_get_lock_enable_default"],
+        Tests(&["seed::a_duplicate_beside_the_running_first_is_423_until_the_key_is_free"]),
+    ),
+    row(
+        UTILS,
+        &["test_get_lock_enable_default_with_lock"],
+        Tests(&["answers/conflicts::without_claims_a_duplicate_runs_and_a_retry_does_not"]),
+    ),
+    row(
+        &[ENFORCE],
+        &["test_no_locking_on_store"],
+        Tests(&["seed::without_locks_a_retry_still_gets_the_stored_answer"]),
+    ),
+    row(
+        UTILS,
+        &[
+            "test_get_lock_ttl_default",
+            "test_get_lock_ttl_default_with_lock",
+        ],
+        // A lease that is renewed while the handler runs: 30 s by default, not 300.
+        Tests(&["seed::a_claim_of_a_dead_process_ends_with_its_lease"]),
+    ),
+    row(
+        UTILS,
+        &[
+            "test_get_lock_name_default",
+            "test_get_lock_name_default_with_lock",
+            "test_get_lock_location_default",
+            "test_get_lock_location_only_host",
+            "test_get_lock_location_host_and_port",
+        ],
+        NotYet("needs `Settings` with the name and the location of a Redis lock"),
+    ),
+    // ---- other middleware
+    row(
+        &["test_django_debug_toolbar"],
+        &["test_post", "test_post_2"],
+        // The toolbar is Django's; what it stands for is a middleware that sees every request, before ours or after.
+        Tests(&["seed::a_middleware_that_looks_on_may_stand_on_either_side"]),
+    ),
+];
