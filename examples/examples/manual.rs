@@ -30,6 +30,7 @@ use std::{
     net::SocketAddr,
     process::ExitCode,
     sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
 };
 
 use axum::{
@@ -39,7 +40,8 @@ use axum::{
     routing::post,
 };
 use idempotency_axum::{
-    IdempotencyLayer, ManualIdempotency, MemoryStorage, ReplayedResponse, idempotency_key,
+    Config, IdempotencyLayer, LockPolicy, ManualIdempotency, MemoryStorage, ReplayedResponse,
+    idempotency_key,
 };
 
 /// 201 for the order, and 200 for every retry.
@@ -121,7 +123,10 @@ fn unknown() -> Response {
 }
 
 async fn run() -> Result<(), Box<dyn Error>> {
-    let layer = IdempotencyLayer::enforce(MemoryStorage::new());
+    // How long a conflict run waits for the one before it, before it is told to try again.
+    let lock = LockPolicy::default().timeout(Duration::from_secs(10));
+    let layer =
+        IdempotencyLayer::enforce(MemoryStorage::new()).config(Config::default().lock(lock));
     let router = Router::new()
         .route("/orders", post(create_order))
         .route("/forms", post(submit_form))

@@ -31,9 +31,7 @@ use axum::{
     extract::State,
     routing::{get, post},
 };
-use idempotency_axum::{
-    IdempotencyLayer, MemoryStorage, Misuse, WhenFull, idempotency_exempt, idempotency_key,
-};
+use idempotency_axum::{IdempotencyLayer, MemoryStorage, Misuse, WhenFull, idempotency_key};
 
 /// Some ten records: enough to try the lines, and soon full.
 const MAILS_BYTES: usize = 4 * 1024;
@@ -73,7 +71,6 @@ fn service(is_misspelt: bool) -> Result<Router, Misuse> {
 }
 
 /// How full the storages are. They are handles: what the layer keeps in them is seen through any clone.
-#[idempotency_exempt]
 async fn caches(State((payments, mails)): State<(MemoryStorage, MemoryStorage)>) -> String {
     let line = |name, cache: MemoryStorage| {
         let (records, evicted) = (cache.records(), cache.evicted());

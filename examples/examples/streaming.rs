@@ -41,7 +41,8 @@ const WORK: Duration = Duration::from_millis(100);
 const LIMIT: usize = 1024;
 
 #[idempotency_key]
-async fn export(Path(rows): Path<u32>) -> impl IntoResponse {
+async fn export(Path(rows): Path<u8>) -> impl IntoResponse {
+    let rows = u32::from(rows);
     let run = run_number();
     let rows = stream::unfold(1, move |row| async move {
         if row > rows {
