@@ -15,7 +15,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::Extensions;
-use idempotency_core::{AnyStorage, Config, Engine, Storage};
+use idempotency_core::{AnyStorage, Config, Engine, Mode, Storage};
 use tower_layer::Layer;
 
 use crate::{
@@ -64,13 +64,6 @@ pub struct IdempotencyLayer {
     shared: Arc<Shared>,
 }
 
-/// What the layer does with a route whose handler says nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
-    Enforce,
-    Exempt,
-}
-
 type ProblemResponse = dyn Fn(Problem) -> Response + Send + Sync;
 
 /// What the user has set; the rest of [`Shared`] follows from it.
@@ -78,6 +71,8 @@ type ProblemResponse = dyn Fn(Problem) -> Response + Send + Sync;
 struct Choices {
     mode: Mode,
     storage: AnyStorage,
+    /// What handlers may call `storage`, unless a cache of `caches` is called so.
+    default_cache: Option<String>,
     caches: BTreeMap<String, AnyStorage>,
     config: Config,
     fixed: Option<KeyPolicy>,
@@ -234,10 +229,16 @@ impl IdempotencyLayer {
         }
     }
 
+    /// Lets handlers call the default cache by this name too.
+    pub(crate) fn default_cache(self, name: String) -> Self {
+        self.with(|choices| choices.default_cache = Some(name))
+    }
+
     fn new(mode: Mode, storage: impl Storage) -> Self {
         Self::build(Choices {
             mode,
             storage: AnyStorage::new(storage),
+            default_cache: None,
             caches: BTreeMap::new(),
             config: Config::default(),
             fixed: None,
@@ -253,14 +254,16 @@ impl IdempotencyLayer {
 
     fn build(choices: Choices) -> Self {
         let engine = |storage: &AnyStorage| Engine::new(storage.clone(), choices.config.clone());
+        let default = engine(&choices.storage);
+        // One engine under both names: what it knows of running operations holds for all its handlers.
+        let alias = choices.default_cache.iter();
+        let alias = alias.map(|name| (name.clone(), default.clone()));
+        let caches = choices.caches.iter();
+        let caches = caches.map(|(name, storage)| (name.clone(), engine(storage)));
         Self {
             shared: Arc::new(Shared {
-                engine: engine(&choices.storage),
-                engines: choices
-                    .caches
-                    .iter()
-                    .map(|(name, storage)| (name.clone(), engine(storage)))
-                    .collect(),
+                engines: alias.chain(caches).collect(),
+                engine: default,
                 default_policy: match choices.mode {
                     Mode::Enforce => KeyPolicy::required(),
                     Mode::Exempt => KeyPolicy::exempt(),

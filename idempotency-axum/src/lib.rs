@@ -117,6 +117,7 @@ mod request;
 mod response;
 mod run;
 mod service;
+mod settings;
 
 #[doc(hidden)]
 #[path = "private.rs"]

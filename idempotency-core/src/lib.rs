@@ -60,6 +60,7 @@ mod event;
 mod key;
 mod lock;
 mod record;
+mod settings;
 pub mod storage;
 
 pub use self::{
@@ -78,6 +79,7 @@ pub use self::{
     key::{EncodedKey, InvalidKey, InvalidKeyKind, Key, KeyFormat, ParseEncodedKeyError},
     lock::LockPolicy,
     record::{Outcome, Record, StoredResponse, TombstoneReason},
+    settings::{Mode, Opened, Settings, SettingsError, SettingsErrorKind},
     storage::{
         AnyStorage, Begin, Entry, Held, NewClaim, Storage, Token, Transaction, Transactional,
     },

@@ -1,6 +1,6 @@
 //! One type for every storage.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{any::Any, fmt, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 
@@ -24,9 +24,13 @@ use crate::{EncodedKey, Record, StorageError};
 pub struct AnyStorage(Arc<dyn Erased>);
 
 impl AnyStorage {
-    /// Erases the type of `storage`.
+    /// Erases the type of `storage`. Costs nothing if that was done already.
     pub fn new(storage: impl Storage) -> Self {
-        Self(Arc::new(storage))
+        let erased: Option<&Self> = (&storage as &dyn Any).downcast_ref();
+        match erased {
+            Some(erased) => erased.clone(),
+            None => Self(Arc::new(storage)),
+        }
     }
 }
 

@@ -1,0 +1,655 @@
+//! What every field means.
+
+use std::collections::BTreeMap;
+
+use http::{Method, StatusCode, header};
+
+use super::{
+    EncoderName, KeyFormatName, LockSettings, Mode, Preset, Settings, StorageSettings, Terms,
+    error::{SettingsError, SettingsErrorKind},
+    field::{Field, Fields, either},
+    secret::{Location, may_hold_a_secret},
+    storage::{LockKind, StorageKind, WhatWhenFull},
+};
+use crate::{LockPolicy, OnStorageError, OnUnreadable, Scope, StoreOn};
+
+type Result<T, E = SettingsError> = std::result::Result<T, E>;
+
+impl Settings {
+    pub(super) fn read(document: Field) -> Result<Self> {
+        let mut fields = document.fields("a table of settings")?;
+        let mode = fields.take("mode").map(read_mode).transpose()?;
+        let lock = fields.take("lock").map(LockSettings::read).transpose()?;
+        let storage = fields.take("storage").map(read_storage).transpose()?;
+        let DefaultStorage {
+            storage,
+            cache_name,
+            store_on,
+        } = storage.unwrap_or_default();
+        let storages = fields.take("storages").map(read_storages).transpose()?;
+        let terms = Terms::read(&mut fields, store_on)?;
+        fields.finish()?;
+        Ok(Self {
+            mode: mode.unwrap_or_default(),
+            terms,
+            lock: lock.unwrap_or_default(),
+            default_cache: cache_name,
+            storage,
+            storages: storages.unwrap_or_default(),
+        })
+    }
+}
+
+impl Terms {
+    /// `store_on` may stand in the storage's table too.
+    fn read(fields: &mut Fields, storages_store_on: Option<Field>) -> Result<Self> {
+        let preset = fields.take("preset").map(read_preset).transpose()?;
+        let preset = preset.unwrap_or_default();
+
+        let encoder = fields.take_either("encoder", "encoder_class")?;
+        let conflict_status = fields.take_either("conflict_status", "conflict_status_code")?;
+        let store_on = fields.take_either("store_on", "store_on_statuses")?;
+        let store_on = either(store_on, storages_store_on)?;
+        let strip_headers = fields.take("strip_headers");
+        let keep_headers = fields.take("keep_headers");
+        let mut terms = Self {
+            preset,
+            header: fields.take("header").map(read_header).transpose()?,
+            methods: fields.take("methods").map(read_methods).transpose()?,
+            key_format: fields.take("key_format").map(read_key_format).transpose()?,
+            encoder: encoder.map(read_encoder).transpose()?,
+            scope: read_scope(fields)?,
+            conflict_status: conflict_status.map(read_conflict_status).transpose()?,
+            in_flight_status: fields
+                .take("in_flight_status")
+                .map(read_refusal)
+                .transpose()?,
+            mismatch_status: fields
+                .take("mismatch_status")
+                .map(read_refusal)
+                .transpose()?,
+            store_on: store_on
+                .map(|field| read_store_on(field, preset))
+                .transpose()?,
+            on_storage_error: fields
+                .take("on_storage_error")
+                .map(read_on_storage_error)
+                .transpose()?,
+            on_unreadable: fields
+                .take("on_unreadable")
+                .map(read_on_unreadable)
+                .transpose()?,
+            ttl: fields
+                .take("ttl")
+                .map(|field| {
+                    field.positive_duration("would keep no record, so every retry would run again")
+                })
+                .transpose()?,
+            storage_timeout: fields
+                .take("storage_timeout")
+                .map(|field| {
+                    field.positive_duration(
+                        "would leave the storage no time, so every request would be refused",
+                    )
+                })
+                .transpose()?,
+            max_request_body: fields
+                .take("max_request_body")
+                .map(|field| field.bytes())
+                .transpose()?,
+            max_response_body: fields
+                .take("max_response_body")
+                .map(|field| field.bytes())
+                .transpose()?,
+            max_running: fields
+                .take("max_running")
+                .map(read_max_running)
+                .transpose()?,
+            max_waiting: fields
+                .take("max_waiting")
+                .map(|field| field.count())
+                .transpose()?,
+            replay_header: fields
+                .take("replay_header")
+                .map(read_replay_header)
+                .transpose()?,
+            strip_headers: Vec::new(),
+            keep_headers: Vec::new(),
+            documentation: fields
+                .take("documentation")
+                .filter(|field| !field.is_null())
+                .map(read_documentation)
+                .transpose()?,
+        };
+        for item in strip_headers
+            .map(header_list)
+            .transpose()?
+            .into_iter()
+            .flatten()
+        {
+            terms.strip_headers.push(item.header_name()?);
+        }
+        for item in keep_headers
+            .map(header_list)
+            .transpose()?
+            .into_iter()
+            .flatten()
+        {
+            let name = item.header_name()?;
+            if terms.strip_headers.contains(&name) {
+                let message =
+                    format_args!("{name} is in `strip_headers` too; keep it in one of them");
+                return Err(SettingsError::new(
+                    SettingsErrorKind::Conflict,
+                    &item.path,
+                    message,
+                ));
+            }
+            terms.keep_headers.push(name);
+        }
+        Ok(terms)
+    }
+}
+
+fn read_mode(field: Field) -> Result<Mode> {
+    field.one_of(
+        "\"enforce\" or \"exempt\"",
+        &[("enforce", Mode::Enforce), ("exempt", Mode::Exempt)],
+    )
+}
+
+fn read_preset(field: Field) -> Result<Preset> {
+    field.one_of(
+        "\"default\", \"ietf\" or \"stripe\"",
+        &[
+            ("default", Preset::Default),
+            ("ietf", Preset::Ietf),
+            ("stripe", Preset::Stripe),
+        ],
+    )
+}
+
+fn read_encoder(field: Field) -> Result<EncoderName> {
+    field.one_of(
+        "\"basic\", \"fingerprint\" or \"key_only\"",
+        &[
+            ("basic", EncoderName::Basic),
+            ("BasicKeyEncoder", EncoderName::Basic),
+            ("fingerprint", EncoderName::Fingerprint),
+            ("FingerprintKeyEncoder", EncoderName::Fingerprint),
+            ("key_only", EncoderName::KeyOnly),
+            ("KeyOnlyEncoder", EncoderName::KeyOnly),
+        ],
+    )
+}
+
+fn read_key_format(field: Field) -> Result<KeyFormatName> {
+    field.one_of(
+        "\"any\" or \"uuid\"",
+        &[("any", KeyFormatName::Any), ("uuid", KeyFormatName::Uuid)],
+    )
+}
+
+fn read_on_storage_error(field: Field) -> Result<OnStorageError> {
+    field.one_of(
+        "\"reject\" or \"run_unprotected\"",
+        &[
+            ("reject", OnStorageError::Reject),
+            ("run_unprotected", OnStorageError::RunUnprotected),
+        ],
+    )
+}
+
+fn read_on_unreadable(field: Field) -> Result<OnUnreadable> {
+    field.one_of(
+        "\"reject\" or \"treat_as_absent\"",
+        &[
+            ("reject", OnUnreadable::Reject),
+            ("treat_as_absent", OnUnreadable::TreatAsAbsent),
+        ],
+    )
+}
+
+fn read_header(field: Field) -> Result<http::HeaderName> {
+    field.header_name()
+}
+
+/// The replay header has the value `true`, which would break an answer under these names.
+fn read_replay_header(field: Field) -> Result<Option<http::HeaderName>> {
+    const MEAN_SOMETHING: [http::HeaderName; 8] = [
+        header::CONNECTION,
+        header::CONTENT_LENGTH,
+        header::CONTENT_ENCODING,
+        header::CONTENT_TYPE,
+        header::TRANSFER_ENCODING,
+        header::TRAILER,
+        header::UPGRADE,
+        header::TE,
+    ];
+    if field.is_null() {
+        return Ok(None);
+    }
+    let name = field.header_name()?;
+    if MEAN_SOMETHING.contains(&name) {
+        let why =
+            format_args!("{name} says how an answer is to be read; choose a name of your own");
+        return Err(field.refused(why));
+    }
+    Ok(Some(name))
+}
+
+fn header_list(field: Field) -> Result<Vec<Field>> {
+    field.items("a list of names of headers")
+}
+
+fn read_methods(field: Field) -> Result<Vec<Method>> {
+    const ALLOWED: &str = "a list of HTTP methods, such as [\"POST\", \"PATCH\"]";
+
+    let path = field.path.clone();
+    let mut methods = Vec::new();
+    for item in field.items(ALLOWED)? {
+        let name = item.text()?.to_ascii_uppercase();
+        let method = Method::from_bytes(name.as_bytes()).map_err(|error| {
+            item.expected("an HTTP method, such as \"POST\"")
+                .because_of(error)
+        })?;
+        if method.is_safe() {
+            let why = format_args!("{method} is safe to repeat and never uses keys; remove it");
+            return Err(item.refused(why));
+        }
+        methods.push(method);
+    }
+    match methods.is_empty() {
+        false => Ok(methods),
+        true => {
+            let message =
+                "is empty, so nothing would be protected; leave it out for all unsafe methods";
+            Err(SettingsError::new(
+                SettingsErrorKind::Invalid,
+                &path,
+                message,
+            ))
+        }
+    }
+}
+
+fn read_conflict_status(field: Field) -> Result<Option<StatusCode>> {
+    if field.is_null() || is_word(&field, "original") {
+        return Ok(None);
+    }
+    // hyper can't send a 1xx as an answer.
+    let allowed =
+        "an HTTP status (200 to 999), or null or \"original\" for that of the recorded answer";
+    field.status_within(200, allowed).map(Some)
+}
+
+/// The status of a request that did not run: with one below 400 its client would think that it did.
+fn read_refusal(field: Field) -> Result<StatusCode> {
+    field.status_within(400, "an HTTP status of an error (400 to 999)")
+}
+
+fn read_max_running(field: Field) -> Result<usize> {
+    match field.count()? {
+        0 => Err(field.refused("zero would refuse every request; give a higher number")),
+        operations => Ok(operations),
+    }
+}
+
+/// Clients are sent the URL, so it can't have a password.
+fn read_documentation(field: Field) -> Result<String> {
+    let url = field.text()?.to_owned();
+    let authority = url.split_once("://").map_or("", |(_, rest)| {
+        rest.split(['/', '?', '#']).next().unwrap_or_default()
+    });
+    match authority.contains('@') {
+        false => Ok(url),
+        true => {
+            Err(field.refused("clients are shown this URL; take the user and the password out"))
+        }
+    }
+}
+
+fn is_word(field: &Field, word: &str) -> bool {
+    field
+        .text()
+        .is_ok_and(|text| text.eq_ignore_ascii_case(word))
+}
+
+// ---- scope
+
+fn read_scope(fields: &mut Fields) -> Result<Option<Scope>> {
+    const ALLOWED: &str =
+        "\"authorization\", \"none\", { \"cookie\": \"<name>\" } or { \"header\": \"<name>\" }";
+
+    let scope = fields.take("scope");
+    let mut required = fields.take("scope_required");
+    let scope = match scope {
+        None => None,
+        Some(field) if is_word(&field, "authorization") => Some(Scope::authorization()),
+        Some(field) if is_word(&field, "none") => Some(Scope::none()),
+        Some(field) => {
+            let whole = Field {
+                path: field.path.clone(),
+                value: field.value.clone(),
+            };
+            let mut table = field.fields(ALLOWED)?;
+            let cookie = table.take("cookie");
+            let header = table.take("header");
+            required = either(required, table.take("required"))?;
+            table.finish()?;
+            match (cookie, header) {
+                (Some(cookie), None) => Some(read_cookie(&cookie)?),
+                // A name that was checked, so that `Scope::header` can't panic.
+                (None, Some(header)) => Some(Scope::header(header.header_name()?)),
+                (None, None) if required.is_some() => None,
+                (None, None) => return Err(whole.expected(ALLOWED)),
+                (Some(_), Some(header)) => {
+                    let message = format_args!(
+                        "a scope is one thing; remove this or `{}.cookie`",
+                        whole.path
+                    );
+                    return Err(SettingsError::new(
+                        SettingsErrorKind::Conflict,
+                        &header.path,
+                        message,
+                    ));
+                }
+            }
+        }
+    };
+    let Some(required) = required else {
+        return Ok(scope);
+    };
+    if !required.flag()? {
+        return Ok(scope);
+    }
+    if scope == Some(Scope::none()) {
+        let message = "nobody has the scope \"none\", so every request would be refused; choose another scope, or false here";
+        return Err(SettingsError::new(
+            SettingsErrorKind::Conflict,
+            &required.path,
+            message,
+        ));
+    }
+    Ok(Some(scope.unwrap_or_default().required()))
+}
+
+/// RFC 6265: the name of a cookie is a token, as that of a header is.
+fn read_cookie(field: &Field) -> Result<Scope> {
+    let name = field.text()?;
+    match http::HeaderName::from_bytes(name.as_bytes()) {
+        Ok(_) => Ok(Scope::cookie(name)),
+        Err(error) => Err(field.expected("the name of a cookie").because_of(error)),
+    }
+}
+
+// ---- store_on
+
+const STORE_ON: &str = "\"success\", \"all\", a list of statuses, or a table of `statuses`, `below`, `except` and `except_rejections`";
+
+fn read_store_on(field: Field, preset: Preset) -> Result<StoreOn> {
+    let whole = Field {
+        path: field.path.clone(),
+        value: field.value.clone(),
+    };
+    let store_on = match &field.value {
+        super::Value::Table(_) => read_store_on_table(field, preset)?,
+        _ => read_statuses(field)?,
+    };
+    if (100..=999)
+        .any(|status| StatusCode::from_u16(status).is_ok_and(|status| store_on.stores(status)))
+    {
+        return Ok(store_on);
+    }
+    Err(whole.refused(
+        "records no answer at all, so every retry would run again; name a status at least",
+    ))
+}
+
+fn read_store_on_table(field: Field, preset: Preset) -> Result<StoreOn> {
+    let mut table = field.fields(STORE_ON)?;
+    let statuses = table.take("statuses");
+    let below = table.take("below");
+    let except = table.take("except");
+    let rejections = table.take("except_rejections");
+    let path = table.path.clone();
+    table.finish()?;
+    let store_on = match (statuses, below) {
+        (Some(statuses), None) => read_statuses(statuses)?,
+        (None, Some(below)) => match below.integer::<u16>() {
+            Some(limit @ 101..=1000) => StoreOn::below(limit),
+            _ => return Err(below.expected("a number from 101 to 1000, such as 500")),
+        },
+        (None, None) => preset.config().store_on,
+        (Some(_), Some(below)) => {
+            let message = format_args!("contradicts `{path}.statuses`; keep one of them");
+            return Err(SettingsError::new(
+                SettingsErrorKind::Conflict,
+                &below.path,
+                message,
+            ));
+        }
+    };
+    let store_on = match except {
+        None => store_on,
+        Some(except) => store_on.except(status_list(except, "a list of statuses")?),
+    };
+    match rejections.map(|field| field.flag()).transpose()? {
+        Some(true) => Ok(store_on.except_rejections()),
+        Some(false) | None => Ok(store_on),
+    }
+}
+
+fn read_statuses(field: Field) -> Result<StoreOn> {
+    if is_word(&field, "success") {
+        return Ok(StoreOn::success());
+    }
+    if is_word(&field, "all") {
+        return Ok(StoreOn::all());
+    }
+    Ok(StoreOn::statuses(status_list(field, STORE_ON)?))
+}
+
+/// Statuses, and ranges of them as text: `200-207`.
+fn status_list(field: Field, allowed: &str) -> Result<Vec<StatusCode>> {
+    let mut statuses = Vec::new();
+    for item in field.items(allowed)? {
+        let range = match &item.value {
+            super::Value::Text(text) => text.split_once('-'),
+            _ => None,
+        };
+        let Some((first, last)) = range else {
+            statuses.push(item.status()?);
+            continue;
+        };
+        let status = |text: &str| {
+            let status = text.trim().parse().ok()?;
+            StatusCode::from_u16(status).ok()
+        };
+        match (status(first), status(last)) {
+            (Some(first), Some(last)) if first <= last => statuses.extend(
+                (first.as_u16()..=last.as_u16())
+                    .filter_map(|status| StatusCode::from_u16(status).ok()),
+            ),
+            _ => return Err(item.expected("a range of statuses, such as \"200-207\"")),
+        }
+    }
+    Ok(statuses)
+}
+
+// ---- lock and storages
+
+impl LockSettings {
+    fn read(field: Field) -> Result<Self> {
+        let mut fields = field.fields("a table, such as { \"timeout\": \"5s\" }")?;
+        let class = fields.take("class").map(|field| {
+            field.one_of(
+                "\"storage\", \"process\" or \"redis\"",
+                &[
+                    ("storage", LockKind::Storage),
+                    ("process", LockKind::Process),
+                    ("ProcessLock", LockKind::Process),
+                    ("ThreadLock", LockKind::Process),
+                    ("redis", LockKind::Redis),
+                    ("RedisLock", LockKind::Redis),
+                    ("MultiProcessRedisLock", LockKind::Redis),
+                ],
+            )
+        });
+        let lock = Self {
+            class: class.transpose()?,
+            enable: fields
+                .take("enable")
+                .map(|field| field.flag())
+                .transpose()?,
+            timeout: fields
+                .take("timeout")
+                .map(|field| field.duration())
+                .transpose()?,
+            ttl: fields.take("ttl").map(read_lease).transpose()?,
+            max_hold: fields
+                .take("max_hold")
+                .map(|field| field.positive_duration("would give every operation up at once"))
+                .transpose()?,
+            location: fields.take("location").map(read_location).transpose()?,
+            name: fields.take("name").map(read_name).transpose()?,
+        };
+        fields.finish()?;
+        Ok(lock)
+    }
+}
+
+fn read_lease(field: Field) -> Result<std::time::Duration> {
+    let lease = field.duration()?;
+    if lease < LockPolicy::MIN_TTL {
+        let shortest = LockPolicy::MIN_TTL;
+        let why = format_args!(
+            "a lease of {lease:?} would end before it is renewed; give at least {shortest:?}"
+        );
+        return Err(field.refused(why));
+    }
+    Ok(lease)
+}
+
+/// What `storage` says, which may be more than a storage.
+#[derive(Default)]
+struct DefaultStorage {
+    storage: StorageSettings,
+    cache_name: Option<String>,
+    store_on: Option<Field>,
+}
+
+fn read_storage(field: Field) -> Result<DefaultStorage> {
+    if let super::Value::Text(_) = &field.value {
+        return Ok(DefaultStorage {
+            storage: StorageSettings::of_class(&field)?,
+            ..DefaultStorage::default()
+        });
+    }
+    let mut fields = field.fields(STORAGE)?;
+    let cache_name = fields.take("cache_name").map(read_name).transpose()?;
+    let store_on = fields.take_either("store_on", "store_on_statuses")?;
+    let storage = StorageSettings::read(&mut fields)?;
+    fields.finish()?;
+    Ok(DefaultStorage {
+        storage,
+        cache_name,
+        store_on,
+    })
+}
+
+fn read_storages(field: Field) -> Result<BTreeMap<String, StorageSettings>> {
+    let fields = field.fields("a table of storages, such as { \"orders\": \"memory\" }")?;
+    let mut storages = BTreeMap::new();
+    for (name, field) in fields.into_rest() {
+        if name.trim().is_empty() || may_hold_a_secret(&name) {
+            return Err(
+                field.refused("this can't be the name of a cache; choose one such as \"orders\"")
+            );
+        }
+        let storage = match &field.value {
+            super::Value::Text(_) => StorageSettings::of_class(&field)?,
+            _ => {
+                let mut fields = field.fields(STORAGE)?;
+                let storage = StorageSettings::read(&mut fields)?;
+                fields.finish()?;
+                storage
+            }
+        };
+        storages.insert(name, storage);
+    }
+    Ok(storages)
+}
+
+const STORAGE: &str = "\"memory\", \"redis\", \"postgres\", or a table with `class` and more";
+
+impl StorageSettings {
+    /// What is only a class.
+    fn of_class(field: &Field) -> Result<Self> {
+        Ok(Self {
+            class: Some(read_storage_class(field, STORAGE)?),
+            ..Self::default()
+        })
+    }
+
+    fn read(fields: &mut Fields) -> Result<Self> {
+        let class = fields.take("class");
+        let class =
+            class.map(|field| read_storage_class(&field, "\"memory\", \"redis\" or \"postgres\""));
+        Ok(Self {
+            class: class.transpose()?,
+            location: fields.take("location").map(read_location).transpose()?,
+            name: fields.take("name").map(read_name).transpose()?,
+            max_bytes: fields.take("max_bytes").map(read_max_bytes).transpose()?,
+            when_full: fields.take("when_full").map(read_when_full).transpose()?,
+        })
+    }
+}
+
+fn read_storage_class(field: &Field, allowed: &str) -> Result<StorageKind> {
+    field.one_of(
+        allowed,
+        &[
+            ("memory", StorageKind::Memory),
+            ("MemoryStorage", StorageKind::Memory),
+            ("MemoryKeyStorage", StorageKind::Memory),
+            ("redis", StorageKind::Redis),
+            ("RedisStorage", StorageKind::Redis),
+            ("postgres", StorageKind::Postgres),
+            ("postgresql", StorageKind::Postgres),
+            ("PostgresStorage", StorageKind::Postgres),
+        ],
+    )
+}
+
+/// Its form depends on the class, so it is checked when it is opened.
+fn read_location(field: Field) -> Result<Location> {
+    match &field.value {
+        super::Value::Text(text) => Ok(Location(text.trim().to_owned())),
+        _ => Err(field.expected("text: host[:port] or a URL")),
+    }
+}
+
+fn read_name(field: Field) -> Result<String> {
+    field.text().map(str::to_owned)
+}
+
+fn read_max_bytes(field: Field) -> Result<usize> {
+    match field.bytes()? {
+        0 => {
+            Err(field
+                .refused("zero would keep no record, so every retry would run again; give more"))
+        }
+        bytes => Ok(bytes),
+    }
+}
+
+fn read_when_full(field: Field) -> Result<WhatWhenFull> {
+    field.one_of(
+        "\"evict\" or \"refuse\"",
+        &[
+            ("evict", WhatWhenFull::Evict),
+            ("refuse", WhatWhenFull::Refuse),
+        ],
+    )
+}

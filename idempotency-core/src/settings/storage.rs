@@ -1,0 +1,230 @@
+//! From a class and its location to a storage that is open.
+
+use super::{
+    LockSettings, StorageSettings,
+    error::{Path, SettingsError, SettingsErrorKind},
+    secret::Location,
+};
+use crate::AnyStorage;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum StorageKind {
+    Memory,
+    Redis,
+    Postgres,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum LockKind {
+    /// The claims of the storage.
+    Storage,
+    Process,
+    Redis,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum WhatWhenFull {
+    Evict,
+    Refuse,
+}
+
+impl StorageSettings {
+    /// Opens the storage that stands at `path`, with the claims that `lock` says.
+    pub(super) async fn open(
+        &self,
+        path: &Path,
+        lock: LockKind,
+    ) -> Result<AnyStorage, SettingsError> {
+        let class = class(self.class, self.location.as_ref(), path)?;
+        let class = class.unwrap_or(StorageKind::Memory);
+        match (class, lock) {
+            (StorageKind::Memory, LockKind::Storage) => self.open_memory(path),
+            (_, LockKind::Process | LockKind::Redis) => Err(no_such_lock(lock)),
+            (StorageKind::Redis, _) => {
+                self.location(path, redis_location, REDIS_LOCATION)?;
+                Err(no_such_storage(path, "Redis"))
+            }
+            (StorageKind::Postgres, _) => {
+                self.location(path, postgres_location, POSTGRES_LOCATION)?;
+                Err(no_such_storage(path, "PostgreSQL"))
+            }
+        }
+    }
+
+    #[cfg(feature = "memory")]
+    #[expect(clippy::unnecessary_wraps, reason = "without the feature it fails")]
+    fn open_memory(&self, _: &Path) -> Result<AnyStorage, SettingsError> {
+        use crate::{MemoryStorage, WhenFull};
+
+        let mut memory = MemoryStorage::builder();
+        if let Some(bytes) = self.max_bytes {
+            memory = memory.max_bytes(bytes);
+        }
+        memory = match self.when_full {
+            None => memory,
+            Some(WhatWhenFull::Evict) => memory.when_full(WhenFull::Evict),
+            Some(WhatWhenFull::Refuse) => memory.when_full(WhenFull::Refuse),
+        };
+        Ok(AnyStorage::new(memory.build()))
+    }
+
+    #[cfg(not(feature = "memory"))]
+    fn open_memory(&self, path: &Path) -> Result<AnyStorage, SettingsError> {
+        let (_, _) = (self.max_bytes, self.when_full);
+        let message = "this build has no memory storage, which is the default; switch the feature `memory` on";
+        Err(SettingsError::new(
+            SettingsErrorKind::Unsupported,
+            &path.field("class"),
+            message,
+        ))
+    }
+
+    /// The location, if it is of the form that the class needs.
+    fn location(
+        &self,
+        path: &Path,
+        has_form: fn(&str) -> bool,
+        form: &str,
+    ) -> Result<&str, SettingsError> {
+        checked_location(self.location.as_ref(), path, has_form, form)
+    }
+}
+
+impl LockSettings {
+    /// The kind of the lock, if all is there that it needs; where there are no claims, their kind doesn't matter.
+    pub(super) fn checked(&self) -> Result<LockKind, SettingsError> {
+        let path = lock_path();
+        let class = class(self.class, self.location.as_ref(), &path)?;
+        let class = class.unwrap_or(LockKind::Storage);
+        if class == LockKind::Redis {
+            checked_location(
+                self.location.as_ref(),
+                &path,
+                redis_location,
+                REDIS_LOCATION,
+            )?;
+        }
+        match self.enable {
+            Some(false) => Ok(LockKind::Storage),
+            Some(true) | None => Ok(class),
+        }
+    }
+}
+
+fn lock_path() -> Path {
+    Path::default().field("lock")
+}
+
+/// The class, which nobody may have forgotten: with a location the default is not meant.
+fn class<C>(
+    class: Option<C>,
+    location: Option<&Location>,
+    path: &Path,
+) -> Result<Option<C>, SettingsError> {
+    let (None, Some(Location(location))) = (&class, location) else {
+        return Ok(class);
+    };
+    let (field, message) = match location.is_empty() {
+        true => (
+            "location",
+            "is empty; give host[:port] or a URL, or leave it out",
+        ),
+        false => (
+            "class",
+            "is missing, and `location` needs one, such as \"redis\"",
+        ),
+    };
+    Err(SettingsError::new(
+        SettingsErrorKind::Missing,
+        &path.field(field),
+        message,
+    ))
+}
+
+const REDIS_LOCATION: &str = "host[:port] or redis://[user:password@]host[:port][/database]";
+const POSTGRES_LOCATION: &str = "postgres://[user:password@]host[:port]/database";
+
+/// Shows nothing of a location that is not one: it may be a password in the wrong place.
+fn checked_location<'a>(
+    location: Option<&'a Location>,
+    path: &Path,
+    has_form: fn(&str) -> bool,
+    form: &str,
+) -> Result<&'a str, SettingsError> {
+    match location {
+        Some(Location(location)) if has_form(location) => Ok(location),
+        Some(Location(location)) if !location.is_empty() => Err(SettingsError::new(
+            SettingsErrorKind::Invalid,
+            &path.field("location"),
+            format_args!("expected {form}, found something else"),
+        )),
+        _ => Err(SettingsError::new(
+            SettingsErrorKind::Missing,
+            &path.field("location"),
+            format_args!("is missing or empty; give {form}"),
+        )),
+    }
+}
+
+fn redis_location(text: &str) -> bool {
+    const SCHEMES: [&str; 5] = ["redis", "rediss", "valkey", "valkeys", "unix"];
+    match text.split_once("://") {
+        Some((scheme, rest)) => {
+            let scheme = scheme.split('+').next_back().unwrap_or_default();
+            SCHEMES.contains(&scheme) && !rest.is_empty()
+        }
+        None => is_host_and_port(text),
+    }
+}
+
+fn postgres_location(text: &str) -> bool {
+    let rest = text.split_once("://");
+    rest.is_some_and(|(scheme, rest)| {
+        ["postgres", "postgresql"].contains(&scheme) && !rest.is_empty()
+    })
+}
+
+/// `host`, `host:port`, `[::1]:port`.
+fn is_host_and_port(text: &str) -> bool {
+    let is_host = |host: &str| {
+        let inside = host
+            .strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'));
+        match inside {
+            Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => {
+                !host.is_empty()
+                    && host
+                        .bytes()
+                        .all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte))
+            }
+        }
+    };
+    match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => is_host(host) && port.parse::<u16>().is_ok(),
+        _ => is_host(text),
+    }
+}
+
+fn no_such_storage(path: &Path, name: &str) -> SettingsError {
+    let message = format_args!("this build has no {name} storage; there is: \"memory\"");
+    SettingsError::new(
+        SettingsErrorKind::Unsupported,
+        &path.field("class"),
+        message,
+    )
+}
+
+fn no_such_lock(lock: LockKind) -> SettingsError {
+    let name = match lock {
+        LockKind::Storage => "such",
+        LockKind::Process => "process",
+        LockKind::Redis => "Redis",
+    };
+    let message = format_args!("this build has no {name} lock; there is: \"storage\"");
+    SettingsError::new(
+        SettingsErrorKind::Unsupported,
+        &lock_path().field("class"),
+        message,
+    )
+}
