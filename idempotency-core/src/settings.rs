@@ -110,7 +110,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `max_running`, `max_waiting` | number | 16,384 | |
 /// | `replay_header` | name of a header; null for none | `idempotency-replayed` | |
 /// | `strip_headers`, `keep_headers` | lists of names: not recorded; recorded after all | | |
-/// | `documentation` | URL | | |
+/// | `documentation` | an http or https URL, or a path | | |
 /// | `storage` | a class, or a table with the fields below | `memory` | |
 /// | `storage.class` | `memory`, `redis`, `postgres` | `memory` | `STORAGE.CLASS` |
 /// | `storage.cache_name` | what `cache_name` calls the default cache | `default` | `STORAGE.CACHE_NAME` |

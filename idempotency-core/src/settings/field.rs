@@ -154,10 +154,12 @@ impl Field {
             .map_err(|error| self.expected(ALLOWED).because_of(error))
     }
 
-    /// The items of a list, or of text with commas or spaces between them, which is how the environment writes a list.
+    /// The items of a list, or of text with commas or spaces between them, which is how the environment writes a list. What
+    /// is no text there is a number that its loader has parsed.
     pub(super) fn items(self, allowed: &str) -> Result<Vec<Self>, SettingsError> {
         let values = match self.value {
             Value::List(values) => values,
+            number @ (Value::Integer(_) | Value::Float(_)) => vec![number],
             // One item; taken apart it might no longer be recognised as what must not be shown.
             Value::Text(text) if may_hold_a_secret(&text) => vec![Value::Text(text)],
             Value::Text(text) => text

@@ -9,7 +9,7 @@ use super::{
     error::{SettingsError, SettingsErrorKind},
     field::{Field, Fields, either},
     secret::{Location, may_hold_a_secret},
-    storage::{LockKind, StorageKind, WhatWhenFull},
+    storage::{LockKind, StorageKind, WhatWhenFull, is_host_and_port},
 };
 use crate::{LockPolicy, OnStorageError, OnUnreadable, Scope, StoreOn};
 
@@ -295,17 +295,22 @@ fn read_max_running(field: Field) -> Result<usize> {
     }
 }
 
-/// Clients are sent the URL, so it can't have a password.
+/// Clients are sent the URL, so it must not be one with a password; what has no proper host may be one.
 fn read_documentation(field: Field) -> Result<String> {
-    let url = field.text()?.to_owned();
-    let authority = url.split_once("://").map_or("", |(_, rest)| {
-        rest.split(['/', '?', '#']).next().unwrap_or_default()
-    });
-    match authority.contains('@') {
-        false => Ok(url),
-        true => {
-            Err(field.refused("clients are shown this URL; take the user and the password out"))
-        }
+    const ALLOWED: &str =
+        "an http or https URL without a user and a password, or a path that begins with `/`";
+
+    let url = field.text()?;
+    let rest = url
+        .strip_prefix("https://")
+        .or_else(|| url.strip_prefix("http://"));
+    let is_public = match rest {
+        Some(rest) => is_host_and_port(rest.split(['/', '?', '#']).next().unwrap_or_default()),
+        None => url.starts_with('/'),
+    };
+    match is_public {
+        true => Ok(url.to_owned()),
+        false => Err(field.expected(ALLOWED)),
     }
 }
 
@@ -630,8 +635,13 @@ fn read_location(field: Field) -> Result<Location> {
     }
 }
 
+/// A name is shown to whoever asks for a cache that is not there.
 fn read_name(field: Field) -> Result<String> {
-    field.text().map(str::to_owned)
+    let name = field.text()?;
+    match may_hold_a_secret(name) {
+        false => Ok(name.to_owned()),
+        true => Err(field.expected("a name, such as \"orders\"")),
+    }
 }
 
 fn read_max_bytes(field: Field) -> Result<usize> {

@@ -60,9 +60,9 @@ pub(super) fn may_hold_a_secret(text: &str) -> bool {
 /// Parameters of a connection, or a URL that is percent-encoded as a whole.
 fn speaks_of_a_password(text: &str) -> bool {
     let text = text.to_ascii_lowercase();
-    ["passw", "pwd=", "secret", "%3a", "%2f", "%40"]
-        .iter()
-        .any(|sign| text.contains(sign))
+    let has_one_of = |signs: &[&str]| signs.iter().any(|sign| text.contains(sign));
+    (text.contains('=') && has_one_of(&["passw", "pwd", "secret", "token"]))
+        || has_one_of(&["%3a", "%2f", "%40"])
 }
 
 fn is_scheme(text: &str) -> bool {

@@ -185,7 +185,7 @@ fn postgres_location(text: &str) -> bool {
 }
 
 /// `host`, `host:port`, `[::1]:port`.
-fn is_host_and_port(text: &str) -> bool {
+pub(super) fn is_host_and_port(text: &str) -> bool {
     let is_host = |host: &str| {
         let inside = host
             .strip_prefix('[')
