@@ -119,7 +119,7 @@ async fn all_formats_give_equal_settings() {
         let config = config::Config::builder().add_source(file).build().unwrap();
         assert_eq!(config.try_deserialize::<Settings>().unwrap(), from_json);
     }
-    IdempotencyLayer::from_settings(from_json).await.unwrap();
+    let _ = IdempotencyLayer::from_settings(from_json).await.unwrap();
 }
 
 /// A loader may turn what looks like a number into one.
@@ -199,7 +199,7 @@ async fn the_environment_can_set_a_class_that_needs_no_location() {
             .source(Some(variables.into()));
         let config = config::Config::builder()
             .add_source(config::File::from_str(file, config::FileFormat::Toml))
-            .add_source(environment.clone())
+            .add_source(environment)
             .set_override("lock.class", "storage")
             .unwrap();
         config
@@ -208,7 +208,7 @@ async fn the_environment_can_set_a_class_that_needs_no_location() {
             .try_deserialize::<Settings>()
             .unwrap()
     };
-    IdempotencyLayer::from_settings(read("memory"))
+    let _ = IdempotencyLayer::from_settings(read("memory"))
         .await
         .unwrap();
 }

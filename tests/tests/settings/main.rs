@@ -211,6 +211,6 @@ async fn nothing_set_is_the_default_in_every_format() {
         assert_eq!(settings, Settings::default());
         let config = format!("{:?}", settings.config());
         assert_eq!(config, format!("{:?}", idempotency_axum::Config::default()));
-        IdempotencyLayer::from_settings(settings).await.unwrap();
+        let _ = IdempotencyLayer::from_settings(settings).await.unwrap();
     }
 }

@@ -669,13 +669,19 @@ async fn what_this_build_does_not_have() {
     }
     // Without claims there is no lock to be missed.
     let document = json!({ "lock": { "class": "redis", "location": "cache", "enable": false } });
-    try_layer(document).await.unwrap();
+    let _ = try_layer(document).await.unwrap();
 }
 
-#[test]
-fn errors_are_told_apart_by_their_kind_and_keep_their_source() {
-    fn is_error<E: std::error::Error + Send + Sync + 'static>() {}
-    is_error::<idempotency_axum::SettingsError>();
-    fn is_send<F: Future + Send>(_: F) {}
-    is_send(IdempotencyLayer::from_settings(Settings::default()));
+#[tokio::test]
+async fn the_future_is_send_and_an_error_is_an_error() {
+    fn is_send<F: Future + Send>(future: F) -> F {
+        future
+    }
+    let _ = is_send(IdempotencyLayer::from_settings(Settings::default()))
+        .await
+        .unwrap();
+    let document = json!({ "storage": "redis" });
+    let error: Box<dyn std::error::Error + Send + Sync> =
+        try_layer(document).await.unwrap_err().into();
+    assert!(error.source().is_none());
 }
