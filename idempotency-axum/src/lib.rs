@@ -54,6 +54,8 @@
 //! associated functions by the combinators of [`IdempotencyHandler`]. The outermost policy wins; of two layers the one nearest
 //! the handler decides.
 //!
+//! Mode, storages and [`Config`] can come from a file or the environment, see [`Settings`].
+//!
 //! A handler takes the key as [`IdempotencyKey`], and answers conflicts itself if it takes [`ManualIdempotency`].
 //!
 //! # What a layer can see

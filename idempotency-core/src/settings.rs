@@ -126,7 +126,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// * **`store_on`** is `success` (200 to 207), `all`, a list of statuses and ranges (`[201, "400-499"]`), or a table:
 ///   `statuses` is one of these, or `below` all statuses below a number; `except` is a list to leave out; with
 ///   `except_rejections` what extractors answer is not recorded. A table without `statuses` and `below` changes the preset's.
-/// * A **`storage` table with nothing but `cache_name`**, the name of one of `storages`, makes that one the default cache.
+/// * The default cache may also be one of **`storages`**, if `storage` says nothing but `cache_name`: the one of that name.
 /// * What only another **class** uses may stay in the file. So the environment can set `storage.class` to `memory` for a
 ///   test, over a file with a `location`.
 /// * Names of the original's settings are understood in lower case: `encoder_class`, `conflict_status_code`,
@@ -309,8 +309,8 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// If a storage or the lock lacks its location, if this build does not have it, or if one of `storages` has the name of
-    /// the default cache.
+    /// If a storage or the lock lacks its location, if this build does not have it, or if both `storage` and one of `storages`
+    /// set up the default cache.
     pub async fn open(&self) -> Result<Opened, SettingsError> {
         let lock = self.lock.checked()?;
         let root = Path::default();
@@ -324,13 +324,9 @@ impl Settings {
         }
         let storage = match caches.remove(default_cache) {
             None => self.storage.open(&root.field("storage"), lock).await?,
-            Some(named)
-                if self.storage == StorageSettings::default() && self.default_cache.is_some() =>
-            {
-                named
-            }
+            Some(default) if self.storage == StorageSettings::default() => default,
             Some(_) => {
-                let message = "is what the default cache is called, which `storage` sets up; choose another name, or another \
+                let message = "is what the default cache is called, and `storage` sets that up; choose another name, or another \
                                `storage.cache_name`";
                 return Err(SettingsError::new(
                     SettingsErrorKind::Conflict,

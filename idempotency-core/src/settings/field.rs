@@ -65,8 +65,8 @@ impl Field {
         }
     }
 
-    /// One of several names, each for a value. Case, `-` and `_` don't matter, nor does the module in a path to a class: what
-    /// is written in the settings of the original is understood.
+    /// One of several names, each for a value. Case, `-` and `_` don't matter. The name of a class may come with its module, as
+    /// in the settings of the original.
     pub(super) fn one_of<T: Copy>(
         &self,
         allowed: &str,
@@ -75,18 +75,22 @@ impl Field {
         let Value::Text(text) = &self.value else {
             return Err(self.expected(allowed));
         };
-        let class = text.trim().rsplit(['.', ':']).next().unwrap_or_default();
-        let plain = |name: &str| name.replace(['_', '-'], "").to_ascii_lowercase();
-        let class = plain(class);
+        let name = match text.rsplit_once(['.', ':']) {
+            Some((_, class)) if class.starts_with(|c: char| c.is_ascii_uppercase()) => class,
+            _ => text,
+        };
+        let plain = |name: &str| name.trim().replace(['_', '-'], "").to_ascii_lowercase();
+        let name = plain(name);
         names
             .iter()
-            .find(|(name, _)| plain(name) == class)
+            .find(|(allowed, _)| plain(allowed) == name)
             .map(|(_, value)| *value)
             .ok_or_else(|| self.expected(allowed))
     }
 
     pub(super) fn duration(&self) -> Result<Duration, SettingsError> {
-        const ALLOWED: &str = "a duration such as \"30s\", \"100ms\" or \"1h30m\" (units: ms, s, m, h, d), or a number of seconds";
+        const ALLOWED: &str = "a duration such as \"30s\", \"100ms\" or \"1h30m\" (units: ms, s, m, h, d), or a number of \
+                               seconds";
 
         let duration = match &self.value {
             Value::Integer(seconds) => match u64::try_from(*seconds) {
@@ -156,12 +160,12 @@ impl Field {
 
     /// The items of a list, or of text with commas or spaces between them, which is how the environment writes a list. What
     /// is no text there is a number that its loader has parsed.
-    pub(super) fn items(self, allowed: &str) -> Result<Vec<Self>, SettingsError> {
-        let values = match self.value {
-            Value::List(values) => values,
-            number @ (Value::Integer(_) | Value::Float(_)) => vec![number],
+    pub(super) fn items(&self, allowed: &str) -> Result<Vec<Self>, SettingsError> {
+        let values = match &self.value {
+            Value::List(values) => values.clone(),
+            Value::Integer(_) | Value::Float(_) => vec![self.value.clone()],
             // One item; taken apart it might no longer be recognised as what must not be shown.
-            Value::Text(text) if may_hold_a_secret(&text) => vec![Value::Text(text)],
+            Value::Text(text) if may_hold_a_secret(text) => vec![self.value.clone()],
             Value::Text(text) => text
                 .split([',', ' '])
                 .filter(|item| !item.is_empty())
@@ -176,10 +180,10 @@ impl Field {
         Ok(items.collect())
     }
 
-    pub(super) fn fields(self, allowed: &str) -> Result<Fields, SettingsError> {
-        match self.value {
-            Value::Table(entries) => Fields::new(self.path, entries),
-            Value::Null => Fields::new(self.path, Vec::new()),
+    pub(super) fn fields(&self, allowed: &str) -> Result<Fields, SettingsError> {
+        match &self.value {
+            Value::Table(entries) => Fields::new(self.path.clone(), entries.clone()),
+            Value::Null => Fields::new(self.path.clone(), Vec::new()),
             _ => Err(self.expected(allowed)),
         }
     }
@@ -202,7 +206,7 @@ impl Field {
 
 /// The fields of a table. Each is taken by its name; what is left in the end is unknown.
 pub(super) struct Fields {
-    pub(super) path: Path,
+    path: Path,
     entries: Vec<(String, Value)>,
     known: Vec<&'static str>,
 }
@@ -237,6 +241,15 @@ impl Fields {
         })
     }
 
+    /// Takes the field `name`, if it is there, and reads it.
+    pub(super) fn read<T>(
+        &mut self,
+        name: &'static str,
+        read: impl FnOnce(&Field) -> Result<T, SettingsError>,
+    ) -> Result<Option<T>, SettingsError> {
+        self.take(name).as_ref().map(read).transpose()
+    }
+
     /// The field `name`, which may also be called `seed`, as in the settings of the original.
     pub(super) fn take_either(
         &mut self,
@@ -247,6 +260,15 @@ impl Fields {
         let other = self.take(seed);
         self.known.pop();
         either(field, other)
+    }
+
+    pub(super) fn read_either<T>(
+        &mut self,
+        name: &'static str,
+        seed: &'static str,
+        read: impl FnOnce(&Field) -> Result<T, SettingsError>,
+    ) -> Result<Option<T>, SettingsError> {
+        self.take_either(name, seed)?.as_ref().map(read).transpose()
     }
 
     /// All fields that are left, whatever their names.
@@ -298,13 +320,13 @@ pub(super) fn unfolded(document: Value) -> Value {
     let Value::Table(entries) = document else {
         return document;
     };
-    let mut table = Vec::with_capacity(entries.len());
-    for (name, value) in entries {
-        let names: Vec<_> = name.split("__").collect();
-        match names.iter().any(|name| name.is_empty()) || may_hold_a_secret(&name) {
-            true => table.push((name, value)),
-            false => insert(&mut table, &names, value),
-        }
+    let is_path = |(name, _): &(String, Value)| {
+        name.contains("__") && !name.split("__").any(str::is_empty) && !may_hold_a_secret(name)
+    };
+    // A table comes before what lies in it, in whatever order a loader gives them.
+    let (paths, mut table): (Vec<_>, Vec<_>) = entries.into_iter().partition(is_path);
+    for (path, value) in paths {
+        insert(&mut table, &path.split("__").collect::<Vec<_>>(), value);
     }
     Value::Table(table)
 }

@@ -1,8 +1,8 @@
 //! What every field means.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
-use http::{Method, StatusCode, header};
+use http::{HeaderName, Method, StatusCode, header};
 
 use super::{
     EncoderName, KeyFormatName, LockSettings, Mode, Preset, Settings, StorageSettings, Terms,
@@ -10,6 +10,7 @@ use super::{
     field::{Field, Fields, either},
     secret::{Location, may_hold_a_secret},
     storage::{LockKind, StorageKind, WhatWhenFull, is_host_and_port},
+    value::Value,
 };
 use crate::{LockPolicy, OnStorageError, OnUnreadable, Scope, StoreOn};
 
@@ -18,15 +19,15 @@ type Result<T, E = SettingsError> = std::result::Result<T, E>;
 impl Settings {
     pub(super) fn read(document: Field) -> Result<Self> {
         let mut fields = document.fields("a table of settings")?;
-        let mode = fields.take("mode").map(read_mode).transpose()?;
-        let lock = fields.take("lock").map(LockSettings::read).transpose()?;
-        let storage = fields.take("storage").map(read_storage).transpose()?;
+        let mode = fields.read("mode", read_mode)?;
+        let lock = fields.read("lock", LockSettings::read)?;
+        let storage = fields.read("storage", read_storage)?;
         let DefaultStorage {
             storage,
             cache_name,
             store_on,
         } = storage.unwrap_or_default();
-        let storages = fields.take("storages").map(read_storages).transpose()?;
+        let storages = fields.read("storages", read_storages)?;
         let terms = Terms::read(&mut fields, store_on)?;
         fields.finish()?;
         Ok(Self {
@@ -43,122 +44,60 @@ impl Settings {
 impl Terms {
     /// `store_on` may stand in the storage's table too.
     fn read(fields: &mut Fields, storages_store_on: Option<Field>) -> Result<Self> {
-        let preset = fields.take("preset").map(read_preset).transpose()?;
+        let preset = fields.read("preset", read_preset)?;
         let preset = preset.unwrap_or_default();
 
-        let encoder = fields.take_either("encoder", "encoder_class")?;
-        let conflict_status = fields.take_either("conflict_status", "conflict_status_code")?;
         let store_on = fields.take_either("store_on", "store_on_statuses")?;
         let store_on = either(store_on, storages_store_on)?;
-        let strip_headers = fields.take("strip_headers");
-        let keep_headers = fields.take("keep_headers");
-        let mut terms = Self {
+        let strip_headers = fields.read("strip_headers", read_headers)?;
+        let strip_headers = strip_headers.unwrap_or_default();
+        let keep_headers = fields.read("keep_headers", |field| read_kept(field, &strip_headers))?;
+        Ok(Self {
             preset,
-            header: fields.take("header").map(read_header).transpose()?,
-            methods: fields.take("methods").map(read_methods).transpose()?,
-            key_format: fields.take("key_format").map(read_key_format).transpose()?,
-            encoder: encoder.map(read_encoder).transpose()?,
+            header: fields.read("header", Field::header_name)?,
+            methods: fields.read("methods", read_methods)?,
+            key_format: fields.read("key_format", read_key_format)?,
+            encoder: fields.read_either("encoder", "encoder_class", read_encoder)?,
             scope: read_scope(fields)?,
-            conflict_status: conflict_status.map(read_conflict_status).transpose()?,
-            in_flight_status: fields
-                .take("in_flight_status")
-                .map(read_refusal)
-                .transpose()?,
-            mismatch_status: fields
-                .take("mismatch_status")
-                .map(read_refusal)
-                .transpose()?,
+            conflict_status: fields.read_either(
+                "conflict_status",
+                "conflict_status_code",
+                read_conflict_status,
+            )?,
+            in_flight_status: fields.read("in_flight_status", read_refusal)?,
+            mismatch_status: fields.read("mismatch_status", read_refusal)?,
             store_on: store_on
-                .map(|field| read_store_on(field, preset))
+                .map(|field| read_store_on(&field, preset))
                 .transpose()?,
-            on_storage_error: fields
-                .take("on_storage_error")
-                .map(read_on_storage_error)
-                .transpose()?,
-            on_unreadable: fields
-                .take("on_unreadable")
-                .map(read_on_unreadable)
-                .transpose()?,
-            ttl: fields
-                .take("ttl")
-                .map(|field| {
-                    field.positive_duration("would keep no record, so every retry would run again")
-                })
-                .transpose()?,
-            storage_timeout: fields
-                .take("storage_timeout")
-                .map(|field| {
-                    field.positive_duration(
-                        "would leave the storage no time, so every request would be refused",
-                    )
-                })
-                .transpose()?,
-            max_request_body: fields
-                .take("max_request_body")
-                .map(|field| field.bytes())
-                .transpose()?,
-            max_response_body: fields
-                .take("max_response_body")
-                .map(|field| field.bytes())
-                .transpose()?,
-            max_running: fields
-                .take("max_running")
-                .map(read_max_running)
-                .transpose()?,
-            max_waiting: fields
-                .take("max_waiting")
-                .map(|field| field.count())
-                .transpose()?,
-            replay_header: fields
-                .take("replay_header")
-                .map(read_replay_header)
-                .transpose()?,
-            strip_headers: Vec::new(),
-            keep_headers: Vec::new(),
-            documentation: fields
-                .take("documentation")
-                .filter(|field| !field.is_null())
-                .map(read_documentation)
-                .transpose()?,
-        };
-        for item in strip_headers
-            .map(header_list)
-            .transpose()?
-            .into_iter()
-            .flatten()
-        {
-            terms.strip_headers.push(item.header_name()?);
-        }
-        for item in keep_headers
-            .map(header_list)
-            .transpose()?
-            .into_iter()
-            .flatten()
-        {
-            let name = item.header_name()?;
-            if terms.strip_headers.contains(&name) {
-                let message =
-                    format_args!("{name} is in `strip_headers` too; keep it in one of them");
-                return Err(SettingsError::new(
-                    SettingsErrorKind::Conflict,
-                    &item.path,
-                    message,
-                ));
-            }
-            terms.keep_headers.push(name);
-        }
-        Ok(terms)
+            ttl: fields.read("ttl", |field| {
+                field.positive_duration("would keep no record, so every retry would run again")
+            })?,
+            on_storage_error: fields.read("on_storage_error", read_on_storage_error)?,
+            on_unreadable: fields.read("on_unreadable", read_on_unreadable)?,
+            storage_timeout: fields.read("storage_timeout", |field| {
+                let why = "would leave the storage no time, so every request would be refused";
+                field.positive_duration(why)
+            })?,
+            max_request_body: fields.read("max_request_body", Field::bytes)?,
+            max_response_body: fields.read("max_response_body", Field::bytes)?,
+            max_running: fields.read("max_running", read_max_running)?,
+            max_waiting: fields.read("max_waiting", Field::count)?,
+            replay_header: fields.read("replay_header", read_replay_header)?,
+            documentation: fields.read("documentation", read_documentation)?.flatten(),
+            strip_headers,
+            keep_headers: keep_headers.unwrap_or_default(),
+        })
     }
 }
 
-fn read_mode(field: Field) -> Result<Mode> {
+fn read_mode(field: &Field) -> Result<Mode> {
     field.one_of(
         "\"enforce\" or \"exempt\"",
         &[("enforce", Mode::Enforce), ("exempt", Mode::Exempt)],
     )
 }
 
-fn read_preset(field: Field) -> Result<Preset> {
+fn read_preset(field: &Field) -> Result<Preset> {
     field.one_of(
         "\"default\", \"ietf\" or \"stripe\"",
         &[
@@ -169,7 +108,7 @@ fn read_preset(field: Field) -> Result<Preset> {
     )
 }
 
-fn read_encoder(field: Field) -> Result<EncoderName> {
+fn read_encoder(field: &Field) -> Result<EncoderName> {
     field.one_of(
         "\"basic\", \"fingerprint\" or \"key_only\"",
         &[
@@ -183,14 +122,14 @@ fn read_encoder(field: Field) -> Result<EncoderName> {
     )
 }
 
-fn read_key_format(field: Field) -> Result<KeyFormatName> {
+fn read_key_format(field: &Field) -> Result<KeyFormatName> {
     field.one_of(
         "\"any\" or \"uuid\"",
         &[("any", KeyFormatName::Any), ("uuid", KeyFormatName::Uuid)],
     )
 }
 
-fn read_on_storage_error(field: Field) -> Result<OnStorageError> {
+fn read_on_storage_error(field: &Field) -> Result<OnStorageError> {
     field.one_of(
         "\"reject\" or \"run_unprotected\"",
         &[
@@ -200,7 +139,7 @@ fn read_on_storage_error(field: Field) -> Result<OnStorageError> {
     )
 }
 
-fn read_on_unreadable(field: Field) -> Result<OnUnreadable> {
+fn read_on_unreadable(field: &Field) -> Result<OnUnreadable> {
     field.one_of(
         "\"reject\" or \"treat_as_absent\"",
         &[
@@ -210,13 +149,9 @@ fn read_on_unreadable(field: Field) -> Result<OnUnreadable> {
     )
 }
 
-fn read_header(field: Field) -> Result<http::HeaderName> {
-    field.header_name()
-}
-
 /// The replay header has the value `true`, which would break an answer under these names.
-fn read_replay_header(field: Field) -> Result<Option<http::HeaderName>> {
-    const MEAN_SOMETHING: [http::HeaderName; 8] = [
+fn read_replay_header(field: &Field) -> Result<Option<HeaderName>> {
+    const MEAN_SOMETHING: [HeaderName; 8] = [
         header::CONNECTION,
         header::CONTENT_LENGTH,
         header::CONTENT_ENCODING,
@@ -238,14 +173,31 @@ fn read_replay_header(field: Field) -> Result<Option<http::HeaderName>> {
     Ok(Some(name))
 }
 
-fn header_list(field: Field) -> Result<Vec<Field>> {
-    field.items("a list of names of headers")
+fn read_headers(field: &Field) -> Result<Vec<HeaderName>> {
+    let items = field.items("a list of names of headers")?;
+    items.iter().map(Field::header_name).collect()
 }
 
-fn read_methods(field: Field) -> Result<Vec<Method>> {
+/// Headers that are not `stripped`.
+fn read_kept(field: &Field, stripped: &[HeaderName]) -> Result<Vec<HeaderName>> {
+    let kept = read_headers(field)?;
+    match kept.iter().position(|name| stripped.contains(name)) {
+        None => Ok(kept),
+        Some(index) => {
+            let name = &kept[index];
+            let message = format_args!("{name} is in `strip_headers` too; keep it in one of them");
+            Err(SettingsError::new(
+                SettingsErrorKind::Conflict,
+                &field.path.item(index),
+                message,
+            ))
+        }
+    }
+}
+
+fn read_methods(field: &Field) -> Result<Vec<Method>> {
     const ALLOWED: &str = "a list of HTTP methods, such as [\"POST\", \"PATCH\"]";
 
-    let path = field.path.clone();
     let mut methods = Vec::new();
     for item in field.items(ALLOWED)? {
         let name = item.text()?.to_ascii_uppercase();
@@ -261,20 +213,14 @@ fn read_methods(field: Field) -> Result<Vec<Method>> {
     }
     match methods.is_empty() {
         false => Ok(methods),
-        true => {
-            let message =
-                "is empty, so nothing would be protected; leave it out for all unsafe methods";
-            Err(SettingsError::new(
-                SettingsErrorKind::Invalid,
-                &path,
-                message,
-            ))
-        }
+        true => Err(field.refused(
+            "is empty, so nothing would be protected; leave it out for all unsafe methods",
+        )),
     }
 }
 
-fn read_conflict_status(field: Field) -> Result<Option<StatusCode>> {
-    if field.is_null() || is_word(&field, "original") {
+fn read_conflict_status(field: &Field) -> Result<Option<StatusCode>> {
+    if field.is_null() || is_word(field, "original") {
         return Ok(None);
     }
     // hyper can't send a 1xx as an answer.
@@ -284,11 +230,11 @@ fn read_conflict_status(field: Field) -> Result<Option<StatusCode>> {
 }
 
 /// The status of a request that did not run: with one below 400 its client would think that it did.
-fn read_refusal(field: Field) -> Result<StatusCode> {
+fn read_refusal(field: &Field) -> Result<StatusCode> {
     field.status_within(400, "an HTTP status of an error (400 to 999)")
 }
 
-fn read_max_running(field: Field) -> Result<usize> {
+fn read_max_running(field: &Field) -> Result<usize> {
     match field.count()? {
         0 => Err(field.refused("zero would refuse every request; give a higher number")),
         operations => Ok(operations),
@@ -296,10 +242,13 @@ fn read_max_running(field: Field) -> Result<usize> {
 }
 
 /// Clients are sent the URL, so it must not be one with a password; what has no proper host may be one.
-fn read_documentation(field: Field) -> Result<String> {
+fn read_documentation(field: &Field) -> Result<Option<String>> {
     const ALLOWED: &str =
         "an http or https URL without a user and a password, or a path that begins with `/`";
 
+    if field.is_null() {
+        return Ok(None);
+    }
     let url = field.text()?;
     let rest = url
         .strip_prefix("https://")
@@ -309,7 +258,7 @@ fn read_documentation(field: Field) -> Result<String> {
         None => url.starts_with('/'),
     };
     match is_public {
-        true => Ok(url.to_owned()),
+        true => Ok(Some(url.to_owned())),
         false => Err(field.expected(ALLOWED)),
     }
 }
@@ -333,10 +282,6 @@ fn read_scope(fields: &mut Fields) -> Result<Option<Scope>> {
         Some(field) if is_word(&field, "authorization") => Some(Scope::authorization()),
         Some(field) if is_word(&field, "none") => Some(Scope::none()),
         Some(field) => {
-            let whole = Field {
-                path: field.path.clone(),
-                value: field.value.clone(),
-            };
             let mut table = field.fields(ALLOWED)?;
             let cookie = table.take("cookie");
             let header = table.take("header");
@@ -347,11 +292,11 @@ fn read_scope(fields: &mut Fields) -> Result<Option<Scope>> {
                 // A name that was checked, so that `Scope::header` can't panic.
                 (None, Some(header)) => Some(Scope::header(header.header_name()?)),
                 (None, None) if required.is_some() => None,
-                (None, None) => return Err(whole.expected(ALLOWED)),
+                (None, None) => return Err(field.expected(ALLOWED)),
                 (Some(_), Some(header)) => {
                     let message = format_args!(
                         "a scope is one thing; remove this or `{}.cookie`",
-                        whole.path
+                        field.path
                     );
                     return Err(SettingsError::new(
                         SettingsErrorKind::Conflict,
@@ -369,7 +314,8 @@ fn read_scope(fields: &mut Fields) -> Result<Option<Scope>> {
         return Ok(scope);
     }
     if scope == Some(Scope::none()) {
-        let message = "nobody has the scope \"none\", so every request would be refused; choose another scope, or false here";
+        let message = "nobody has the scope \"none\", so every request would be refused; choose another scope, or false \
+                       here";
         return Err(SettingsError::new(
             SettingsErrorKind::Conflict,
             &required.path,
@@ -382,7 +328,7 @@ fn read_scope(fields: &mut Fields) -> Result<Option<Scope>> {
 /// RFC 6265: the name of a cookie is a token, as that of a header is.
 fn read_cookie(field: &Field) -> Result<Scope> {
     let name = field.text()?;
-    match http::HeaderName::from_bytes(name.as_bytes()) {
+    match HeaderName::from_bytes(name.as_bytes()) {
         Ok(_) => Ok(Scope::cookie(name)),
         Err(error) => Err(field.expected("the name of a cookie").because_of(error)),
     }
@@ -390,15 +336,12 @@ fn read_cookie(field: &Field) -> Result<Scope> {
 
 // ---- store_on
 
-const STORE_ON: &str = "\"success\", \"all\", a list of statuses, or a table of `statuses`, `below`, `except` and `except_rejections`";
+const STORE_ON: &str = "\"success\", \"all\", a list of statuses, or a table of `statuses`, `below`, `except` and \
+                        `except_rejections`";
 
-fn read_store_on(field: Field, preset: Preset) -> Result<StoreOn> {
-    let whole = Field {
-        path: field.path.clone(),
-        value: field.value.clone(),
-    };
+fn read_store_on(field: &Field, preset: Preset) -> Result<StoreOn> {
     let store_on = match &field.value {
-        super::Value::Table(_) => read_store_on_table(field, preset)?,
+        Value::Table(_) => read_store_on_table(field, preset)?,
         _ => read_statuses(field)?,
     };
     if (100..=999)
@@ -406,28 +349,27 @@ fn read_store_on(field: Field, preset: Preset) -> Result<StoreOn> {
     {
         return Ok(store_on);
     }
-    Err(whole.refused(
+    Err(field.refused(
         "records no answer at all, so every retry would run again; name a status at least",
     ))
 }
 
-fn read_store_on_table(field: Field, preset: Preset) -> Result<StoreOn> {
+fn read_store_on_table(field: &Field, preset: Preset) -> Result<StoreOn> {
     let mut table = field.fields(STORE_ON)?;
     let statuses = table.take("statuses");
     let below = table.take("below");
     let except = table.take("except");
-    let rejections = table.take("except_rejections");
-    let path = table.path.clone();
+    let rejections = table.read("except_rejections", Field::flag)?;
     table.finish()?;
     let store_on = match (statuses, below) {
-        (Some(statuses), None) => read_statuses(statuses)?,
+        (Some(statuses), None) => read_statuses(&statuses)?,
         (None, Some(below)) => match below.integer::<u16>() {
             Some(limit @ 101..=1000) => StoreOn::below(limit),
             _ => return Err(below.expected("a number from 101 to 1000, such as 500")),
         },
         (None, None) => preset.config().store_on,
         (Some(_), Some(below)) => {
-            let message = format_args!("contradicts `{path}.statuses`; keep one of them");
+            let message = format_args!("contradicts `{}.statuses`; keep one of them", field.path);
             return Err(SettingsError::new(
                 SettingsErrorKind::Conflict,
                 &below.path,
@@ -437,30 +379,30 @@ fn read_store_on_table(field: Field, preset: Preset) -> Result<StoreOn> {
     };
     let store_on = match except {
         None => store_on,
-        Some(except) => store_on.except(status_list(except, "a list of statuses")?),
+        Some(except) => store_on.except(status_list(&except, "a list of statuses")?),
     };
-    match rejections.map(|field| field.flag()).transpose()? {
+    match rejections {
         Some(true) => Ok(store_on.except_rejections()),
         Some(false) | None => Ok(store_on),
     }
 }
 
-fn read_statuses(field: Field) -> Result<StoreOn> {
-    if is_word(&field, "success") {
+fn read_statuses(field: &Field) -> Result<StoreOn> {
+    if is_word(field, "success") {
         return Ok(StoreOn::success());
     }
-    if is_word(&field, "all") {
+    if is_word(field, "all") {
         return Ok(StoreOn::all());
     }
     Ok(StoreOn::statuses(status_list(field, STORE_ON)?))
 }
 
 /// Statuses, and ranges of them as text: `200-207`.
-fn status_list(field: Field, allowed: &str) -> Result<Vec<StatusCode>> {
+fn status_list(field: &Field, allowed: &str) -> Result<Vec<StatusCode>> {
     let mut statuses = Vec::new();
     for item in field.items(allowed)? {
         let range = match &item.value {
-            super::Value::Text(text) => text.split_once('-'),
+            Value::Text(text) => text.split_once('-'),
             _ => None,
         };
         let Some((first, last)) = range else {
@@ -485,46 +427,41 @@ fn status_list(field: Field, allowed: &str) -> Result<Vec<StatusCode>> {
 // ---- lock and storages
 
 impl LockSettings {
-    fn read(field: Field) -> Result<Self> {
+    fn read(field: &Field) -> Result<Self> {
         let mut fields = field.fields("a table, such as { \"timeout\": \"5s\" }")?;
-        let class = fields.take("class").map(|field| {
-            field.one_of(
-                "\"storage\", \"process\" or \"redis\"",
-                &[
-                    ("storage", LockKind::Storage),
-                    ("process", LockKind::Process),
-                    ("ProcessLock", LockKind::Process),
-                    ("ThreadLock", LockKind::Process),
-                    ("redis", LockKind::Redis),
-                    ("RedisLock", LockKind::Redis),
-                    ("MultiProcessRedisLock", LockKind::Redis),
-                ],
-            )
-        });
         let lock = Self {
-            class: class.transpose()?,
-            enable: fields
-                .take("enable")
-                .map(|field| field.flag())
-                .transpose()?,
-            timeout: fields
-                .take("timeout")
-                .map(|field| field.duration())
-                .transpose()?,
-            ttl: fields.take("ttl").map(read_lease).transpose()?,
-            max_hold: fields
-                .take("max_hold")
-                .map(|field| field.positive_duration("would give every operation up at once"))
-                .transpose()?,
-            location: fields.take("location").map(read_location).transpose()?,
-            name: fields.take("name").map(read_name).transpose()?,
+            class: fields.read("class", read_lock_class)?,
+            enable: fields.read("enable", Field::flag)?,
+            timeout: fields.read("timeout", Field::duration)?,
+            ttl: fields.read("ttl", read_lease)?,
+            max_hold: fields.read("max_hold", |field| {
+                field.positive_duration("would give every operation up at once")
+            })?,
+            location: fields.read("location", read_location)?,
+            name: fields.read("name", read_name)?,
         };
         fields.finish()?;
         Ok(lock)
     }
 }
 
-fn read_lease(field: Field) -> Result<std::time::Duration> {
+fn read_lock_class(field: &Field) -> Result<LockKind> {
+    field.one_of(
+        "\"storage\", \"process\" or \"redis\"",
+        &[
+            ("storage", LockKind::Storage),
+            // The original's is held within one process. The storage's claims are that at least.
+            ("ThreadLock", LockKind::Storage),
+            ("process", LockKind::Process),
+            ("ProcessLock", LockKind::Process),
+            ("redis", LockKind::Redis),
+            ("RedisLock", LockKind::Redis),
+            ("MultiProcessRedisLock", LockKind::Redis),
+        ],
+    )
+}
+
+fn read_lease(field: &Field) -> Result<Duration> {
     let lease = field.duration()?;
     if lease < LockPolicy::MIN_TTL {
         let shortest = LockPolicy::MIN_TTL;
@@ -544,15 +481,15 @@ struct DefaultStorage {
     store_on: Option<Field>,
 }
 
-fn read_storage(field: Field) -> Result<DefaultStorage> {
-    if let super::Value::Text(_) = &field.value {
+fn read_storage(field: &Field) -> Result<DefaultStorage> {
+    if let Value::Text(_) = &field.value {
         return Ok(DefaultStorage {
-            storage: StorageSettings::of_class(&field)?,
+            storage: StorageSettings::of_class(field)?,
             ..DefaultStorage::default()
         });
     }
     let mut fields = field.fields(STORAGE)?;
-    let cache_name = fields.take("cache_name").map(read_name).transpose()?;
+    let cache_name = fields.read("cache_name", read_name)?;
     let store_on = fields.take_either("store_on", "store_on_statuses")?;
     let storage = StorageSettings::read(&mut fields)?;
     fields.finish()?;
@@ -563,7 +500,7 @@ fn read_storage(field: Field) -> Result<DefaultStorage> {
     })
 }
 
-fn read_storages(field: Field) -> Result<BTreeMap<String, StorageSettings>> {
+fn read_storages(field: &Field) -> Result<BTreeMap<String, StorageSettings>> {
     let fields = field.fields("a table of storages, such as { \"orders\": \"memory\" }")?;
     let mut storages = BTreeMap::new();
     for (name, field) in fields.into_rest() {
@@ -573,7 +510,7 @@ fn read_storages(field: Field) -> Result<BTreeMap<String, StorageSettings>> {
             );
         }
         let storage = match &field.value {
-            super::Value::Text(_) => StorageSettings::of_class(&field)?,
+            Value::Text(_) => StorageSettings::of_class(&field)?,
             _ => {
                 let mut fields = field.fields(STORAGE)?;
                 let storage = StorageSettings::read(&mut fields)?;
@@ -598,15 +535,13 @@ impl StorageSettings {
     }
 
     fn read(fields: &mut Fields) -> Result<Self> {
-        let class = fields.take("class");
-        let class =
-            class.map(|field| read_storage_class(&field, "\"memory\", \"redis\" or \"postgres\""));
+        const CLASSES: &str = "\"memory\", \"redis\" or \"postgres\"";
         Ok(Self {
-            class: class.transpose()?,
-            location: fields.take("location").map(read_location).transpose()?,
-            name: fields.take("name").map(read_name).transpose()?,
-            max_bytes: fields.take("max_bytes").map(read_max_bytes).transpose()?,
-            when_full: fields.take("when_full").map(read_when_full).transpose()?,
+            class: fields.read("class", |field| read_storage_class(field, CLASSES))?,
+            location: fields.read("location", read_location)?,
+            name: fields.read("name", read_name)?,
+            max_bytes: fields.read("max_bytes", read_max_bytes)?,
+            when_full: fields.read("when_full", read_when_full)?,
         })
     }
 }
@@ -628,15 +563,15 @@ fn read_storage_class(field: &Field, allowed: &str) -> Result<StorageKind> {
 }
 
 /// Its form depends on the class, so it is checked when it is opened.
-fn read_location(field: Field) -> Result<Location> {
+fn read_location(field: &Field) -> Result<Location> {
     match &field.value {
-        super::Value::Text(text) => Ok(Location(text.trim().to_owned())),
+        Value::Text(text) => Ok(Location(text.trim().to_owned())),
         _ => Err(field.expected("text: host[:port] or a URL")),
     }
 }
 
 /// A name is shown to whoever asks for a cache that is not there.
-fn read_name(field: Field) -> Result<String> {
+fn read_name(field: &Field) -> Result<String> {
     let name = field.text()?;
     match may_hold_a_secret(name) {
         false => Ok(name.to_owned()),
@@ -644,7 +579,7 @@ fn read_name(field: Field) -> Result<String> {
     }
 }
 
-fn read_max_bytes(field: Field) -> Result<usize> {
+fn read_max_bytes(field: &Field) -> Result<usize> {
     match field.bytes()? {
         0 => {
             Err(field
@@ -654,7 +589,7 @@ fn read_max_bytes(field: Field) -> Result<usize> {
     }
 }
 
-fn read_when_full(field: Field) -> Result<WhatWhenFull> {
+fn read_when_full(field: &Field) -> Result<WhatWhenFull> {
     field.one_of(
         "\"evict\" or \"refuse\"",
         &[

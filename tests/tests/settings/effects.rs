@@ -207,6 +207,7 @@ async fn lock_class_storage_is_the_default() {
         json!({}),
         json!({ "class": "storage" }),
         json!({ "class": "storage", "location": "" }),
+        json!({ "class": "idempotency_key.locks.basic.ThreadLock" }),
     ] {
         let app = App::new(json!({ "lock": lock })).await;
         assert_eq!(app.post("/orders").key("a").code().await, 201);
@@ -640,17 +641,27 @@ async fn named_storages_are_caches_of_their_own() {
 }
 
 #[tokio::test]
-async fn a_storage_that_is_only_a_cache_name_is_that_one_of_the_storages() {
-    let json = json!({
-        "encoder": "key_only",
-        "storage": { "cache_name": "orders" },
-        "storages": { "orders": "memory", "refunds": "memory" },
-    });
-    let app = App::new(json).await;
-    assert_eq!(app.post("/orders").key("a").code().await, 201);
-    assert_eq!(app.post("/cache/orders").key("a").code().await, 422);
-    assert_eq!(app.post("/cache/refunds").key("a").code().await, 201);
-    assert_eq!(app.post("/cache/default").key("a").code().await, 500);
+async fn the_default_cache_may_be_one_of_the_storages() {
+    for (name, storage) in [
+        ("default", json!(null)),
+        ("default", json!({})),
+        ("default", json!({ "cache_name": "default" })),
+        (
+            "main",
+            json!({ "cache_name": "main", "store_on": "success" }),
+        ),
+    ] {
+        let json = json!({
+            "encoder": "key_only",
+            "storage": storage,
+            "storages": { name: { "max_bytes": "4MiB" }, "refunds": "memory" },
+        });
+        let app = App::new(json).await;
+        assert_eq!(app.post("/orders").key("a").code().await, 201);
+        let default = format!("/cache/{name}");
+        assert_eq!(app.post(&default).key("a").code().await, 422);
+        assert_eq!(app.post("/cache/refunds").key("a").code().await, 201);
+    }
 }
 
 #[tokio::test]

@@ -304,6 +304,16 @@ async fn wrong_types_and_values() {
             "storage",
             "\"memory\", \"redis\", \"postgres\", or a table",
         ),
+        (
+            json!({ "storage": "redis://cache.memory" }),
+            "storage",
+            "found \"redis://***\"",
+        ),
+        (
+            json!({ "encoder": "sha.basic" }),
+            "encoder",
+            "found \"sha.basic\"",
+        ),
         (json!({ "storage": 5 }), "storage", "a table"),
         (
             json!({ "storage": { "class": "mongodb" } }),
@@ -486,7 +496,7 @@ async fn contradictions() {
             "`strip_headers`",
         ),
         (
-            json!({ "storages": { "default": "memory" } }),
+            json!({ "storage": "memory", "storages": { "default": "memory" } }),
             "storages.default",
             "`storage.cache_name`",
         ),
