@@ -12,7 +12,7 @@ use bytes::Bytes;
 use idempotency_core::BoxError;
 use pin_project_lite::pin_project;
 
-use crate::{detach::Detachable, service::Receipt};
+use crate::{detach::Detachable, receipt::Receipt};
 
 pin_project! {
     /// Response future of [`Idempotency`](crate::Idempotency).

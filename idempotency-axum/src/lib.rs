@@ -112,8 +112,11 @@ mod extract;
 mod future;
 mod handler;
 mod layer;
+mod misuse;
+mod plan;
 mod policy;
 pub mod problem;
+mod receipt;
 mod record;
 mod request;
 mod response;
@@ -132,7 +135,8 @@ pub use self::{
     extract::{IdempotencyKey, ManualIdempotency, NotProtected, ReplayedResponse},
     future::ResponseFuture,
     handler::{HandlerFuture, IdempotencyHandler, WithPolicy},
-    layer::{IdempotencyLayer, Misuse, MisuseKind},
+    layer::IdempotencyLayer,
+    misuse::{Misuse, MisuseKind},
     policy::{ExtractorNeeds, KeyPolicy, Needs},
     problem::Problem,
     service::Idempotency,

@@ -25,13 +25,13 @@ use crate::{
     detach::Detachable,
     discovery::{self, Suspended},
     future::ResponseFuture,
-    layer::{Applied, Plan, Shared},
+    plan::{Applied, Plan, Shared},
     policy::Requirement,
     problem::Problem,
+    receipt::Receipt,
     record::record,
     request::{
-        Acknowledgement, Conflict, Decided, Protection, Unbuffered, WithoutKey, buffer,
-        original_uri, path_and_query,
+        Conflict, Decided, Protection, Unbuffered, WithoutKey, buffer, original_uri, path_and_query,
     },
     response,
     run::Run,
@@ -144,12 +144,7 @@ where
         let receipt = applied.relies_on.map(|handler| {
             let acknowledgement = self.shared.acknowledgement();
             request.extensions_mut().insert(acknowledgement.clone());
-            Receipt {
-                acknowledgement,
-                handler,
-                path: request.extensions().get().cloned(),
-                shared: self.shared.clone(),
-            }
+            Receipt::new(acknowledgement, handler, request.extensions(), &self.shared)
         });
         ResponseFuture::passed(self.inner.call(request), receipt)
     }
@@ -226,35 +221,6 @@ fn refusal(shared: &Shared, problem: Problem) -> Response {
         refusal: problem.refusal(),
     });
     shared.respond(problem)
-}
-
-/// Proof, to come, that the handler on whose word a request was let through is the one that answered.
-pub(crate) struct Receipt {
-    acknowledgement: Acknowledgement,
-    handler: &'static str,
-    path: Option<axum::extract::MatchedPath>,
-    shared: Arc<Shared>,
-}
-
-impl Receipt {
-    /// A refusal, an error or a redirect may come from a middleware between us and the handler, and a client may provoke it. A
-    /// success without the handler's acknowledgement is another handler's, which never said that it may run without a key.
-    pub(crate) fn check(self, response: &Response) {
-        if self.acknowledgement.was_given() || !response.status().is_success() {
-            self.shared.give_back(self.acknowledgement);
-            return;
-        }
-        let path = self.path.as_ref().map_or("", |path| path.as_str());
-        tracing::error!(
-            target: "idempotency",
-            handler = self.handler,
-            path,
-            cure = "put the layer on the routes inside this service, or fix its policy with `.policy(…)`",
-            "a request ran unprotected because of the policy of a handler that did not answer it; this route now has the \
-             mode's default policy"
-        );
-        self.shared.distrust(self.handler, path.to_owned());
-    }
 }
 
 /// One request that has a key, from its body to its answer.
