@@ -6,7 +6,7 @@
 //!
 //! * `FingerprintKeyEncoder.fields(..)` compares what a function makes of the body: here JSON with sorted members and without
 //!   `sent_at`. It leaves out **by name**, so a member that is added next year counts, and what is not JSON counts as it is.
-//! * [`WithoutCampaign`] is an encoder of our own. It takes `?utm_…` off the query and leaves the hashing to the encoder inside,
+//! * `WithoutCampaign` is an encoder of our own. It takes `?utm_…` off the query and leaves the hashing to the encoder inside,
 //!   which knows how fields are kept apart.
 //!
 //! An encoder has to give the same result after the next deployment too: a change here makes new operations of all retries that

@@ -33,7 +33,7 @@ use axum::{
 };
 use idempotency_axum::{IdempotencyLayer, MemoryStorage, Misuse, WhenFull, idempotency_key};
 
-/// Some ten records: enough to try the lines, and soon full.
+/// A handful of records: enough to try the lines, and soon full.
 const MAILS_BYTES: usize = 4 * 1024;
 
 /// In the default storage.
