@@ -149,7 +149,10 @@ pub const SEED: &[Behaviour] = &[
     row(
         UTILS,
         &["test_get_store_on_statuses_default"],
-        Tests(&["answers/recording::store_on_statuses"]),
+        Tests(&[
+            "answers/recording::store_on_statuses",
+            "settings/effects::store_on",
+        ]),
     ),
     row(
         UTILS,
@@ -175,6 +178,7 @@ pub const SEED: &[Behaviour] = &[
         Tests(&[
             "seed::the_key_is_taken_from_the_configured_header_alone",
             "answers/keys::custom_header_name",
+            "settings/effects::header",
         ]),
     ),
     row(
@@ -219,7 +223,10 @@ pub const SEED: &[Behaviour] = &[
     row(
         MIDDLEWARES,
         &["test_middleware_storage_cache_name_provides_default_name"],
-        Tests(&["seed::a_handler_that_names_no_cache_is_in_the_default_one"]),
+        Tests(&[
+            "seed::a_handler_that_names_no_cache_is_in_the_default_one",
+            "settings/effects::storage_cache_name_is_what_handlers_may_call_the_default_cache",
+        ]),
     ),
     row(
         VIEWSETS,
@@ -292,13 +299,16 @@ pub const SEED: &[Behaviour] = &[
             "test_multi_process_lock_empty_string_must_be_set",
             "test_multi_process_lock_null_must_be_set",
         ],
-        NotYet("needs `Settings` with a location of a Redis lock"),
+        Tests(&["settings/refusals::a_redis_lock_needs_a_location"]),
     ),
     row(
         UTILS,
         &["test_get_lock_class_default"],
         // Claims within the process.
-        Tests(&["answers/conflicts::duplicate_while_the_first_runs"]),
+        Tests(&[
+            "answers/conflicts::duplicate_while_the_first_runs",
+            "settings/effects::lock_class_storage_is_the_default",
+        ]),
     ),
     row(
         UTILS,
@@ -321,7 +331,10 @@ pub const SEED: &[Behaviour] = &[
     row(
         UTILS,
         &["test_get_lock_timeout_default_with_lock"],
-        Tests(&["seed::a_duplicate_waits_for_as_long_as_configured"]),
+        Tests(&[
+            "seed::a_duplicate_waits_for_as_long_as_configured",
+            "settings/effects::lock_timeout_is_how_long_a_duplicate_waits",
+        ]),
     ),
     row(
         UTILS,
@@ -331,7 +344,10 @@ pub const SEED: &[Behaviour] = &[
     row(
         UTILS,
         &["test_get_lock_enable_default_with_lock"],
-        Tests(&["answers/conflicts::without_claims_a_duplicate_runs_and_a_retry_does_not"]),
+        Tests(&[
+            "answers/conflicts::without_claims_a_duplicate_runs_and_a_retry_does_not",
+            "settings/effects::lock_enable",
+        ]),
     ),
     row(
         &[ENFORCE],
@@ -345,18 +361,31 @@ pub const SEED: &[Behaviour] = &[
             "test_get_lock_ttl_default_with_lock",
         ],
         // A lease that is renewed while the handler runs: 30 s by default, not 300.
-        Tests(&["seed::a_claim_of_a_dead_process_ends_with_its_lease"]),
+        Tests(&[
+            "seed::a_claim_of_a_dead_process_ends_with_its_lease",
+            "settings/effects::lock_ttl_is_the_lease",
+        ]),
     ),
     row(
         UTILS,
         &[
             "test_get_lock_name_default",
             "test_get_lock_name_default_with_lock",
+        ],
+        NotYet("needs the Redis lock, of whose keys the name is the prefix"),
+    ),
+    row(
+        UTILS,
+        &[
             "test_get_lock_location_default",
             "test_get_lock_location_only_host",
             "test_get_lock_location_host_and_port",
         ],
-        NotYet("needs `Settings` with the name and the location of a Redis lock"),
+        // The seed's default is a Redis on localhost; here a Redis lock without a location is an error.
+        Tests(&[
+            "settings/refusals::a_location_has_a_form",
+            "settings/refusals::a_redis_lock_needs_a_location",
+        ]),
     ),
     // ---- other middleware
     row(
