@@ -1,12 +1,12 @@
 //! What the engine and the middleware do, and the presets.
 
-use std::{fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 
 use crate::{
     BasicKeyEncoder, Env, Event, FingerprintKeyEncoder, KeyEncoder, KeyFormat, KeyOnlyEncoder,
-    LockPolicy, Observer, TracingObserver,
+    LockPolicy, Observer, event::Observers,
 };
 
 mod scope;
@@ -80,7 +80,7 @@ pub struct Config {
     pub documentation: Option<HeaderValue>,
     /// See [`Config::env`].
     pub env: Env,
-    observers: Vec<Arc<dyn Observer>>,
+    observers: Observers,
 }
 
 /// What happens to a request when the storage fails before its operation ran.
@@ -290,7 +290,7 @@ impl Config {
 
     /// Adds an observer of everything that happens.
     pub fn observer(mut self, observer: impl Observer) -> Self {
-        self.observers.push(Arc::new(observer));
+        self.observers.add(observer);
         self
     }
 
@@ -315,13 +315,7 @@ impl Config {
     ///
     /// One that panics is logged: what it observes goes on.
     pub fn emit(&self, event: &Event<'_>) {
-        TracingObserver.on_event(event);
-        for observer in &self.observers {
-            let told = std::panic::catch_unwind(AssertUnwindSafe(|| observer.on_event(event)));
-            if told.is_err() {
-                tracing::error!(target: "idempotency", event = event.name(), "an observer panicked");
-            }
-        }
+        self.observers.emit(event);
     }
 }
 
@@ -368,7 +362,7 @@ impl Default for Config {
             stripped_headers: vec![header::DATE, header::SET_COOKIE],
             documentation: None,
             env: Env::system(),
-            observers: Vec::new(),
+            observers: Observers::default(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Everything that happens, told to whoever wants to know.
 
-use std::{fmt, time::Duration};
+use std::{fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use http::StatusCode;
 use tracing::field::display;
@@ -286,6 +286,32 @@ where
 {
     fn on_event(&self, event: &Event<'_>) {
         self(event);
+    }
+}
+
+/// The observers that somebody added, and the log: what is told, all of them are told.
+#[derive(Clone, Default)]
+pub(crate) struct Observers(Vec<Arc<dyn Observer>>);
+
+impl Observers {
+    pub(crate) fn add(&mut self, observer: impl Observer) {
+        self.0.push(Arc::new(observer));
+    }
+
+    /// How many were added; the log is not one of them.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Tells every observer of `event`. One that panics is logged: what it observes goes on.
+    pub(crate) fn emit(&self, event: &Event<'_>) {
+        TracingObserver.on_event(event);
+        for observer in &self.0 {
+            let told = std::panic::catch_unwind(AssertUnwindSafe(|| observer.on_event(event)));
+            if told.is_err() {
+                tracing::error!(target: "idempotency", event = event.name(), "an observer panicked");
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{Inner, MemoryStorage, SHARDS, claims::Claims, ledger::Ledger, records::Records};
-use crate::{Env, Observer};
+use crate::{Env, Observer, event::Observers};
 
 /// What a [`MemoryStorage`] does with a new key when its records weigh [`max_bytes`](MemoryStorageBuilder::max_bytes).
 ///
@@ -55,7 +55,7 @@ pub struct MemoryStorageBuilder {
     max_bytes: usize,
     when_full: WhenFull,
     env: Env,
-    observers: Vec<Arc<dyn Observer>>,
+    observers: Observers,
 }
 
 impl MemoryStorageBuilder {
@@ -83,7 +83,7 @@ impl MemoryStorageBuilder {
     /// [`Event::Tombstoned`](crate::Event::Tombstoned) for a record that is larger than `max_bytes`. Both are logged in any
     /// case.
     pub fn observer(mut self, observer: impl Observer) -> Self {
-        self.observers.push(Arc::new(observer));
+        self.observers.add(observer);
         self
     }
 
@@ -113,7 +113,7 @@ impl Default for MemoryStorageBuilder {
             max_bytes: 64 << 20,
             when_full: WhenFull::default(),
             env: Env::system(),
-            observers: Vec::new(),
+            observers: Observers::default(),
         }
     }
 }

@@ -5,7 +5,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
@@ -14,7 +14,7 @@ use std::{
 use moka::notification::RemovalCause;
 
 use super::{SHARDS, records::Stored, shard_of};
-use crate::{EncodedKey, Env, Event, Observer, TracingObserver};
+use crate::{EncodedKey, Env, Event, event::Observers};
 
 /// What a claim weighs: its slot in a hash table that may be half empty, and its lease in a B-tree. Measured were 252 to 354
 /// bytes; a test in `tests/memory_limits.rs` holds this to it.
@@ -39,11 +39,11 @@ pub(super) struct Ledger {
     /// The first key evicted since then.
     to_report: Mutex<Option<EncodedKey>>,
     env: Env,
-    observers: Vec<Arc<dyn Observer>>,
+    observers: Observers,
 }
 
 impl Ledger {
-    pub(super) fn new(env: Env, observers: Vec<Arc<dyn Observer>>) -> Self {
+    pub(super) fn new(env: Env, observers: Observers) -> Self {
         Self {
             weight: AtomicU64::new(0),
             records: AtomicU64::new(0),
@@ -170,10 +170,7 @@ impl Ledger {
 
     /// Tells every observer of `event`.
     pub(super) fn emit(&self, event: &Event<'_>) {
-        TracingObserver.on_event(event);
-        for observer in &self.observers {
-            observer.on_event(event);
-        }
+        self.observers.emit(event);
     }
 
     /// Nothing under this lock panics, so a poisoned one is whole.

@@ -313,6 +313,32 @@ fn observers_may_call_the_storage() {
     assert!((2..=9).contains(&seen.load(SeqCst)), "{seen:?}");
 }
 
+/// The engine's observers are heard in the same way, see `Observers`.
+#[test]
+fn an_observer_that_panics_fails_no_call() {
+    let seen = Arc::new(AtomicU64::new(0));
+    let storage = MemoryStorage::builder()
+        .max_bytes(0)
+        .observer(|_: &Event<'_>| panic!("an observer of a user's"))
+        .observer({
+            let seen = seen.clone();
+            move |_: &Event<'_>| {
+                seen.fetch_add(1, SeqCst);
+            }
+        })
+        .build();
+    let held = now(storage.complete(&key(1), token(1), &response("too large"), DAY));
+    assert_eq!(held, Held::Yes);
+    assert!(matches!(
+        begin(&storage, 2, LEASE),
+        Begin::Completed(Record {
+            outcome: Outcome::Tombstone(_),
+            ..
+        })
+    ));
+    assert_eq!(seen.load(SeqCst), 1, "the observer after it hears nothing");
+}
+
 /// What is evicted is what was not used for longest, not what is new.
 #[test]
 fn new_and_used_records_stay() {
