@@ -89,11 +89,18 @@ pub struct MemoryStorage(Arc<Inner>);
 struct Inner {
     /// `std`'s lock, because sections are short and never await.
     shards: Box<[Mutex<Claims>]>,
-    records: Records,
+    records: Records<Completed>,
     ledger: Arc<Ledger>,
     env: Env,
     max_bytes: usize,
     when_full: WhenFull,
+}
+
+/// What lies under a completed key.
+#[derive(Clone)]
+struct Completed {
+    record: Record,
+    by: Token,
 }
 
 impl MemoryStorage {
@@ -185,7 +192,7 @@ impl Storage for MemoryStorage {
         ttl: Duration,
     ) -> Result<Held, StorageError> {
         // Copied before the lock is taken: nobody should wait for that.
-        let (record, too_large) = self.0.records.fitting(own(record));
+        let (record, too_large) = records::fitting(&self.0.records, own(record));
         let held = self.0.complete(key, token, record, ttl);
         if too_large && held == Held::Yes {
             self.0.tell_too_large(key);
@@ -219,7 +226,7 @@ impl Storage for MemoryStorage {
         record: &Record,
         ttl: Duration,
     ) -> Result<(), StorageError> {
-        let (record, too_large) = self.0.records.fitting(own(record));
+        let (record, too_large) = records::fitting(&self.0.records, own(record));
         let replaced = self.0.replace(key, record, ttl);
         if too_large && replaced {
             self.0.tell_too_large(key);
@@ -301,14 +308,13 @@ impl Inner {
             Some(running) if running.token != token => return Held::Lost,
             Some(_) => {}
             None => match self.records.get(key, now) {
-                Some(found) if found.completed_by == token => return Held::Yes,
+                Some(found) if found.by == token => return Held::Yes,
                 Some(_) => return Held::Lost,
                 None => {}
             },
         }
         // First the record, so that what is woken finds it; both are behind the lock anyway.
-        self.records
-            .insert(key, record, token, now.saturating_add(ttl));
+        self.insert(key, record, token, now.saturating_add(ttl));
         claims.end(key, Wake::All);
         Held::Yes
     }
@@ -355,9 +361,14 @@ impl Inner {
             return false;
         };
         self.records.remove(key);
-        self.records
-            .insert(key, record, found.completed_by, now.saturating_add(ttl));
+        self.insert(key, record, found.by, now.saturating_add(ttl));
         true
+    }
+
+    fn insert(&self, key: &EncodedKey, record: Record, by: Token, deadline: Duration) {
+        let weight = records::weight(record.weight());
+        let completed = Completed { record, by };
+        self.records.insert(key, completed, weight, deadline);
     }
 
     fn remove(&self, key: &EncodedKey) -> bool {

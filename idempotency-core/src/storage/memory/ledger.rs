@@ -117,7 +117,7 @@ impl Ledger {
     }
 
     /// Books a record. Before moka has it, because moka may evict it as soon as it has.
-    pub(super) fn record_came(&self, key: &EncodedKey, stored: &Stored) {
+    pub(super) fn record_came<V>(&self, key: &EncodedKey, stored: &Stored<V>) {
         self.weight.fetch_add(u64::from(stored.weight), Relaxed);
         self.records.fetch_add(1, Relaxed);
         self.expiries(shard_of(key))
@@ -125,7 +125,7 @@ impl Ledger {
     }
 
     /// moka's eviction listener.
-    pub(super) fn record_left(&self, key: &EncodedKey, stored: &Stored, cause: RemovalCause) {
+    pub(super) fn record_left<V>(&self, key: &EncodedKey, stored: &Stored<V>, cause: RemovalCause) {
         // Now, not when moka's epochs get round to what they hold: a hundred such bodies may be more than the limit.
         stored.clear();
         self.expiries(shard_of(key))

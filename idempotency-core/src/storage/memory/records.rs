@@ -1,4 +1,5 @@
-//! The completed records: a moka cache, and what it takes to keep its promises.
+//! The completed records: a moka cache, and what it takes to keep its promises. What exactly a record is, `V`, is up to whom
+//! they belong to.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -8,7 +9,7 @@ use std::{
 use moka::{policy::EvictionPolicy, sync::Cache};
 
 use super::ledger::Ledger;
-use crate::{EncodedKey, Outcome, Record, Token, TombstoneReason};
+use crate::{EncodedKey, Outcome, Record, TombstoneReason};
 
 /// What a record takes besides its body and its headers, in bytes: [`Stored`], its place in the ledger, and moka's nodes,
 /// table and buffers. With moka 0.12.16 that is 550, and 573 once it was read; the rest is for what the allocator rounds up
@@ -22,45 +23,38 @@ const SLACK: u64 = 32;
 /// Why a record that can't be kept has no answer to replay.
 pub(super) const TOO_LARGE: TombstoneReason = TombstoneReason::ResponseTooLarge;
 
-pub(super) struct Records {
-    cache: Cache<EncodedKey, Arc<Stored>>,
+pub(super) struct Records<V> {
+    cache: Cache<EncodedKey, Arc<Stored<V>>>,
     ledger: Arc<Ledger>,
     /// `None` where nothing is evicted.
     capacity: Option<u64>,
 }
 
 /// A record as it lies in moka.
-pub(super) struct Stored {
+pub(super) struct Stored<V> {
     /// Unique within the storage.
     pub(super) id: u64,
-    pub(super) completed_by: Token,
     /// By the storage's clock. The record has expired from then on.
     pub(super) deadline: Duration,
     pub(super) weight: u32,
     /// Taken out when the record leaves the cache.
-    record: Mutex<Option<Record>>,
+    value: Mutex<Option<V>>,
 }
 
-impl Stored {
+impl<V> Stored<V> {
     pub(super) fn clear(&self) {
-        self.record().take();
+        self.value().take();
     }
 
     /// Nothing but a clone happens under this lock, so a poisoned one is whole.
-    fn record(&self) -> MutexGuard<'_, Option<Record>> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    fn value(&self) -> MutexGuard<'_, Option<V>> {
+        self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A live record.
-pub(super) struct Found {
-    pub(super) record: Record,
-    pub(super) completed_by: Token,
-}
-
-/// Except for [`settle`](Records::settle) and [`fitting`](Records::fitting), call these under the lock of the key's shard.
+/// Except for [`settle`](Records::settle) and [`fits`](Records::fits), call these under the lock of the key's shard.
 /// Then only moka changes anything meanwhile, and all that moka does is evict.
-impl Records {
+impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// Records of `max_bytes` that are evicted when there are more of them, or that are never evicted.
     pub(super) fn new(ledger: Arc<Ledger>, max_bytes: Option<usize>) -> Self {
         // The least that can be kept is a tombstone. Without it, a completed operation would be forgotten at once.
@@ -69,9 +63,9 @@ impl Records {
         let mut cache = Cache::builder()
             // moka's default, TinyLFU, refuses new records when it is full. They are the ones whose retries are still to come.
             .eviction_policy(EvictionPolicy::lru())
-            .weigher(|_, stored: &Arc<Stored>| stored.weight)
+            .weigher(|_, stored: &Arc<Stored<V>>| stored.weight)
             // No expiry of moka's: it would follow another clock than the leases, and a clock can't be moved in moka.
-            .eviction_listener(move |key: Arc<EncodedKey>, stored: Arc<Stored>, cause| {
+            .eviction_listener(move |key: Arc<EncodedKey>, stored: Arc<Stored<V>>, cause| {
                 listener.record_left(&key, &stored, cause);
             });
         if let Some(capacity) = capacity {
@@ -84,51 +78,31 @@ impl Records {
         }
     }
 
-    /// `record`, or a tombstone in its place if it is larger than all that can be kept, and whether it is: moka would drop it
-    /// at once, and a retry would run the operation again.
-    pub(super) fn fitting(&self, record: Record) -> (Record, bool) {
-        let fits = self
-            .capacity
-            .is_none_or(|capacity| u64::from(weight(&record)) <= capacity);
-        if fits {
-            return (record, false);
-        }
-        let tombstone = Record {
-            fingerprint: record.fingerprint,
-            outcome: Outcome::Tombstone(TOO_LARGE),
-        };
-        (tombstone, true)
+    /// Whether something of this weight can be kept at all: moka would drop it at once, and nobody would know.
+    pub(super) fn fits(&self, weight: u32) -> bool {
+        self.capacity
+            .is_none_or(|capacity| u64::from(weight) <= capacity)
     }
 
     /// The record of `key` if there is one and it is not expired.
-    pub(super) fn get(&self, key: &EncodedKey, now: Duration) -> Option<Found> {
+    pub(super) fn get(&self, key: &EncodedKey, now: Duration) -> Option<V> {
         let stored = self.cache.get(key)?;
         if stored.deadline <= now {
             self.remove(key);
             return None;
         }
         // `None` if moka evicted it this instant.
-        let record = stored.record().clone()?;
-        Some(Found {
-            record,
-            completed_by: stored.completed_by,
-        })
+        let value = stored.value();
+        value.clone()
     }
 
     /// Stores a record where none is.
-    pub(super) fn insert(
-        &self,
-        key: &EncodedKey,
-        record: Record,
-        completed_by: Token,
-        deadline: Duration,
-    ) {
+    pub(super) fn insert(&self, key: &EncodedKey, value: V, weight: u32, deadline: Duration) {
         let stored = Stored {
             id: self.ledger.next_id(),
-            completed_by,
             deadline,
-            weight: weight(&record),
-            record: Mutex::new(Some(record)),
+            weight,
+            value: Mutex::new(Some(value)),
         };
         self.ledger.record_came(key, &stored);
         self.cache.insert(*key, Arc::new(stored));
@@ -158,7 +132,24 @@ impl Records {
     }
 }
 
-/// moka's weights are 32 bits wide. A record of 4 GiB weighs less than it should, by what it is larger.
-fn weight(record: &Record) -> u32 {
-    u32::try_from(record.weight().saturating_add(OVERHEAD)).unwrap_or(u32::MAX)
+/// `record`, or a tombstone in its place if it is larger than all that `records` can keep, and whether it is: a retry would run
+/// the operation again.
+pub(super) fn fitting<V>(records: &Records<V>, record: Record) -> (Record, bool)
+where
+    V: Clone + Send + Sync + 'static,
+{
+    if records.fits(weight(record.weight())) {
+        return (record, false);
+    }
+    let tombstone = Record {
+        fingerprint: record.fingerprint,
+        outcome: Outcome::Tombstone(TOO_LARGE),
+    };
+    (tombstone, true)
+}
+
+/// What a record of so many bytes weighs. moka's weights are 32 bits wide: one of 4 GiB weighs less than it should, by what it
+/// is larger.
+pub(super) fn weight(bytes: usize) -> u32 {
+    u32::try_from(bytes.saturating_add(OVERHEAD)).unwrap_or(u32::MAX)
 }
