@@ -102,7 +102,7 @@
 //!
 //! | feature | default | adds |
 //! |---|---|---|
-//! | `memory` | yes | [`MemoryStorage`]: records in this process |
+//! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 

@@ -46,7 +46,7 @@
 //!
 //! | feature | default | adds |
 //! |---|---|---|
-//! | `memory` | yes | [`MemoryStorage`]: records in this process |
+//! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 
@@ -77,15 +77,19 @@ pub use self::{
     error::{BoxError, StorageError, StorageErrorKind},
     event::{Event, Observer, Operation, Refusal, TracingObserver},
     key::{EncodedKey, InvalidKey, InvalidKeyKind, Key, KeyFormat, ParseEncodedKeyError},
-    lock::LockPolicy,
+    lock::{Lock, LockPolicy, ProcessLock},
     record::{Outcome, Record, StoredResponse, TombstoneReason},
     settings::{Mode, Opened, Settings, SettingsError, SettingsErrorKind},
     storage::{
-        AnyStorage, Begin, Entry, Held, NewClaim, Storage, Token, Transaction, Transactional,
+        AnyStorage, Begin, Cache, Entry, Held, LockedStorage, NewClaim, Storage, Token,
+        Transaction, Transactional,
     },
 };
 
 #[cfg(feature = "conformance")]
 pub use self::env::SimulatedClock;
 #[cfg(feature = "memory")]
-pub use self::storage::memory::{MemoryStorage, MemoryStorageBuilder, WhenFull};
+pub use self::storage::{
+    MokaCache, NearCache,
+    memory::{MemoryStorage, MemoryStorageBuilder, WhenFull},
+};

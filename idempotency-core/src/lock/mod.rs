@@ -1,6 +1,12 @@
-//! How long a claim is held and how long a duplicate waits for it.
+//! How long a claim is held, how long a duplicate waits for it, and locks to make claims of.
 
-use std::time::Duration;
+use std::{future::Future, sync::Arc, time::Duration};
+
+use crate::{EncodedKey, Env, Held, StorageError, Token};
+
+mod process;
+
+pub use self::process::ProcessLock;
 
 /// How claims behave: how long a duplicate waits, how long a claim outlives its holder, how long it may be held.
 ///
@@ -81,5 +87,103 @@ impl Default for LockPolicy {
             lease: Duration::from_secs(30),
             hold_limit: Duration::from_secs(600),
         }
+    }
+}
+
+/// Locks keys, each for a while: what a [`LockedStorage`](crate::LockedStorage) makes its claims of. [`ProcessLock`] is one.
+///
+/// # Rules
+///
+/// 1. Every call is atomic. Of any number of concurrent [`acquire`](Self::acquire)s of a free key exactly one gets a token.
+/// 2. A lock ends by itself when its time is over and it was not renewed. Then, and not before, the key can be had again.
+/// 3. Tokens are random: one names this lock of this key, and no other ever. `renew` and `release` change nothing, and are
+///    [`Held::Lost`], unless it is the token that holds the key.
+/// 4. Any of the futures may be dropped at any point. One of `acquire` that is dropped may leave the key locked, with a token
+///    that nobody knows, until `ttl` is over; not for longer.
+///
+/// A lock of several servers that loses locks when one of them fails (a Redis without persistence, a replica that is promoted)
+/// breaks rule 2, and two executions may hold one key: see [`LockedStorage`](crate::LockedStorage#what-it-cant-promise).
+pub trait Lock: Send + Sync + 'static {
+    /// Locks `key` for `ttl` and returns a fresh token; `None` if it is locked.
+    ///
+    /// # Errors
+    ///
+    /// If the lock can't tell. Whether the key was locked is then unknown.
+    fn acquire(
+        &self,
+        key: &EncodedKey,
+        ttl: Duration,
+    ) -> impl Future<Output = Result<Option<Token>, StorageError>> + Send;
+
+    /// Lets the lock of `token` live for another `ttl` from now.
+    ///
+    /// # Errors
+    ///
+    /// If the lock can't tell.
+    fn renew(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        ttl: Duration,
+    ) -> impl Future<Output = Result<Held, StorageError>> + Send;
+
+    /// Ends the lock of `token`.
+    ///
+    /// # Errors
+    ///
+    /// If the lock can't tell. Repeating the call is safe.
+    fn release(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+    ) -> impl Future<Output = Result<Held, StorageError>> + Send;
+
+    /// Returns when it is worth trying [`acquire`](Self::acquire) again, or when `timeout` is over: a hint, for a key that somebody
+    /// holds of whom the caller knows nothing, say another process.
+    ///
+    /// The default returns after 50 ms, so who waits tries again at that pace. A lock that can push, or look cheaply, should.
+    ///
+    /// # Errors
+    ///
+    /// If the lock can't tell.
+    fn wait(
+        &self,
+        key: &EncodedKey,
+        timeout: Duration,
+    ) -> impl Future<Output = Result<(), StorageError>> + Send {
+        const PACE: Duration = Duration::from_millis(50);
+
+        let _ = key;
+        async move {
+            Env::system().sleep(timeout.min(PACE)).await;
+            Ok(())
+        }
+    }
+}
+
+impl<L: Lock> Lock for Arc<L> {
+    async fn acquire(
+        &self,
+        key: &EncodedKey,
+        ttl: Duration,
+    ) -> Result<Option<Token>, StorageError> {
+        L::acquire(self, key, ttl).await
+    }
+
+    async fn renew(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        ttl: Duration,
+    ) -> Result<Held, StorageError> {
+        L::renew(self, key, token, ttl).await
+    }
+
+    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
+        L::release(self, key, token).await
+    }
+
+    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
+        L::wait(self, key, timeout).await
     }
 }

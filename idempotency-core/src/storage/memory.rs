@@ -33,10 +33,12 @@ mod builder;
 mod claims;
 mod ledger;
 mod records;
+mod shelf;
 #[cfg(test)]
 mod tests;
 
 pub use self::builder::{MemoryStorageBuilder, WhenFull};
+pub(super) use self::shelf::Shelf;
 
 /// A power of two: enough that two of a machine's threads rarely meet, few enough to visit all when the storage is full.
 const SHARDS: usize = 32;
@@ -482,7 +484,7 @@ fn shard_of(key: &EncodedKey) -> usize {
 /// `Bytes` doesn't tell whether it is a part of something larger (`Bytes::is_unique` tells who shares it, not how large it is),
 /// and a body often is: of the buffer that it was read into. So the body is always copied. The headers are packed anew, for
 /// the same reason.
-fn own(record: &Record) -> Record {
+pub(super) fn own(record: &Record) -> Record {
     let outcome = match &record.outcome {
         Outcome::Response(response) => Outcome::Response(StoredResponse::new(
             response.status(),

@@ -1,8 +1,9 @@
 //! Where claims and records are kept.
 //!
 //! A [`Storage`] decides who runs an operation, in one atomic step. [`MemoryStorage`](crate::MemoryStorage) serves one
-//! process. To write your own, implement the trait and run [`conformance`] (feature
-//! `conformance`) against it: one documented test per rule.
+//! process. A [`LockedStorage`] is made of a [`Cache`] of three functions and a [`Lock`](crate::Lock); a
+//! [`NearCache`] answers retries in this process before it asks another storage. To write your own, implement the trait and
+//! run [`conformance`] (feature `conformance`) against it: one documented test per rule.
 
 use std::{any::Any, fmt, future::Future, time::Duration};
 
@@ -11,16 +12,25 @@ use futures_util::future::BoxFuture;
 use crate::{EncodedKey, Env, Record, StorageError};
 
 mod any;
+mod cache;
 mod claim;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+mod locked;
 #[cfg(feature = "memory")]
 pub(crate) mod memory;
+#[cfg(feature = "memory")]
+mod near;
 
 pub use self::{
     any::AnyStorage,
+    cache::Cache,
     claim::{Begin, Entry, Held, NewClaim, Token},
+    locked::LockedStorage,
 };
+
+#[cfg(feature = "memory")]
+pub use self::{cache::moka::MokaCache, near::NearCache};
 
 /// Keeps claims and records.
 ///

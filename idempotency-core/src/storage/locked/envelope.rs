@@ -1,0 +1,103 @@
+//! What lies in the cache: a record, and the token that completed its key.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 1 | version: 1 |
+//! | 16 | the token |
+//! | 4 | CRC-32 (ISO-HDLC) of the bytes before, big-endian |
+//! | … | [`Record::encode`], which has a checksum of its own |
+
+use bytes::Bytes;
+
+use crate::{Record, StorageError, Token};
+
+const VERSION: u8 = 1;
+const TOKEN_END: usize = 1 + 16;
+const HEAD: usize = TOKEN_END + 4;
+
+pub(super) struct Envelope {
+    pub(super) completed_by: Token,
+    pub(super) record: Record,
+}
+
+pub(super) fn seal(completed_by: Token, record: &Record) -> Bytes {
+    let record = record.encode();
+    let mut bytes = Vec::with_capacity(HEAD + record.len());
+    bytes.push(VERSION);
+    bytes.extend_from_slice(completed_by.as_bytes());
+    bytes.extend_from_slice(&crc32fast::hash(&bytes).to_be_bytes());
+    bytes.extend_from_slice(&record);
+    bytes.into()
+}
+
+/// The record is a part of `bytes`, not a copy.
+pub(super) fn open(bytes: Bytes) -> Result<Envelope, StorageError> {
+    let unreadable = |reason: &'static str| Err(StorageError::unreadable(reason));
+    let Some((head, _)) = bytes.split_first_chunk::<HEAD>() else {
+        return unreadable("it is cut off within its first bytes");
+    };
+    if head[0] != VERSION {
+        return unreadable(
+            "it begins with another version than 1: a newer version of this library or another program shares the cache",
+        );
+    }
+    let (Some(completed_by), Some(checksum)) = (
+        head[1..].first_chunk::<16>(),
+        head[TOKEN_END..].first_chunk::<4>(),
+    ) else {
+        return unreadable("it is cut off within its first bytes");
+    };
+    if crc32fast::hash(&head[..TOKEN_END]) != u32::from_be_bytes(*checksum) {
+        return unreadable("the checksum of its first bytes does not match, so it is damaged");
+    }
+    Ok(Envelope {
+        completed_by: Token::from_bytes(*completed_by),
+        record: Record::decode(bytes.slice(HEAD..))?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+    use crate::{Outcome, StorageErrorKind, TombstoneReason};
+
+    fn sealed() -> (Token, Record, Bytes) {
+        let token = Token::from_bytes(*b"0123456789abcdef");
+        let record = Record {
+            fingerprint: None,
+            outcome: Outcome::Tombstone(TombstoneReason::MaxHold),
+        };
+        let bytes = seal(token, &record);
+        (token, record, bytes)
+    }
+
+    /// Changing it would make every cache in use unreadable.
+    #[test]
+    fn golden() {
+        let (_, _, bytes) = sealed();
+        assert_eq!(&bytes[..17], b"\x010123456789abcdef");
+        assert_eq!(bytes[17..21], [0xca, 0x36, 0x81, 0x98]);
+        assert_eq!(&bytes[30..], br#"{"tombstone":"max-hold"}"#);
+    }
+
+    #[test]
+    fn what_is_not_whole_is_unreadable() {
+        let (token, record, bytes) = sealed();
+        let opened = open(bytes.clone()).unwrap();
+        assert_eq!((opened.completed_by, opened.record), (token, record));
+
+        let is_unreadable = |bytes: Bytes| matches!(open(bytes), Err(error) if error.kind() == StorageErrorKind::Unreadable);
+        for len in 0..bytes.len() {
+            assert!(is_unreadable(bytes.slice(..len)), "cut off at {len}");
+        }
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut damaged = bytes.to_vec();
+                damaged[at] ^= 1 << bit;
+                assert!(is_unreadable(damaged.into()), "byte {at} bit {bit}");
+            }
+        }
+    }
+}
