@@ -443,6 +443,29 @@ fn who_reads_beside_a_change_keeps_nothing() {
 }
 
 #[test]
+fn who_asks_beside_a_change_and_is_answered_after_it_keeps_nothing() {
+    let nodes = Nodes::new();
+    assert_eq!(complete(&nodes.behind.memory, 1, "old", DAY), Held::Yes);
+    let node = nodes.node();
+    let key = key();
+    nodes.behind.hold("remove", When::Before);
+    let mut removal = pin!(node.remove(&key));
+    assert!(poll(removal.as_mut()).is_pending());
+    nodes.behind.hold("get", When::After);
+    let mut reading = pin!(node.get(&key));
+    assert!(poll(reading.as_mut()).is_pending());
+    // The first to wait is the first to go on.
+    nodes.behind.go_on();
+    assert!(matches!(poll(removal.as_mut()), Poll::Ready(Ok(true))));
+    nodes.behind.go_on();
+    assert!(matches!(
+        poll(reading.as_mut()),
+        Poll::Ready(Ok(Some(Entry::Completed(_))))
+    ));
+    assert_eq!(begin(&node), Begin::Acquired);
+}
+
+#[test]
 fn a_change_that_is_dropped_leaves_nothing_stale() {
     for when in [When::Before, When::After] {
         let nodes = Nodes::new();
