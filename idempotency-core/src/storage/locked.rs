@@ -65,14 +65,14 @@ const REPLACING: Duration = Duration::from_secs(5);
 ///
 /// | call | what it does |
 /// |---|---|
-/// | `begin` | looks at the cache, locks the key, looks again: a holder may have completed in between. Then it unlocks |
+/// | `begin` | looks at the cache, locks the key, looks again: a holder may have completed in between, and then it unlocks |
 /// | `complete` | looks at the cache, renews the lock or, where it is over, takes it again, sets the record, unlocks |
 /// | `renew`, `release` | those of the lock |
 /// | `replace` | looks at the cache, locks the key, looks again, sets the record, unlocks |
 /// | `remove` | unlocks the key if it was locked here, removes what is in the cache |
 ///
-/// A first execution takes seven calls, a retry one. In the cache lies the token that completed the key, then the record
-/// ([`Record::encode`]); a byte of version comes first.
+/// A first execution takes seven calls, a retry one. What lies in the cache is a byte of version, the token that completed the
+/// key, a checksum of both, and the record ([`Record::encode`]).
 ///
 /// # What it can't promise
 ///
@@ -86,7 +86,9 @@ const REPLACING: Duration = Duration::from_secs(5);
 /// * **Claims of other processes are not seen**, only bumped into. For those `get` finds nothing, `begin` answers
 ///   [`Begin::InFlight`] without a fingerprint, so that another request under the key is told to wait, not that the key is taken
 ///   (until the record is there), and `remove` leaves the claim to its holder or its lease. `wait` is told at once of the end of
-///   a claim of this process; of one elsewhere as soon as [`Lock::wait`] can.
+///   a claim of this process; of one elsewhere as soon as [`Lock::wait`] can. A conformance suite that looks at one process's
+///   claims from another leaves out `begin_tells_of_the_running_claim`, `complete_when_absent`, `dropped_calls_are_safe`,
+///   `get_changes_nothing`, `keys_are_independent`, `remove_takes_records_and_claims` and `wait_sees_removal`, and no other rule.
 /// * **A `begin` that is dropped, or that fails, while the lock answers** may leave the key locked for one lease, by a lock that
 ///   nobody can name. Repeated with the same token it is then in flight until that lease is over. In the same way a `complete`
 ///   whose claim was over may fail for 30 s until it succeeds, and a `replace` may block the key for 5 s, should its record go.
