@@ -100,7 +100,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `lock.timeout` | duration: how long a duplicate waits | 100 ms | `LOCK.TIMEOUT` |
 /// | `lock.ttl` | duration: the lease, at least 10 ms | 30 s | `LOCK.TTL` |
 /// | `lock.max_hold` | duration: when a running operation is given up | 10 min | |
-/// | `lock.class` | `storage`: claims of the storage; `process`; `redis` | `storage` | `LOCK.CLASS` |
+/// | `lock.class` | `storage`: claims of the storage; `process`: a [`ProcessLock`](crate::ProcessLock); `redis` | `storage` | `LOCK.CLASS` |
 /// | `lock.location` | `host[:port]` or a URL, for class `redis` | | `LOCK.LOCATION` |
 /// | `lock.name` | prefix of the lock's keys, for class `redis` | | `LOCK.NAME` |
 /// | `on_storage_error` | `reject`, `run_unprotected` | `reject` | |
@@ -118,7 +118,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `storage.location` | `host[:port]` or a URL, for classes `redis` and `postgres` | | |
 /// | `storage.name` | prefix of the storage's keys, for these classes | | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
-/// | `storage.when_full` | `evict`, `refuse`, for class `memory` | `evict` | |
+/// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
 /// | `storages.<name>` | a cache for `cache_name = "<name>"`: as `storage`, without `cache_name` and `store_on` | | |
 ///
 /// * A **duration** is text with units (`"30s"`, `"100ms"`, `"1h30m"`; `ms`, `s`, `m`, `h`, `d`) or a number of seconds.
@@ -309,8 +309,8 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// If a storage or the lock lacks its location, if this build does not have it, or if both `storage` and one of `storages`
-    /// set up the default cache.
+    /// If a storage or the lock lacks its location, if this build does not have it, if a storage can't do with that lock
+    /// what it is set to, or if both `storage` and one of `storages` set up the default cache.
     pub async fn open(&self) -> Result<Opened, SettingsError> {
         let lock = self.lock.checked()?;
         let root = Path::default();

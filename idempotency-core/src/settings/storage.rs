@@ -39,7 +39,8 @@ impl StorageSettings {
         let class = class.unwrap_or(StorageKind::Memory);
         match (class, lock) {
             (StorageKind::Memory, LockKind::Storage) => self.open_memory(path),
-            (_, LockKind::Process | LockKind::Redis) => Err(no_such_lock(lock)),
+            (StorageKind::Memory, LockKind::Process) => self.open_locked_memory(path),
+            (StorageKind::Memory, LockKind::Redis) => Err(no_such_lock("Redis")),
             (StorageKind::Redis, _) => {
                 self.location(path, redis_location, REDIS_LOCATION)?;
                 Err(no_such_storage(path, "Redis"))
@@ -68,6 +69,29 @@ impl StorageSettings {
         Ok(AnyStorage::new(memory.build()))
     }
 
+    #[cfg(feature = "memory")]
+    fn open_locked_memory(&self, path: &Path) -> Result<AnyStorage, SettingsError> {
+        use crate::{LockedStorage, MokaCache, ProcessLock};
+
+        if self.when_full == Some(WhatWhenFull::Refuse) {
+            // What was begun has to be completed, and the cache doesn't know what was begun.
+            let message = "\"refuse\" needs the claims of the storage; give \"evict\", or set `lock.class` to \"storage\"";
+            return Err(SettingsError::new(
+                SettingsErrorKind::Conflict,
+                &path.field("when_full"),
+                message,
+            ));
+        }
+        let cache = match self.max_bytes {
+            None => MokaCache::new(),
+            Some(bytes) => MokaCache::new().max_bytes(bytes),
+        };
+        Ok(AnyStorage::new(LockedStorage::new(
+            cache,
+            ProcessLock::new(),
+        )))
+    }
+
     #[cfg(not(feature = "memory"))]
     fn open_memory(&self, path: &Path) -> Result<AnyStorage, SettingsError> {
         let (_, _) = (self.max_bytes, self.when_full);
@@ -77,6 +101,11 @@ impl StorageSettings {
             &path.field("class"),
             message,
         ))
+    }
+
+    #[cfg(not(feature = "memory"))]
+    fn open_locked_memory(&self, path: &Path) -> Result<AnyStorage, SettingsError> {
+        self.open_memory(path)
     }
 
     /// The location, if it is of the form that the class needs.
@@ -215,13 +244,8 @@ fn no_such_storage(path: &Path, name: &str) -> SettingsError {
     )
 }
 
-fn no_such_lock(lock: LockKind) -> SettingsError {
-    let name = match lock {
-        LockKind::Storage => "such",
-        LockKind::Process => "process",
-        LockKind::Redis => "Redis",
-    };
-    let message = format_args!("this build has no {name} lock; there is: \"storage\"");
+fn no_such_lock(name: &str) -> SettingsError {
+    let message = format_args!("this build has no {name} lock; there is: \"storage\", \"process\"");
     SettingsError::new(
         SettingsErrorKind::Unsupported,
         &lock_path().field("class"),

@@ -216,6 +216,41 @@ async fn lock_class_storage_is_the_default() {
 }
 
 #[tokio::test]
+async fn lock_class_process_makes_storages_of_a_cache_and_a_lock() {
+    for class in ["process", "ProcessLock"] {
+        let json = json!({
+            "lock": { "class": class, "timeout": 0 },
+            "storage": { "max_bytes": "1MiB" },
+            "storages": { "orders": "memory" },
+        });
+        let app = App::new(json).await;
+        let parts = format!("{:?}", app.layer);
+        assert_eq!(parts.matches("LockedStorage<").count(), 2, "{parts}");
+        assert_eq!(parts.matches("ProcessLock").count(), 2, "{parts}");
+        for (arrived, path) in [(1, "/orders"), (2, "/cache/orders")] {
+            let running = app.post(path).key("a").with("x-gate", "").start();
+            app.kitchen.gate.arrived(arrived).await;
+            assert_eq!(app.post(path).key("a").code().await, 423);
+            app.kitchen.gate.open(1);
+            assert_eq!(running.await.unwrap().code(), 201);
+            assert_eq!(app.post(path).key("a").code().await, 409);
+        }
+    }
+}
+
+#[tokio::test]
+async fn storage_max_bytes_holds_beside_a_process_lock() {
+    let json = json!({ "lock": { "class": "process" }, "storage": { "max_bytes": "4KiB" } });
+    let app = App::new(json).await;
+    for key in 0..40 {
+        assert_eq!(app.post("/orders").key(&key.to_string()).code().await, 201);
+    }
+    // The first one was evicted.
+    assert_eq!(app.post("/orders").key("0").code().await, 201);
+    assert_eq!(app.post("/orders").key("39").code().await, 409);
+}
+
+#[tokio::test]
 async fn lock_name_does_nothing_where_the_lock_has_no_keys() {
     let app = App::new(json!({ "lock": { "name": "MyLock" } })).await;
     assert_eq!(app.post("/orders").key("a").code().await, 201);

@@ -506,6 +506,11 @@ async fn contradictions() {
             "`storage`",
         ),
         (
+            json!({ "lock": { "class": "process" }, "storages": { "orders": { "when_full": "refuse" } } }),
+            "storages.orders.when_full",
+            "`lock.class`",
+        ),
+        (
             json!({ "lock": { "timeout": 1 }, "lock__timeout": 1 }),
             "lock.timeout",
             "there twice",
