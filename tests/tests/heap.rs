@@ -230,5 +230,9 @@ async fn an_answer_at_the_limit_in_two_frames() {
 
 #[tokio::test]
 async fn an_answer_at_the_limit_in_three_frames() {
-    assert_bounded(|| [LIMIT / 2, LIMIT / 4, LIMIT / 4].into_iter()).await;
+    for [first, second] in [[50, 25], [44, 2], [2, 44], [45, 54]] {
+        let [first, second] = [first * LIMIT / 100, second * LIMIT / 100];
+        let third = LIMIT - first - second;
+        assert_bounded(move || [first, second, third].into_iter()).await;
+    }
 }

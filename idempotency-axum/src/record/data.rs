@@ -74,9 +74,9 @@ impl Data {
             _ if frame.is_empty() => {}
             Read::One(one) if one.is_empty() => *one = frame.clone(),
             Read::One(one) => {
-                let mut bytes = Vec::new();
-                extend(&mut bytes, one, limit);
-                extend(&mut bytes, frame, limit);
+                let mut bytes = Vec::with_capacity(room(one.len(), frame.len(), limit));
+                bytes.extend_from_slice(one);
+                bytes.extend_from_slice(frame);
                 self.bytes = Read::Many(bytes);
             }
             Read::Many(bytes) => extend(bytes, frame, limit),
@@ -108,14 +108,19 @@ impl Data {
     }
 }
 
-/// Grows by doubling, but never beyond the limit.
+/// What has no room moves. What was left of the old place is given back first, so that both places and the frame take twice
+/// the limit at most.
 fn extend(bytes: &mut Vec<u8>, frame: &[u8], limit: usize) {
-    let needed = bytes.len() + frame.len();
-    if needed > bytes.capacity() {
-        let doubled = bytes.capacity().saturating_mul(2).min(limit);
-        bytes.reserve_exact(needed.max(doubled) - bytes.len());
+    if frame.len() > bytes.capacity() - bytes.len() {
+        bytes.shrink_to_fit();
+        bytes.reserve_exact(room(bytes.len(), frame.len(), limit) - bytes.len());
     }
     bytes.extend_from_slice(frame);
+}
+
+/// Doubles, but never goes beyond the limit, under which both together are.
+fn room(len: usize, more: usize, limit: usize) -> usize {
+    (len + more).max(len.saturating_mul(2).min(limit))
 }
 
 #[cfg(test)]
