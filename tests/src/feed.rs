@@ -108,7 +108,6 @@ impl Feed {
     /// # Panics
     ///
     /// Panics the second time.
-    #[must_use]
     pub fn body(&self, length: Length) -> Body {
         let receiver = &self.0.receiver;
         let receiver = receiver
