@@ -57,7 +57,42 @@ impl IdempotencyKey {
 
     /// A stable key for a call that this operation makes to somebody else, another one for each `label`.
     ///
-    /// It is made from the encoded key, so callers that send the same key don't share it.
+    /// Pass it to a payment provider as *its* idempotency key. When the provider has charged, and then this process dies before
+    /// the answer is recorded, the retry runs the handler again; the provider gets the same key again, and charges once.
+    ///
+    /// It is made from the encoded key: the same in every attempt, process and deployment, another one for each caller. Under
+    /// [`BasicKeyEncoder`](crate::BasicKeyEncoder) the body is a part of it, so a body that differs between attempts, say by a
+    /// timestamp, derives another key and charges again. Leave such a field out with
+    /// [`FingerprintKeyEncoder::fields`](crate::FingerprintKeyEncoder::fields).
+    ///
+    /// ```
+    /// use axum::{Router, body::Body, http::{Request, StatusCode}, routing::post};
+    /// use http_body_util::BodyExt;
+    /// use idempotency_axum::{IdempotencyKey, IdempotencyLayer, MemoryStorage, idempotency_key};
+    /// use tower::ServiceExt;
+    ///
+    /// /// The provider has charged, and then something of ours fails.
+    /// #[idempotency_key]
+    /// async fn pay(key: IdempotencyKey) -> (StatusCode, String) {
+    ///     (StatusCode::INTERNAL_SERVER_ERROR, key.derive("psp-charge"))
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let app = Router::new()
+    ///     .route("/payments", post(pay))
+    ///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));
+    /// let mut provider_keys = Vec::new();
+    /// for _ in 0..2 {
+    ///     let request = Request::post("/payments").header("idempotency-key", "payment-1");
+    ///     let answer = app.clone().oneshot(request.body(Body::from("450"))?).await?;
+    ///     assert_eq!(answer.status(), StatusCode::INTERNAL_SERVER_ERROR); // not stored: the retry ran
+    ///     provider_keys.push(answer.into_body().collect().await?.to_bytes());
+    /// }
+    /// assert_eq!(provider_keys[0], provider_keys[1]);
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn derive(&self, label: &str) -> String {
         self.encoded.derive(label)

@@ -7,12 +7,12 @@ use std::{fmt, future::Future, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 
-#[cfg(feature = "conformance")]
+#[cfg(any(test, feature = "conformance"))]
 mod simulated;
 mod system;
 mod watch;
 
-#[cfg(feature = "conformance")]
+#[cfg(any(test, feature = "conformance"))]
 pub use self::simulated::SimulatedClock;
 
 /// Clock, sleep, randomness and spawning.

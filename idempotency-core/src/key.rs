@@ -1056,6 +1056,16 @@ mod tests {
         assert_eq!(format!("{custom:?}"), "KeyFormat::from_fn(..)");
     }
 
+    /// Nodes of two versions take turns under one key.
+    #[test]
+    fn a_turn_is_a_golden_hash_of_its_key() {
+        let encoded = EncodedKey::from_bytes(std::array::from_fn(|byte| byte as u8));
+        assert_eq!(
+            encoded.turn().to_string(),
+            "41b7f4be8bca7d95d8eed0d05aafd24741ffcaf105c92071cd4a1c93ddc6bcf2"
+        );
+    }
+
     #[test]
     fn derived_keys_are_uuids_that_differ() {
         let a = key("a");

@@ -42,6 +42,15 @@
 //! What no lease can give is exactly-once: a process that is stopped for longer than its lease, and then goes on, runs beside
 //! its successor. [`Transactional`] storages close that gap for what is written to the same database.
 //!
+//! # Storages
+//!
+//! | storage | keeps records | claims |
+//! |---|---|---|
+//! | [`MemoryStorage`] | in this process, bounded by bytes | in this process |
+//! | [`LockedStorage`] | in any [`Cache`]: three functions | by any [`Lock`], say [`ProcessLock`]; no fencing where the lock has none |
+//! | [`NearCache`] over one of them | also in this process, for 60 s at most | where the storage keeps them |
+//! | your own [`Storage`] | | checked by the suite in [`storage::conformance`] |
+//!
 //! # Features
 //!
 //! | feature | default | adds |
@@ -86,7 +95,7 @@ pub use self::{
     },
 };
 
-#[cfg(feature = "conformance")]
+#[cfg(any(test, feature = "conformance"))]
 pub use self::env::SimulatedClock;
 #[cfg(feature = "memory")]
 pub use self::storage::{

@@ -1,8 +1,8 @@
 //! JSON, TOML and the environment say the same.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
-use idempotency_axum::{IdempotencyLayer, Settings};
+use idempotency_axum::{IdempotencyLayer, LockPolicy, Settings};
 use serde::{
     Deserialize,
     de::{IntoDeserializer, value::Error, value::MapDeserializer},
@@ -229,4 +229,16 @@ fn settings_may_lie_in_a_larger_document() {
     assert_eq!(application.idempotency, expected);
     let absent: Application = toml::from_str("port = 80").unwrap();
     assert_eq!(absent.idempotency, Settings::default());
+}
+
+#[test]
+fn what_the_readme_shows_is_read() {
+    let readme = include_str!("../../../README.md");
+    let (_, rest) = readme.split_once("```toml\n").expect("settings in TOML");
+    let (shown, _) = rest.split_once("```").expect("their end");
+    let read: Settings = toml::from_str(shown).expect("valid settings");
+    assert_eq!(read.config().ttl, Duration::from_secs(7 * 24 * 3600));
+    assert_eq!(read.config().conflict_status, None);
+    let lock = LockPolicy::default().timeout(Duration::from_secs(2));
+    assert_eq!(read.config().lock, lock);
 }

@@ -34,10 +34,6 @@ async fn connect(server: SocketAddr) -> TcpStream {
 }
 
 /// Reads a byte at a time, and takes its time: longer than three leases for the first bytes. Then the rest.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "how slowly the client reads is what the test puts in"
-)]
 async fn read_slowly(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     for _ in 0..12 {
