@@ -13,7 +13,7 @@ use std::{
 
 use moka::notification::RemovalCause;
 
-use super::{SHARDS, records::Stored, shard_of};
+use super::{SHARDS, shard_of};
 use crate::{EncodedKey, Env, Event, event::Observers};
 
 /// What a claim weighs: its slot in a hash table that may be half empty, and its lease in a B-tree. Measured were 252 to 354
@@ -22,6 +22,22 @@ pub(super) const CLAIM_WEIGHT: u64 = 384;
 
 /// Deadline, and the number that makes it unique.
 type Expiry = (Duration, u64);
+
+/// What the ledger knows of a record.
+#[derive(Clone, Copy)]
+pub(super) struct Booking {
+    /// Unique within the storage.
+    id: u64,
+    /// By the storage's clock. The record has expired from then on.
+    pub(super) deadline: Duration,
+    pub(super) weight: u32,
+}
+
+impl Booking {
+    fn expiry(&self) -> Expiry {
+        (self.deadline, self.id)
+    }
+}
 
 pub(super) struct Ledger {
     /// Of records and claims together: one number, so that "is there room? then take it" is one atomic step.
@@ -111,28 +127,25 @@ impl Ledger {
         self.waiters.fetch_sub(1, Relaxed);
     }
 
-    /// A number that no other record of this storage has.
-    pub(super) fn next_id(&self) -> u64 {
-        self.next_id.fetch_add(1, Relaxed)
-    }
-
     /// Books a record. Before moka has it, because moka may evict it as soon as it has.
-    pub(super) fn record_came<V>(&self, key: &EncodedKey, stored: &Stored<V>) {
-        self.weight.fetch_add(u64::from(stored.weight), Relaxed);
+    pub(super) fn record_came(&self, key: &EncodedKey, weight: u32, deadline: Duration) -> Booking {
+        let booking = Booking {
+            id: self.next_id.fetch_add(1, Relaxed),
+            deadline,
+            weight,
+        };
+        self.weight.fetch_add(u64::from(weight), Relaxed);
         self.records.fetch_add(1, Relaxed);
-        self.expiries(shard_of(key))
-            .insert((stored.deadline, stored.id), *key);
+        self.expiries(shard_of(key)).insert(booking.expiry(), *key);
+        booking
     }
 
-    /// moka's eviction listener.
-    pub(super) fn record_left<V>(&self, key: &EncodedKey, stored: &Stored<V>, cause: RemovalCause) {
-        // Now, not when moka's epochs get round to what they hold: a hundred such bodies may be more than the limit.
-        stored.clear();
-        self.expiries(shard_of(key))
-            .remove(&(stored.deadline, stored.id));
+    /// For moka's eviction listener.
+    pub(super) fn record_left(&self, key: &EncodedKey, booking: &Booking, cause: RemovalCause) {
+        self.expiries(shard_of(key)).remove(&booking.expiry());
         self.records.fetch_sub(1, Relaxed);
-        self.weight.fetch_sub(u64::from(stored.weight), Relaxed);
-        if cause == RemovalCause::Size && self.env.now() < stored.deadline {
+        self.weight.fetch_sub(u64::from(booking.weight), Relaxed);
+        if cause == RemovalCause::Size && self.env.now() < booking.deadline {
             let total = self.evicted.fetch_add(1, Relaxed) + 1;
             if total >= self.report_at.load(Relaxed) {
                 self.to_report().get_or_insert(*key);

@@ -8,7 +8,7 @@ use std::{
 
 use moka::{policy::EvictionPolicy, sync::Cache};
 
-use super::ledger::Ledger;
+use super::ledger::{Booking, Ledger};
 use crate::{EncodedKey, Outcome, Record, TombstoneReason};
 
 /// What a record takes besides its body and its headers, in bytes: [`Stored`], its place in the ledger, and moka's nodes,
@@ -31,18 +31,14 @@ pub(super) struct Records<V> {
 }
 
 /// A record as it lies in moka.
-pub(super) struct Stored<V> {
-    /// Unique within the storage.
-    pub(super) id: u64,
-    /// By the storage's clock. The record has expired from then on.
-    pub(super) deadline: Duration,
-    pub(super) weight: u32,
+struct Stored<V> {
+    booking: Booking,
     /// Taken out when the record leaves the cache.
     value: Mutex<Option<V>>,
 }
 
 impl<V> Stored<V> {
-    pub(super) fn clear(&self) {
+    fn clear(&self) {
         self.value().take();
     }
 
@@ -63,10 +59,12 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         let mut cache = Cache::builder()
             // moka's default, TinyLFU, refuses new records when it is full. They are the ones whose retries are still to come.
             .eviction_policy(EvictionPolicy::lru())
-            .weigher(|_, stored: &Arc<Stored<V>>| stored.weight)
+            .weigher(|_, stored: &Arc<Stored<V>>| stored.booking.weight)
             // No expiry of moka's: it would follow another clock than the leases, and a clock can't be moved in moka.
             .eviction_listener(move |key: Arc<EncodedKey>, stored: Arc<Stored<V>>, cause| {
-                listener.record_left(&key, &stored, cause);
+                // Now, not when moka's epochs get round to what they hold: a hundred such bodies may be more than the limit.
+                stored.clear();
+                listener.record_left(&key, &stored.booking, cause);
             });
         if let Some(capacity) = capacity {
             cache = cache.max_capacity(capacity);
@@ -87,7 +85,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// The record of `key` if there is one and it is not expired.
     pub(super) fn get(&self, key: &EncodedKey, now: Duration) -> Option<V> {
         let stored = self.cache.get(key)?;
-        if stored.deadline <= now {
+        if stored.booking.deadline <= now {
             self.remove(key);
             return None;
         }
@@ -99,12 +97,9 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// Stores a record where none is.
     pub(super) fn insert(&self, key: &EncodedKey, value: V, weight: u32, deadline: Duration) {
         let stored = Stored {
-            id: self.ledger.next_id(),
-            deadline,
-            weight,
+            booking: self.ledger.record_came(key, weight, deadline),
             value: Mutex::new(Some(value)),
         };
-        self.ledger.record_came(key, &stored);
         self.cache.insert(*key, Arc::new(stored));
     }
 
