@@ -11,6 +11,7 @@ pub mod client;
 pub mod example;
 pub mod faults;
 pub mod feed;
+pub mod fuzz;
 pub mod incoming;
 pub mod listen;
 pub mod node;
