@@ -1,13 +1,14 @@
 //! An axum server on a free loopback port.
 
-use std::net::SocketAddr;
+use std::{convert::Infallible, net::SocketAddr};
 
-use axum::{Router, serve::ListenerExt};
+use axum::{Router, ServiceExt, extract::Request, response::Response, serve::ListenerExt};
 use http::Method;
 use tokio::{
     net::{TcpListener, TcpSocket},
     task::JoinHandle,
 };
+use tower::Service;
 
 use crate::client::{Answer, Call, send_raw};
 
@@ -25,10 +26,23 @@ impl Server {
     ///
     /// Panics if no port can be had.
     pub async fn start(router: Router) -> Self {
+        Self::start_service(router).await
+    }
+
+    /// As [`start`](Self::start), for what stands around a router and sees a request before its paths are matched.
+    ///
+    /// # Panics
+    ///
+    /// Panics if no port can be had.
+    pub async fn start_service<S>(service: S) -> Self
+    where
+        S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
+        S::Future: Send,
+    {
         let listener = TcpListener::bind("127.0.0.1:0")
             .await
             .expect("a free port on 127.0.0.1");
-        Self::serve(listener, router)
+        Self::serve(listener, service)
     }
 
     /// As [`start`](Self::start), and sends into a small buffer, so that a client that does not read is soon noticed.
@@ -48,7 +62,11 @@ impl Server {
         Self::serve(socket.listen(64).expect("a listener"), router)
     }
 
-    fn serve(listener: TcpListener, router: Router) -> Self {
+    fn serve<S>(listener: TcpListener, service: S) -> Self
+    where
+        S: Service<Request, Response = Response, Error = Infallible> + Clone + Send + 'static,
+        S::Future: Send,
+    {
         let address = listener.local_addr().expect("a bound listener's address");
         let task = tokio::spawn(async move {
             // A frame of HTTP/2 is not to wait for the acknowledgement of the one before.
@@ -56,7 +74,7 @@ impl Server {
                 // The client may be gone already.
                 let _ = stream.set_nodelay(true);
             });
-            axum::serve(listener, router)
+            axum::serve(listener, ServiceExt::<Request>::into_make_service(service))
                 .await
                 .expect("axum::serve never ends by itself");
         });
