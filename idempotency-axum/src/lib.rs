@@ -78,13 +78,26 @@
 //!
 //! # Order of layers
 //!
-//! | layer | place | why |
+//! What stands outside sees every request, also those that are refused or get a replay, and is gone once the client is. What
+//! stands inside runs with the handler and only then, and its answer is as good as the handler's. **Bold** is where a layer
+//! belongs, if one side is better.
+//!
+//! | layer | outside | inside |
 //! |---|---|---|
-//! | authentication | outside | a replay does not authenticate: whoever may not call must be stopped before |
-//! | compression | outside | answers are recorded as the handler gave them, and compressed for each client |
-//! | CORS | outside | refusals need its headers too |
-//! | `TimeoutLayer` | outside | the client gets its timeout, the operation goes on and is recorded. Inside it would cancel the handler and release the claim |
-//! | what must end with the operation, say a transaction per request | inside | it runs once, with the handler |
+//! | authentication | **who may not call gets no replay either** | a replay passes it by |
+//! | `CorsLayer` | **each request gets its own headers, refusals too** | refusals have none, and replays those for the first origin |
+//! | `CompressionLayer` | **the plain answer is recorded, each client gets the encoding that it accepts** | what it made is recorded: retries get these bytes, whatever they accept |
+//! | `TimeoutLayer` | **the client gets its timeout, the operation goes on and is recorded** | the handler is cancelled, its key released, and a retry runs it again |
+//! | `ResponseBodyTimeoutLayer` | **the client is cut off, the recording goes on** | the answer is broken for everybody: retries get 409 |
+//! | `RequestBodyLimitLayer` | **413 before the key is taken** | 413 is an answer that may be stored; [`Config::max_request_body`] comes first |
+//! | `NormalizePathLayer` | **around the router that is served: both spellings are one operation** | behind another router the original path counts: two operations |
+//! | `CatchPanicLayer` | where 500 is stored a retry gets 409, else it runs | where 500 is stored a retry gets this 500, else it runs |
+//! | `GlobalConcurrencyLimitLayer` | counts clients, also for replays; not an operation whose client left | counts operations; one that waits for its place holds its key, and to be shed is an answer |
+//! | a task-local, say a tenant | not there once the client has left; a request extension is | **there to the end of the handler** |
+//! | a tracing span | **there to the end of the recording, whether the client is or not** | there to the end of the handler |
+//! | a transaction per request | rolled back when the client leaves, though the answer is recorded | **ends once, with the handler, before the record** |
+//!
+//! A transaction inside, and any timeout but those of bodies, end with the head of an answer that streams.
 //!
 //! # Scope
 //!

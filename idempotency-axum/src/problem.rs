@@ -165,6 +165,9 @@ impl Problem {
                 Refusal::KeyReused => {
                     "This key belongs to another request. Use a new key for a new operation, and the same body for a retry."
                 }
+                Refusal::BodyTooLarge => {
+                    "The request's body is larger than this server takes. Nothing was run."
+                }
                 Refusal::ScopeRequired => {
                     "A request with an idempotency key must say whose key it is, usually by its credentials."
                 }

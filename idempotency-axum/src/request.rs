@@ -148,6 +148,8 @@ pub(crate) fn path_and_query(uri: &Uri) -> &str {
 #[derive(Debug)]
 pub(crate) enum Unbuffered {
     TooLarge,
+    /// A layer outside has a lower limit, which nobody tells us.
+    TooLargeOutside,
     Broken(BoxError),
 }
 
@@ -160,13 +162,16 @@ pub(crate) async fn buffer(
     if announced_length(parts).is_some_and(|length| length > limit as u64) {
         return Err(Unbuffered::TooLarge);
     }
-    let collected =
-        Limited::new(body, limit).collect().await.map_err(|error| {
-            match is_length_limit(&*error) {
-                true => Unbuffered::TooLarge,
-                false => Unbuffered::Broken(error),
-            }
-        })?;
+    let collected = Limited::new(body, limit).collect().await;
+    let collected = collected.map_err(|error| {
+        if error.is::<LengthLimitError>() {
+            Unbuffered::TooLarge
+        } else if has_length_limit(&*error) {
+            Unbuffered::TooLargeOutside
+        } else {
+            Unbuffered::Broken(error)
+        }
+    })?;
     let trailers = collected.trailers().cloned();
     let bytes = collected.to_bytes();
     let full = Full::new(bytes.clone());
@@ -183,8 +188,8 @@ fn announced_length(parts: &Parts) -> Option<u64> {
     length.to_str().ok()?.parse().ok()
 }
 
-/// Whether a limit was hit, ours or that of a layer outside.
-fn is_length_limit(error: &(dyn std::error::Error + 'static)) -> bool {
+/// Whether a limit was hit somewhere. Our own says so itself, that of a layer outside is in the error of the body.
+fn has_length_limit(error: &(dyn std::error::Error + 'static)) -> bool {
     std::iter::successors(Some(error), |error| error.source())
         .any(|error| error.is::<LengthLimitError>())
 }

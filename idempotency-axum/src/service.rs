@@ -318,6 +318,10 @@ impl Exchange {
                     let problem = Problem::body_too_large(limit, config);
                     return Err(refusal(&self.shared, problem));
                 }
+                Err(Unbuffered::TooLargeOutside) => {
+                    let problem = Problem::new(Refusal::BodyTooLarge, config);
+                    return Err(refusal(&self.shared, problem));
+                }
                 Err(Unbuffered::Broken(error)) => {
                     tracing::debug!(target: "idempotency", %error, "the request's body broke off; nothing was run");
                     return Err(StatusCode::BAD_REQUEST.into_response());

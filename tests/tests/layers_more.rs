@@ -357,11 +357,10 @@ mod surroundings {
             spans.push(name);
         }
 
-        #[track_caller]
-        fn are(&self, name: &str, least: usize) {
-            let spans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            assert!(spans.len() >= least, "{spans:?}");
-            assert!(spans.iter().all(|span| *span == name), "{spans:?}");
+        fn of_handler_and_body(&self) -> (Vec<&'static str>, Vec<&'static str>) {
+            let mut spans = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let body = spans.split_off(2);
+            (spans.clone(), body)
         }
     }
 
@@ -370,9 +369,9 @@ mod surroundings {
         next.run(request).instrument(span).await
     }
 
-    /// In the handler, and where its body is made.
+    /// In the handler on either side; where its body is made, only from outside.
     #[tokio::test]
-    async fn the_span_from_outside_is_there_whatever_the_client_does() {
+    async fn the_span_is_there_whatever_the_client_does() {
         struct Observed(Body, Spans);
 
         impl http_body::Body for Observed {
@@ -389,7 +388,7 @@ mod surroundings {
         }
 
         let (_logs, _guard) = Logs::install();
-        for leaves in [false, true] {
+        for (is_inside, leaves) in [(false, false), (false, true), (true, false), (true, true)] {
             let (runs, gate, feed, spans) =
                 (Runs::new(), Gate::new(), Feed::new(), Spans::default());
             let handler = {
@@ -404,7 +403,11 @@ mod surroundings {
                 }
             };
             let routes = Router::new().route("/order", post(handler));
-            let shop = Shop::open(routes, |it| it.layer(middleware::from_fn(in_span))).await;
+            let span = middleware::from_fn(in_span);
+            let shop = match is_inside {
+                true => Shop::open(routes.layer(span), nothing).await,
+                false => Shop::open(routes, |it| it.layer(span)).await,
+            };
             let first = match leaves {
                 true => {
                     shop.leave_at(&gate, 1, shop.call()).await;
@@ -424,8 +427,12 @@ mod surroundings {
             shop.layer.drain().await;
             assert_replay(&shop.call().send().await, "abc");
             assert_eq!(runs.count(), 1);
-            // Twice in the handler, and at least for each frame.
-            spans.are("the_request", 5);
+            // At least once for each frame.
+            let (handler, body) = spans.of_handler_and_body();
+            assert_eq!(handler, ["the_request"; 2]);
+            assert!(body.len() >= 3, "{body:?}");
+            let expected = if is_inside { "none" } else { "the_request" };
+            assert!(body.iter().all(|span| *span == expected), "{body:?}");
         }
     }
 }
@@ -499,32 +506,18 @@ mod transactions {
         response
     }
 
-    async fn shop(journal: &Journal, routes: Router) -> Shop {
+    fn with_transactions(journal: &Journal, routes: Router) -> Router {
         let transaction = middleware::from_fn_with_state(journal.clone(), in_transaction);
-        around(journal, routes.layer(transaction)).await
+        routes.layer(transaction)
     }
 
-    async fn around(journal: &Journal, routes: Router) -> Shop {
-        // Both listen.
-        let (heard, events) = (journal.clone(), Events::new());
-        let both = Both(heard, events.clone());
-        let lock = LockPolicy::default().timeout(Duration::ZERO);
-        let config = Config::default().lock(lock).observer(both);
-        let layer = IdempotencyLayer::enforce(MemoryStorage::new()).config(config);
-        Shop {
-            server: Server::start(routes.layer(layer.clone())).await,
-            layer,
-            events,
-        }
+    async fn shop(journal: &Journal, routes: Router) -> Shop {
+        heard(journal, with_transactions(journal, routes)).await
     }
 
-    struct Both(Journal, Events);
-
-    impl Observer for Both {
-        fn on_event(&self, event: &Event<'_>) {
-            self.0.on_event(event);
-            self.1.on_event(event);
-        }
+    async fn heard(journal: &Journal, routes: Router) -> Shop {
+        let config = Config::default().observer(journal.clone());
+        Shop::with(config, routes, nothing).await
     }
 
     #[tokio::test]
@@ -611,9 +604,8 @@ mod transactions {
     #[tokio::test]
     async fn a_timeout_inside_rolls_back_and_frees_the_key() {
         let (runs, gate, journal) = (Runs::new(), Gate::new(), Journal::default());
-        let transaction = middleware::from_fn_with_state(journal.clone(), in_transaction);
-        let routes = gated(&runs, &gate).layer(transaction).layer(timeout());
-        let shop = around(&journal, routes).await;
+        let routes = with_transactions(&journal, gated(&runs, &gate));
+        let shop = heard(&journal, routes.layer(timeout())).await;
         let first = shop.call().send().await;
         assert_eq!((first.code(), first.is_replay()), (408, false));
         assert_eq!(journal.lines(), ["begin", "rollback", "released"]);
@@ -625,6 +617,21 @@ mod transactions {
 
     fn timeout() -> TimeoutLayer {
         TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, super::timeouts::SHORT)
+    }
+
+    /// Why it belongs inside: it is undone, and the answer that says otherwise is recorded.
+    #[tokio::test]
+    async fn outside_it_is_rolled_back_when_its_client_leaves() {
+        let (runs, gate, journal) = (Runs::new(), Gate::new(), Journal::default());
+        let config = Config::default().observer(journal.clone());
+        let around = |it| with_transactions(&journal, it);
+        let shop = Shop::with(config, gated(&runs, &gate), around).await;
+        shop.leave_at(&gate, 1, shop.call()).await;
+        gate.open(1);
+        shop.layer.drain().await;
+        assert_eq!(journal.lines(), ["begin", "rollback", "completed"]);
+        assert_replay(&shop.call().send().await, "order 1");
+        assert_eq!(runs.count(), 1);
     }
 
     /// It ends with the head of the answer: a body that breaks afterwards does not undo it, and does not let a retry run.
@@ -958,6 +965,8 @@ mod body_limits {
         let chunks = shop.server.raw(CHUNKS).await;
         assert_eq!(chunks.code(), 413, "{chunks:?}");
         assert!(chunks.text().contains("body-too-large"), "{chunks:?}");
+        let ours = Config::default().max_request_body.to_string();
+        assert!(!chunks.text().contains(&ours), "not ours: {chunks:?}");
         assert_eq!((runs.count(), shop.events.count("executing")), (0, 0));
 
         let within = || shop.call().body("12345678");
