@@ -6,11 +6,13 @@ use axum::{
     Router,
     body::Bytes,
     extract::State,
-    http::{Method, StatusCode},
+    http::{Method, StatusCode, request::Parts},
     routing::post,
 };
-use idempotency_axum::{Config, Env, IdempotencyLayer, LockPolicy, MemoryStorage};
-use idempotency_tests::{Runs, Server};
+use idempotency_axum::{
+    Config, Env, IdempotencyLayer, LockPolicy, MemoryStorage, Operation, Scope,
+};
+use idempotency_tests::{FaultyStorage, Runs, Server};
 
 use crate::{Column, Shop, Work, assert_ran, assert_refused, impatient, patient};
 
@@ -27,7 +29,11 @@ columns!(
     same_key_other_path_while_the_first_runs,
     same_key_other_query,
     same_key_other_method,
+    same_key_other_method_while_the_first_runs,
     same_key_other_authorization,
+    same_key_other_authorization_while_the_first_runs,
+    same_key_other_scope,
+    other_key_while_the_first_runs,
     same_path_in_two_nests,
     many_duplicates_run_once,
 );
@@ -253,6 +259,78 @@ async fn same_key_other_authorization(column: Column) {
     assert_ran(&bob, 4);
 }
 
+/// One of the callers does not wait for the other, nor is its body compared.
+async fn same_key_other_authorization_while_the_first_runs(column: Column) {
+    let shop = Shop::open(column.config().lock(patient())).await;
+    let alice = || {
+        let call = shop.server.post("/gated").key("abc").body("x");
+        call.header("authorization", "Bearer alice")
+    };
+    let first = alice().start();
+    shop.work.gate.arrived(1).await;
+    let bob = shop.server.post("/orders").key("abc").body("y");
+    let bob = bob.header("authorization", "Bearer bob").send().await;
+    assert_ran(&bob, 1);
+    shop.work.gate.open(1);
+    assert_ran(&first.await.unwrap(), 2);
+    column.assert_replay(&alice().send().await, 201, "order 2");
+}
+
+async fn same_key_other_scope(column: Column) {
+    for scope in [Scope::header("x-tenant"), Scope::from_fn(tenant)] {
+        let shop = Shop::open(column.config().scope(scope)).await;
+        let call = |tenant: &'static str| {
+            let call = shop.server.post("/orders").key("abc").body("x");
+            call.header("x-tenant", tenant)
+        };
+        assert_ran(&call("one").send().await, 1);
+        assert_ran(&call("two").send().await, 2);
+        column.assert_replay(&call("one").send().await, 201, "order 1");
+        let one = call("two").header("authorization", "Bearer alice");
+        column.assert_replay(&one.send().await, 201, "order 2");
+        assert_eq!(shop.runs(), 2);
+    }
+}
+
+fn tenant(request: &Parts) -> Option<Vec<u8>> {
+    let tenant = request.headers.get("x-tenant")?;
+    Some(tenant.as_bytes().to_vec())
+}
+
+/// The same again with another method, while the first is at the gate.
+async fn same_key_other_method_while_the_first_runs(column: Column) {
+    let shop = Shop::open(column.config().lock(patient())).await;
+    let call = |method| shop.server.call(method, "/gated").key("abc").body("x");
+    let first = call(Method::POST).start();
+    shop.work.gate.arrived(1).await;
+    let other = call(Method::PUT).start();
+    if column == Column::Stripe {
+        assert_refused(&other.await.unwrap(), 400, "key-reused");
+        shop.work.gate.open(1);
+        assert_ran(&first.await.unwrap(), 1);
+        return;
+    }
+    shop.work.gate.arrived(2).await;
+    shop.work.gate.open(2);
+    for call in [first, other] {
+        assert_eq!(call.await.unwrap().code(), 201);
+    }
+    assert_eq!(shop.runs(), 2);
+}
+
+/// Claims are per key: both handlers are at the gate at once.
+async fn other_key_while_the_first_runs(column: Column) {
+    let shop = Shop::open(column.config().lock(patient())).await;
+    let call = |key: &'static str| shop.server.post("/gated").key(key).body("x");
+    let running = [call("abc").start(), call("def").start()];
+    shop.work.gate.arrived(2).await;
+    shop.work.gate.open(2);
+    for call in running {
+        assert_eq!(call.await.unwrap().code(), 201);
+    }
+    assert_eq!((shop.runs(), shop.events.count("waiting")), (2, 0));
+}
+
 /// The layer inside a nest sees `/create` in both, and must tell them apart by the path that the client sent.
 async fn same_path_in_two_nests(column: Column) {
     let runs = Runs::new();
@@ -381,6 +459,37 @@ async fn mismatch_status_of_ones_own() {
     let call = |body: &'static str| shop.server.post("/orders").key("abc").body(body);
     assert_ran(&call("one").send().await, 1);
     assert_refused(&call("two").send().await, 412, "key-reused");
+}
+
+/// Ten thirds of a lease: it is renewed for as long as the handler runs.
+#[tokio::test]
+async fn a_claim_is_renewed_while_the_handler_runs() {
+    let (env, clock) = Env::simulated(1);
+    let lease = Duration::from_secs(30);
+    let storage = FaultyStorage::new(MemoryStorage::builder().env(env.clone()).build());
+    let config = Config::default().env(env).lock(impatient().ttl(lease));
+    let shop = Shop::on(storage.clone(), config.clone()).await;
+    // Another server with the same storage.
+    let other = Shop::on(storage.clone(), config).await;
+    let call = |shop: &Shop| shop.server.post("/gated").key("abc").body("x");
+    let first = call(&shop).start();
+    shop.work.gate.arrived(1).await;
+    for renewal in 1..=10 {
+        while clock.sleeping() == 0 {
+            tokio::task::yield_now().await;
+        }
+        clock.advance(lease / 3);
+        storage.called(Operation::Renew, renewal).await;
+        for shop in [&shop, &other] {
+            assert_refused(&call(shop).send().await, 423, "in-flight");
+        }
+    }
+    shop.work.gate.open(1);
+    assert_ran(&first.await.unwrap(), 1);
+    for shop in [&shop, &other] {
+        Column::Default.assert_replay(&call(shop).send().await, 201, "order 1");
+    }
+    assert_eq!((shop.runs(), other.runs()), (1, 0));
 }
 
 #[tokio::test]

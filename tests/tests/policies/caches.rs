@@ -1,11 +1,12 @@
 //! Named caches.
 
-use axum::{Router, routing::post};
+use axum::{Router, extract::State, routing::post};
+use futures_util::FutureExt;
 use idempotency_axum::{
     Config, EncodedKey, Entry, IdempotencyHandler, IdempotencyKey, IdempotencyLayer,
     KeyOnlyEncoder, KeyPolicy, MemoryStorage, MisuseKind,
 };
-use idempotency_tests::{Logs, Runs, Server};
+use idempotency_tests::{Gate, Logs, Runs, Server};
 
 use crate::{
     assert_ran, assert_refused, assert_replay, enforce, exempt, modes, rows::order, serve,
@@ -211,10 +212,25 @@ async fn engine_of_an_unknown_name_panics() {
 
 #[tokio::test]
 async fn drain_waits_for_the_operations_of_every_cache() {
-    let layer = exempt().cache("orders", MemoryStorage::new());
-    let handler = order.idempotency_key(cached("orders"));
-    let served = serve(layer.clone(), handler).await;
-    assert_ran(&served.post(Some("abc")).await, 1);
-    layer.drain().await;
-    assert_eq!(layer.engine_of("orders").running(), 0);
+    for path in ["/default", "/orders"] {
+        let gate = Gate::new();
+        let gated = |State(gate): State<Gate>| async move { gate.enter().await };
+        let layer = enforce().cache("orders", MemoryStorage::new());
+        let router = Router::new()
+            .route("/default", post(gated))
+            .route("/orders", post(gated.idempotency_key(cached("orders"))))
+            .layer(layer.clone())
+            .with_state(gate.clone());
+        let server = Server::start(router).await;
+        let running = server.post(path).key("abc").start();
+        gate.arrived(1).await;
+
+        let mut drained = Box::pin(layer.drain());
+        assert_eq!((&mut drained).now_or_never(), None, "{path}");
+        gate.open(1);
+        drained.await;
+        assert_eq!(layer.engine().running(), 0);
+        assert_eq!(layer.engine_of("orders").running(), 0);
+        assert_eq!(running.await.unwrap().code(), 200);
+    }
 }

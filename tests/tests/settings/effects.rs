@@ -268,7 +268,7 @@ async fn lock_ttl_is_the_lease() {
         (json!({ "ttl": "7s" }), 7),
         (json!({ "ttl": 7 }), 7),
     ] {
-        let app = App::new(json!({ "lock": ttl })).await;
+        let app = App::in_process(json!({ "lock": ttl })).await;
         let key = encoded_key(&app, "a").await;
         let running = app.post("/orders").key("a").with("x-gate", "").start();
         app.kitchen.gate.arrived(1).await;
@@ -313,6 +313,7 @@ async fn lock_enable() {
         let first = ask();
         app.kitchen.gate.arrived(1).await;
         let second = ask();
+        app.kitchen.gate.arrived(runs).await;
         app.kitchen.gate.open(2);
         let codes = [first.await.unwrap().code(), second.await.unwrap().code()];
         assert_eq!(app.runs(), runs, "{enable}: {codes:?}");
@@ -330,7 +331,7 @@ async fn lock_timeout_is_how_long_a_duplicate_waits() {
         (json!({ "timeout": "20s" }), 20_000),
         (json!({ "timeout": "1m 30s" }), 90_000),
     ] {
-        let app = App::new(json!({ "lock": lock })).await;
+        let app = App::in_process(json!({ "lock": lock })).await;
         let first = app.post("/orders").key("a").with("x-gate", "").start();
         app.kitchen.gate.arrived(1).await;
         let since = Instant::now();
@@ -487,7 +488,7 @@ async fn ttl_is_how_long_a_record_is_kept() {
         (json!({ "ttl": 60 }), 60),
         (json!({ "ttl": "60" }), 60),
     ] {
-        let app = App::new(json.clone()).await;
+        let app = App::in_process(json.clone()).await;
         assert_eq!(app.post("/orders").key("a").code().await, 201);
         tokio::time::advance(Duration::from_secs(seconds - 1)).await;
         assert_eq!(app.post("/orders").key("a").code().await, 409, "{json}");
@@ -499,7 +500,7 @@ async fn ttl_is_how_long_a_record_is_kept() {
 #[tokio::test(start_paused = true)]
 async fn lock_max_hold_is_when_an_operation_is_given_up() {
     let json = json!({ "lock": { "max_hold": "90s", "timeout": "5m" } });
-    let app = App::new(json).await;
+    let app = App::in_process(json).await;
     let first = app.post("/orders").key("a").with("x-gate", "").start();
     app.kitchen.gate.arrived(1).await;
     let since = Instant::now();

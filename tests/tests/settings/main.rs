@@ -1,6 +1,6 @@
 //! Layers from settings: that each field does what it says, that all formats say the same, and what is refused, how.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use axum::{
     Router,
@@ -10,7 +10,7 @@ use axum::{
 };
 use http::{HeaderMap, Method, Request, StatusCode, header};
 use idempotency_axum::{IdempotencyHandler, IdempotencyLayer, KeyPolicy, Settings, SettingsError};
-use idempotency_tests::{Answer, Gate, Runs};
+use idempotency_tests::{Answer, Gate, Runs, Server};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -39,10 +39,12 @@ async fn layer(json: Value) -> IdempotencyLayer {
     }
 }
 
-/// The router of a service whose layer is made from settings.
+/// A service whose layer is made from settings.
 #[derive(Clone)]
 struct App {
     router: Router,
+    /// `None` if it is asked without a network in between.
+    server: Option<Arc<Server>>,
     layer: IdempotencyLayer,
     kitchen: Kitchen,
 }
@@ -75,6 +77,15 @@ async fn order(
 
 impl App {
     async fn new(json: Value) -> Self {
+        let app = Self::in_process(json).await;
+        Self {
+            server: Some(Arc::new(Server::start(app.router.clone()).await)),
+            ..app
+        }
+    }
+
+    /// For tests on a paused clock, which a network does not know of.
+    async fn in_process(json: Value) -> Self {
         let layer = layer(json).await;
         let kitchen = Kitchen::default();
         let cached = |name| order.idempotency_key(KeyPolicy::required().cache_name(name));
@@ -89,6 +100,7 @@ impl App {
             .with_state(kitchen.clone());
         Self {
             router,
+            server: None,
             layer,
             kitchen,
         }
@@ -135,6 +147,14 @@ impl Ask {
     }
 
     async fn send(self) -> Answer {
+        if let Some(server) = &self.app.server {
+            let (parts, body) = self.request.into_parts();
+            let call = server.call(parts.method, parts.uri.path());
+            let call = parts.headers.iter().fold(call, |call, (name, value)| {
+                call.header(name.as_str(), value.as_bytes())
+            });
+            return call.body(body).send().await;
+        }
         let request = self.request.map(Body::from);
         let response = self.app.router.oneshot(request).await.unwrap();
         let (parts, body) = response.into_parts();
