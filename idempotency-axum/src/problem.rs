@@ -2,15 +2,15 @@
 //!
 //! | `type` ends with | default status | meaning | retry with the same key? |
 //! |---|---|---|---|
-//! | `#missing-key` | 400 | the operation needs a key | no: send a key |
-//! | `#invalid-key` | 400 | the key is not valid | no: send a valid key |
-//! | `#in-flight` | 423 | the original still runs | yes, after `Retry-After` |
-//! | `#key-reused` | 422 | the key was used for another request | no: use a new key |
-//! | `#not-replayable` | 409 | the operation ran, its answer was not recorded | no: look at what it did |
-//! | `#body-too-large` | 413 | the request's body is over the limit | no |
-//! | `#scope-required` | 403 | the request does not say whose key it is | no: authenticate |
-//! | `#storage-unavailable` | 503 | the storage failed, nothing ran | yes, after `Retry-After` |
-//! | `#overloaded` | 503 | too many operations run or wait, nothing ran | yes, after `Retry-After` |
+//! | <a id="missing-key"></a>`#missing-key` | 400 | the operation needs a key | no: send a key |
+//! | <a id="invalid-key"></a>`#invalid-key` | 400 | the key is not valid | no: send a valid key |
+//! | <a id="in-flight"></a>`#in-flight` | 423 | the original still runs | yes, after `Retry-After` |
+//! | <a id="key-reused"></a>`#key-reused` | 422 | the key was used for another request | no: use a new key |
+//! | <a id="not-replayable"></a>`#not-replayable` | 409 | the operation ran, its answer was not recorded | no: look at what it did |
+//! | <a id="body-too-large"></a>`#body-too-large` | 413 | the request's body is over the limit | no |
+//! | <a id="scope-required"></a>`#scope-required` | 403 | the request does not say whose key it is | no: authenticate |
+//! | <a id="storage-unavailable"></a>`#storage-unavailable` | 503 | the storage failed, nothing ran | yes, after `Retry-After` |
+//! | <a id="overloaded"></a>`#overloaded` | 503 | too many operations run or wait, nothing ran | yes, after `Retry-After` |
 
 use std::fmt;
 
