@@ -17,6 +17,7 @@ pub mod listen;
 pub mod node;
 pub mod runs;
 pub mod server;
+pub mod sim;
 
 pub use self::{
     client::{Answer, Call, Protocol},

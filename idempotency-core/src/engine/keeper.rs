@@ -149,7 +149,7 @@ impl Keeper {
             // A new claim does not wake us, and is due in a third of the lease: we never sleep longer. An outcome that could not
             // be stored does wake us.
             let latest = now.saturating_add(config.lock.lease() / 3);
-            let due = kept.iter().map(|(_, run)| run.due()).min();
+            let due = kept.first().map(|(_, run)| run.due());
             let wake_at = due.unwrap_or(now).min(latest);
             if wake_at > now {
                 let sleep = pin!(config.env.sleep(wake_at - now));
@@ -158,11 +158,10 @@ impl Keeper {
             }
             let horizon = now + slack;
             // What may hang goes last, and no more of it than fits at once: a renewal never queues behind it.
-            let (mut batch, mut outcomes): (Vec<_>, Vec<_>) = kept
+            let (mut batch, outcomes): (Vec<_>, Vec<_>) = kept
                 .into_iter()
                 .filter(|(_, run)| run.due() <= horizon)
                 .partition(|(_, run)| !matches!(run.phase, Phase::Pending { .. }));
-            outcomes.sort_by_key(|(_, run)| run.due());
             batch.extend(outcomes.into_iter().take(CONCURRENCY));
             stream::iter(batch)
                 .for_each_concurrent(CONCURRENCY, |(token, run)| {

@@ -378,7 +378,7 @@ impl Ledger {
     /// All runs that the keeper looks after, or `None`, with the keeper's leave, if there are none.
     pub(super) fn kept(&self) -> Option<Vec<(Token, Run)>> {
         let mut state = self.lock();
-        let kept: Vec<_> = state
+        let mut kept: Vec<_> = state
             .runs
             .iter()
             .filter(|(_, run)| {
@@ -393,6 +393,8 @@ impl Ledger {
             state.keeper_alive = false;
             return None;
         }
+        // What is due first goes first; the token, so that the order never depends on a hash map.
+        kept.sort_unstable_by_key(|(token, run)| (run.due(), *token.as_bytes()));
         Some(kept)
     }
 
