@@ -240,7 +240,7 @@ pub async fn renew_by_a_stranger_is_lost<H: Harness>(harness: &H) {
     assert_eq!(
         held,
         Held::Lost,
-        "a stranger's `renew` was taken for the holder's"
+        "a stranger's `renew` was taken for the holder's: who lost the key never hears of it"
     );
     let held = subject.renew(&key, token, subject.units(10)).await;
     assert_eq!(
@@ -306,7 +306,7 @@ pub async fn release_by_a_stranger_is_lost<H: Harness>(harness: &H) {
     assert_eq!(
         held,
         Held::Lost,
-        "a stranger's `release` was taken for the holder's"
+        "a stranger's `release` was taken for the holder's: a duplicate runs beside it"
     );
     subject
         .assert_claimed(
@@ -364,7 +364,7 @@ pub async fn a_lost_claim_changes_nothing<H: Harness>(harness: &H) {
     assert_eq!(
         held,
         Held::Lost,
-        "a holder renewed a claim that another had taken"
+        "a holder renewed a claim that another had taken: two executions of one key go on"
     );
     let held = subject.release(&key, late).await;
     assert_eq!(

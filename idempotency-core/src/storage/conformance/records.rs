@@ -168,7 +168,7 @@ pub async fn complete_lost_to_a_new_holder<H: Harness>(harness: &H) {
     assert_eq!(
         held,
         Held::Lost,
-        "`complete` of a holder that had lost the key was Yes"
+        "`complete` of a holder that had lost the key was Yes: a late answer stands for what its successor does"
     );
     subject
         .assert_claimed(
@@ -203,7 +203,7 @@ pub async fn complete_lost_to_a_record<H: Harness>(harness: &H) {
     assert_eq!(
         held,
         Held::Lost,
-        "`complete` of a key that another completed was Yes"
+        "`complete` of a key that another completed was Yes: two clients get two answers"
     );
     subject
         .assert_completed(
