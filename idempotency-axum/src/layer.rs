@@ -18,7 +18,11 @@ use crate::{
 /// Protects the routes that it wraps with idempotency keys.
 ///
 /// Put it on with [`Router::layer`] or [`Router::route_layer`] (with which unmatched paths stay 404). Authentication,
-/// compression, CORS and timeouts belong outside it, see the [crate docs](crate#order-of-layers). Clones share everything.
+/// compression, CORS and timeouts belong outside it, see the [crate docs](crate#order-of-layers).
+///
+/// Clones share everything. What a setter returns is a layer of its own, with engines of its own: their storage keeps an
+/// operation from running twice, but [`drain`](Self::drain) and [`engine`](Self::engine) know of their own only. So set a layer
+/// up first, and clone it then.
 ///
 /// ```
 /// use axum::{Router, routing::post};

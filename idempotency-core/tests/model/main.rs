@@ -122,9 +122,7 @@ fn memory(when_full: WhenFull, room: Room, calls: &[Call]) {
     let weight = move |model: &Model| {
         let records = model.records();
         let bytes: usize = records.iter().map(|record| record.weight()).sum();
-        bytes as u64
-            + records.len() as u64 * record_weight
-            + model.claims() as u64 * claim_weight
+        bytes as u64 + records.len() as u64 * record_weight + model.claims() as u64 * claim_weight
     };
     let (env, clock) = Env::simulated(1);
     let storage = MemoryStorage::builder()
