@@ -47,6 +47,7 @@
 //! | storage | keeps records | claims |
 //! |---|---|---|
 //! | [`MemoryStorage`] | in this process, bounded by bytes | in this process |
+//! | [`RedisStorage`] | in Redis 7, Valkey or a Cluster of them | there, for any number of processes |
 //! | [`LockedStorage`] | in any [`Cache`]: three functions | by any [`Lock`], say [`ProcessLock`]; no fencing where the lock has none |
 //! | [`NearCache`] over one of them | also in this process, for 60 s at most | where the storage keeps them |
 //! | your own [`Storage`] | | checked by the suite in [`storage::conformance`] |
@@ -56,6 +57,8 @@
 //! | feature | default | adds |
 //! |---|---|---|
 //! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
+//! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
+//! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 
@@ -95,10 +98,25 @@ pub use self::{
     },
 };
 
+/// The driver, for its connections and clients.
+#[cfg(feature = "redis")]
+pub use redis;
+
 #[cfg(any(test, feature = "conformance"))]
 pub use self::env::SimulatedClock;
 #[cfg(feature = "memory")]
 pub use self::storage::{
     MokaCache, NearCache,
     memory::{MemoryStorage, MemoryStorageBuilder, WhenFull},
+};
+#[cfg(feature = "redis")]
+pub use self::{
+    lock::RedisLock,
+    storage::{
+        RedisCache,
+        redis::{
+            RedisStorage,
+            connect::{RedisConnect, RedisConnectError, RedisConnectErrorKind},
+        },
+    },
 };

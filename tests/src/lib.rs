@@ -15,6 +15,7 @@ pub mod fuzz;
 pub mod incoming;
 pub mod listen;
 pub mod node;
+pub mod redis;
 pub mod runs;
 pub mod server;
 pub mod sim;

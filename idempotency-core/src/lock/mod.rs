@@ -5,8 +5,12 @@ use std::{future::Future, sync::Arc, time::Duration};
 use crate::{EncodedKey, Env, Held, StorageError, Token};
 
 mod process;
+#[cfg(feature = "redis")]
+mod redis;
 
 pub use self::process::ProcessLock;
+#[cfg(feature = "redis")]
+pub use self::redis::RedisLock;
 
 /// How claims behave: how long a duplicate waits, how long a claim outlives its holder, how long it may be held.
 ///

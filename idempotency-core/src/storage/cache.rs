@@ -8,6 +8,8 @@ use crate::{EncodedKey, StorageError};
 
 #[cfg(feature = "memory")]
 pub(crate) mod moka;
+#[cfg(feature = "redis")]
+pub(crate) mod redis;
 
 /// Any key-value cache that can keep bytes for a while: three functions, and a [`LockedStorage`](crate::LockedStorage) makes a
 /// [`Storage`](crate::Storage) of it.

@@ -21,6 +21,8 @@ mod locked;
 pub(crate) mod memory;
 #[cfg(feature = "memory")]
 mod near;
+#[cfg(feature = "redis")]
+pub(crate) mod redis;
 
 pub use self::{
     any::AnyStorage,
@@ -31,6 +33,9 @@ pub use self::{
 
 #[cfg(feature = "memory")]
 pub use self::{cache::moka::MokaCache, near::NearCache};
+
+#[cfg(feature = "redis")]
+pub use self::cache::redis::RedisCache;
 
 /// Keeps claims and records.
 ///

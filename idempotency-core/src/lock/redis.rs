@@ -1,0 +1,129 @@
+//! Locks that all processes of one Redis see.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use redis::aio::ConnectionLike;
+
+use crate::{
+    EncodedKey, Entry, Held, Lock, NewClaim, StorageError, Token,
+    storage::redis::{connect::RedisConnect, server::Server},
+};
+
+/// Locks keys in Redis, for all processes that use it. Clones share the connection.
+///
+/// The lock of a key is one key of Redis with the random token of its holder, which ends by itself; only the token releases it.
+/// With it a [`LockedStorage`](crate::LockedStorage) of any cache serves several processes, as the original's
+/// `MultiProcessRedisLock` does. Where the records are in Redis too, a [`RedisStorage`](crate::RedisStorage) takes fewer
+/// round trips and promises more.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use idempotency_core::{LockedStorage, RedisCache, RedisLock};
+///
+/// let lock = RedisLock::connect("redis://127.0.0.1:6379").await?.name("MyLock");
+/// let cache = RedisCache::connect("redis://127.0.0.1:6379").await?;
+/// let storage = LockedStorage::new(cache, lock);
+/// # let _ = storage;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// A failover to a replica that has not heard of a lock yet, and a restart without data, lose locks.
+#[derive(Clone)]
+#[must_use]
+pub struct RedisLock {
+    server: Server,
+    name: Arc<str>,
+}
+
+impl RedisLock {
+    /// Connects to the server or Cluster at `location`, as [`RedisStorage::connect`](crate::RedisStorage::connect) does.
+    ///
+    /// # Errors
+    ///
+    /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
+    pub fn connect(location: impl AsRef<str>) -> RedisConnect<Self> {
+        RedisConnect::new(location.as_ref(), Self::of)
+    }
+
+    /// A lock that asks through `connection`, of which clones share one connection.
+    pub fn new<C>(connection: C) -> Self
+    where
+        C: ConnectionLike + Clone + Send + Sync + 'static,
+    {
+        Self::of(Server::through(connection))
+    }
+
+    fn of(server: Server) -> Self {
+        Self {
+            server,
+            name: "idempotency".into(),
+        }
+    }
+
+    /// What the keys begin with: the name of the key is `name`, `:lock:` and the encoded key in hex. Default: `idempotency`.
+    pub fn name(mut self, name: impl AsRef<str>) -> Self {
+        self.name = name.as_ref().into();
+        self
+    }
+
+    /// How long a command may take. Default: 1 s.
+    pub fn time_limit(mut self, limit: Duration) -> Self {
+        self.server = self.server.limited(limit);
+        self
+    }
+
+    fn key(&self, key: &EncodedKey) -> String {
+        format!("{}:lock:{key}", self.name)
+    }
+}
+
+impl Lock for RedisLock {
+    async fn acquire(
+        &self,
+        key: &EncodedKey,
+        ttl: Duration,
+    ) -> Result<Option<Token>, StorageError> {
+        let claim = NewClaim {
+            token: Token::random_from(self.server.env()),
+            fingerprint: None,
+            lease: ttl,
+        };
+        let found = self.server.claim(&self.key(key), &claim).await?;
+        let is_ours = match found {
+            None => true,
+            // Set, but the connection was lost before it could be said.
+            Some(found) => {
+                matches!(found.entry, Entry::Claimed { .. }) && found.token == claim.token
+            }
+        };
+        Ok(is_ours.then_some(claim.token))
+    }
+
+    async fn renew(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        ttl: Duration,
+    ) -> Result<Held, StorageError> {
+        self.server.renew(&self.key(key), token, ttl).await
+    }
+
+    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
+        self.server.release(&self.key(key), token).await
+    }
+
+    /// Returns when the key is free.
+    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
+        self.server.wait(&self.key(key), timeout).await
+    }
+}
+
+impl fmt::Debug for RedisLock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisLock")
+            .field("name", &self.name)
+            .field("time_limit", &self.server.limit())
+            .finish_non_exhaustive()
+    }
+}

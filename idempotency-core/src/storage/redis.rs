@@ -1,0 +1,288 @@
+//! Claims and records in Redis, for any number of processes.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use redis::aio::ConnectionLike;
+
+use self::{
+    link::{Repeatable, bytes_of, milliseconds, unexpected},
+    scripts::Script,
+    server::Server,
+};
+use crate::{
+    Begin, EncodedKey, Entry, Held, NewClaim, Outcome, Record, Storage, StorageError,
+    StorageErrorKind, Token, TombstoneReason,
+};
+
+pub(crate) mod connect;
+mod layout;
+pub(crate) mod link;
+mod scripts;
+pub(crate) mod server;
+mod subscriber;
+
+/// Keeps claims and records in Redis 7 or newer, or Valkey: any number of processes, one execution. Clones share the connection.
+///
+/// ```no_run
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// use idempotency_core::RedisStorage;
+///
+/// let storage = RedisStorage::connect("redis://127.0.0.1:6379")
+///     .require_noeviction()
+///     .await?
+///     .prefix("shop");
+/// # let _ = storage;
+/// # Ok(())
+/// # }
+/// ```
+#[doc = include_str!("redis/storage.md")]
+#[derive(Clone)]
+#[must_use]
+pub struct RedisStorage {
+    server: Server,
+    prefix: Arc<str>,
+    replicas: Option<(u32, Duration)>,
+}
+
+impl RedisStorage {
+    /// Connects to the server at `location`: a URL, `host` or `host:port`; or to a Cluster, of which it names one node or, with
+    /// commas between, several.
+    ///
+    /// A version older than Redis 7 is refused, and a server that may evict records is warned of in the log
+    /// ([`require_noeviction`](RedisConnect::require_noeviction) refuses it). Once connected, it connects anew by itself.
+    ///
+    /// # Errors
+    ///
+    /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
+    ///
+    /// [`RedisConnect::require_noeviction`]: crate::RedisConnect::require_noeviction
+    pub fn connect(location: impl AsRef<str>) -> crate::RedisConnect<Self> {
+        crate::RedisConnect::new(location.as_ref(), Self::of)
+    }
+
+    /// A storage that asks through `connection`: a `ConnectionManager`, a `ClusterConnection`, or anything else of the crate
+    /// [`redis`](crate::redis) of which clones share one connection.
+    ///
+    /// Nothing is checked. `connection` should connect anew by itself when it is lost. Who waits is told of the end of a claim only with
+    /// a [`subscriber`](Self::subscriber).
+    pub fn new<C>(connection: C) -> Self
+    where
+        C: ConnectionLike + Clone + Send + Sync + 'static,
+    {
+        Self::of(Server::through(connection))
+    }
+
+    fn of(server: Server) -> Self {
+        Self {
+            server,
+            prefix: "idempotency".into(),
+            replicas: None,
+        }
+    }
+
+    /// What the keys begin with: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`.
+    ///
+    /// Storages of different prefixes share nothing.
+    pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
+        self.prefix = prefix.as_ref().into();
+        self
+    }
+
+    /// The server that tells who waits of the end of a claim, for a storage made by [`new`](Self::new): one connection is made to it
+    /// while somebody waits. Of a Cluster, any node. Default: none, and who waits looks at the key at a growing pace, from 20 ms
+    /// to 500 ms. [`connect`](Self::connect) sets it.
+    pub fn subscriber(mut self, client: redis::Client) -> Self {
+        self.server = self.server.told_by(client);
+        self
+    }
+
+    /// How long a command may take; then it fails with [`StorageErrorKind::Timeout`]. Default: 1 s.
+    ///
+    /// The engine has a limit of its own, [`Config::storage_timeout`](crate::Config::storage_timeout); the shorter one counts.
+    pub fn time_limit(mut self, limit: Duration) -> Self {
+        self.server = self.server.limited(limit);
+        self
+    }
+
+    /// Waits after every claim until `count` replicas have it, `timeout` at most; where they are fewer by then the claim is given
+    /// back and `begin` fails. Default: none.
+    ///
+    /// It makes the loss of a claim by a failover less likely, not impossible, and costs a round trip, for which all that share the
+    /// connection wait too. For one server with replicas, not for a Cluster. `timeout` should be shorter than the
+    /// [time limit](Self::time_limit).
+    pub fn wait_replicas(mut self, count: u32, timeout: Duration) -> Self {
+        self.replicas = Some((count, timeout));
+        self
+    }
+
+    fn name(&self, key: &EncodedKey) -> String {
+        format!("{}:{key}", self.prefix)
+    }
+
+    /// Runs a script that answers whether the key was held.
+    async fn held(
+        &self,
+        script: &Script,
+        name: &str,
+        arguments: &[&[u8]],
+        repeatable: Repeatable,
+    ) -> Result<Held, StorageError> {
+        let answer = self.server.run(script, name, arguments, repeatable);
+        match answer.await? {
+            scripts::DONE => Ok(Held::Yes),
+            scripts::NOT_HELD => Ok(Held::Lost),
+            scripts::FOREIGN => Err(layout::foreign()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Waits for the replicas, if that is wanted.
+    async fn replicated(&self, key: &EncodedKey, token: Token) -> Result<(), StorageError> {
+        let Some((count, timeout)) = self.replicas else {
+            return Ok(());
+        };
+        let mut wait = redis::cmd("WAIT");
+        wait.arg(count).arg(milliseconds(timeout));
+        // A new connection has written nothing, so there it would wait for nothing.
+        let failed = match self.server.ask_once(&wait).await {
+            Ok(redis::Value::Int(reached)) if reached >= i64::from(count) => return Ok(()),
+            Ok(_) => StorageError::unavailable("too few replicas have the claim"),
+            Err(error) => error,
+        };
+        // Where this fails too, the claim ends with its lease.
+        let _ = self.release(key, token).await?;
+        Err(failed)
+    }
+}
+
+impl Storage for RedisStorage {
+    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
+        let name = self.name(key);
+        // A claim of this token may end between the two steps, so there is a second try.
+        for _ in 0..2 {
+            let Some(found) = self.server.claim(&name, claim).await? else {
+                self.replicated(key, claim.token).await?;
+                return Ok(Begin::Acquired);
+            };
+            match found.entry {
+                Entry::Completed(record) => return Ok(Begin::Completed(record)),
+                Entry::Claimed { .. } if found.token == claim.token => {
+                    // An earlier call to which the answer was lost. The lease counts from now.
+                    if self.renew(key, claim.token, claim.lease).await? == Held::Yes {
+                        self.replicated(key, claim.token).await?;
+                        return Ok(Begin::Acquired);
+                    }
+                }
+                Entry::Claimed {
+                    fingerprint,
+                    lease_left,
+                } => {
+                    return Ok(Begin::InFlight {
+                        fingerprint,
+                        lease_left,
+                    });
+                }
+            }
+        }
+        Err(StorageError::unavailable(
+            "the lease is over sooner than Redis answers",
+        ))
+    }
+
+    async fn complete(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<Held, StorageError> {
+        let name = self.name(key);
+        let ttl = milliseconds(ttl).to_string();
+        let completed = async |script, record| {
+            let value = layout::record(token, record);
+            let arguments = [&token.as_bytes()[..], &value, ttl.as_bytes()];
+            self.held(script, &name, &arguments, Repeatable::Yes).await
+        };
+        let error = match completed(&scripts::COMPLETE, record).await {
+            Err(error) if error.kind() == StorageErrorKind::Full => error,
+            stored => return stored,
+        };
+        let reason = TombstoneReason::ResponseTooLarge;
+        tracing::warn!(target: "idempotency", %key, %reason, source = ?std::error::Error::source(&error), "Redis has no room for the answer: its key gets a tombstone");
+        let outcome = match record.outcome {
+            Outcome::Tombstone(reason) => Outcome::Tombstone(reason),
+            Outcome::Response(_) => Outcome::Tombstone(reason),
+        };
+        let fingerprint = record.fingerprint;
+        let tombstone = Record {
+            fingerprint,
+            outcome,
+        };
+        completed(&scripts::COMPLETE_SMALL, &tombstone).await
+    }
+
+    async fn renew(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        lease: Duration,
+    ) -> Result<Held, StorageError> {
+        self.server.renew(&self.name(key), token, lease).await
+    }
+
+    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
+        self.server.release(&self.name(key), token).await
+    }
+
+    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
+        let mut get = redis::cmd("GET");
+        get.arg(self.name(key));
+        let answer = self.server.ask(&get).await?;
+        match bytes_of(answer)? {
+            Some(bytes) => Ok(Some(layout::read(bytes)?.entry)),
+            None => Ok(None),
+        }
+    }
+
+    async fn replace(
+        &self,
+        key: &EncodedKey,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<(), StorageError> {
+        let ttl = milliseconds(ttl).to_string();
+        let arguments = [&record.encode()[..], ttl.as_bytes()];
+        // Whether there was one makes no difference.
+        let _ = self
+            .held(
+                &scripts::REPLACE,
+                &self.name(key),
+                &arguments,
+                Repeatable::Yes,
+            )
+            .await?;
+        Ok(())
+    }
+
+    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
+        let removed = self
+            .server
+            .run(&scripts::REMOVE, &self.name(key), &[], Repeatable::No)
+            .await?;
+        Ok(removed > 0)
+    }
+
+    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
+        self.server.wait(&self.name(key), timeout).await
+    }
+}
+
+impl fmt::Debug for RedisStorage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisStorage")
+            .field("prefix", &self.prefix)
+            .field("time_limit", &self.server.limit())
+            .field("wait_replicas", &self.replicas)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,323 @@
+//! One connection, used by all, with a time limit for every command.
+
+use std::{
+    fmt,
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, Either, select};
+use redis::{
+    Client, Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value,
+    aio::{ConnectionLike, ConnectionManager, ConnectionManagerConfig},
+};
+
+use super::scripts::Script;
+use crate::{Env, StorageError, StorageErrorKind};
+
+/// After so many commands in a row that got no answer the connection is taken for dead, and replaced: a network that swallows
+/// what is sent tells nobody.
+const UNANSWERED: u32 = 3;
+
+/// A connection and the time limit of what is asked through it; clones share the connection.
+#[derive(Clone)]
+pub(super) struct Link {
+    connection: Arc<dyn Connection>,
+    pub(super) limit: Duration,
+    pub(super) env: Env,
+}
+
+/// Whether a command may be sent again to a connection that was lost before its answer came.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Repeatable {
+    /// The second answer says what the first would have said.
+    Yes,
+    /// The second answer could be about what the first did.
+    No,
+}
+
+impl Link {
+    pub(super) fn new(connection: impl Connection, limit: Duration) -> Self {
+        Self {
+            connection: Arc::new(connection),
+            limit,
+            env: Env::system(),
+        }
+    }
+
+    /// The answer to `command`, within the time limit.
+    pub(super) async fn ask(
+        &self,
+        command: &Cmd,
+        repeatable: Repeatable,
+    ) -> Result<Value, StorageError> {
+        self.within_limit(self.send(command, repeatable))
+            .await
+            .map_err(|failure| failure.into_error())
+    }
+
+    /// The answer of `script`, within the time limit. Redis may have forgotten it, and is then told again.
+    pub(super) async fn run(
+        &self,
+        script: &Script,
+        key: &str,
+        arguments: &[&[u8]],
+        repeatable: Repeatable,
+    ) -> Result<i64, StorageError> {
+        let calls = async {
+            let known = script_command("EVALSHA", &script.hash, key, arguments);
+            match self.send(&known, repeatable).await {
+                Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                    let whole = script_command("EVAL", &script.code, key, arguments);
+                    self.send(&whole, repeatable).await
+                }
+                answer => answer,
+            }
+        };
+        match self.within_limit(calls).await {
+            Ok(Value::Int(answer)) => Ok(answer),
+            Ok(_) => Err(unexpected()),
+            Err(failure) => Err(failure.into_error()),
+        }
+    }
+
+    /// Tells Redis of the scripts before they are needed. Where that fails it is told when they are.
+    pub(super) async fn load(&self, scripts: &[&Script]) {
+        for script in scripts {
+            let mut command = redis::cmd("SCRIPT");
+            command.arg("LOAD").arg(&script.code);
+            if self.ask(&command, Repeatable::Yes).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn send(&self, command: &Cmd, repeatable: Repeatable) -> RedisResult<Value> {
+        match self.connection.send(command).await {
+            Err(error) if may_be_repeated(&error, repeatable) => {
+                // The connection is made anew meanwhile.
+                self.connection.send(command).await
+            }
+            answer => answer,
+        }
+    }
+
+    async fn within_limit<T>(
+        &self,
+        work: impl Future<Output = RedisResult<T>>,
+    ) -> Result<T, Failure> {
+        let age = self.connection.age();
+        match select(pin!(work), pin!(self.env.sleep(self.limit))).await {
+            Either::Left((answer, _)) => {
+                let is_answer = answer.as_ref().map_or_else(|e| !e.is_io_error(), |_| true);
+                if is_answer {
+                    self.connection.answered();
+                }
+                answer.map_err(Failure::Redis)
+            }
+            Either::Right(_) => {
+                self.connection.unanswered(age);
+                Err(Failure::Timeout)
+            }
+        }
+    }
+}
+
+fn script_command(name: &str, script: &str, key: &str, arguments: &[&[u8]]) -> Cmd {
+    let mut command = redis::cmd(name);
+    command.arg(script).arg(1).arg(key);
+    for argument in arguments {
+        command.arg(*argument);
+    }
+    command
+}
+
+fn may_be_repeated(error: &RedisError, repeatable: Repeatable) -> bool {
+    // Nothing was sent.
+    error.is_connection_refusal()
+        || (repeatable == Repeatable::Yes && error.is_connection_dropped())
+}
+
+enum Failure {
+    Timeout,
+    Redis(RedisError),
+}
+
+impl Failure {
+    fn into_error(self) -> StorageError {
+        match self {
+            Self::Timeout => StorageError::timeout(),
+            Self::Redis(error) => error_of(error),
+        }
+    }
+}
+
+pub(super) fn error_of(error: RedisError) -> StorageError {
+    let kind = match error.code() {
+        Some("WRONGTYPE") => StorageErrorKind::Unreadable,
+        Some("OOM") => StorageErrorKind::Full,
+        _ if error.is_timeout() => StorageErrorKind::Timeout,
+        _ => StorageErrorKind::Unavailable,
+    };
+    StorageError::new(kind, error)
+}
+
+pub(super) fn unexpected() -> StorageError {
+    StorageError::unavailable("the server's answer is not of the kind that Redis gives")
+}
+
+/// The bytes of an answer, if it has any.
+pub(crate) fn bytes_of(answer: Value) -> Result<Option<Bytes>, StorageError> {
+    match answer {
+        Value::Nil => Ok(None),
+        Value::BulkString(bytes) => Ok(Some(bytes.into())),
+        // What a proxy between may make of it.
+        Value::VerbatimString { text, .. } | Value::SimpleString(text) => {
+            Ok(Some(text.into_bytes().into()))
+        }
+        _ => Err(unexpected()),
+    }
+}
+
+/// A duration as Redis counts: whole milliseconds, at least one, at most a hundred years, so that no sum of it and the time of
+/// day is too large.
+pub(crate) fn milliseconds(duration: Duration) -> u64 {
+    const LONGEST: u128 = 100 * 366 * 24 * 3600 * 1000;
+    let rounded_up = duration.as_nanos().div_ceil(1_000_000);
+    u64::try_from(rounded_up.clamp(1, LONGEST)).unwrap_or(u64::MAX)
+}
+
+/// What commands can be sent to by many at once.
+pub(super) trait Connection: Send + Sync + 'static {
+    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>>;
+
+    /// How often it was replaced.
+    fn age(&self) -> u64 {
+        0
+    }
+
+    /// A command was answered.
+    fn answered(&self) {}
+
+    /// A command that was sent when the connection was of this `age` was not answered in time.
+    fn unanswered(&self, age: u64) {
+        let _ = age;
+    }
+}
+
+/// A connection of the user's, whose clones share it. It sees to itself.
+pub(super) struct Shared<C>(pub(super) C);
+
+impl<C> Connection for Shared<C>
+where
+    C: ConnectionLike + Clone + Send + Sync + 'static,
+{
+    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
+        let mut connection = self.0.clone();
+        Box::pin(async move { connection.req_packed_command(command).await })
+    }
+}
+
+/// A connection to one server that is made anew when it is lost.
+pub(super) struct Managed {
+    client: Client,
+    config: ConnectionManagerConfig,
+    /// `std`'s lock, because sections are short and never await.
+    current: Mutex<Current>,
+}
+
+struct Current {
+    manager: ConnectionManager,
+    unanswered: u32,
+    age: u64,
+}
+
+impl Managed {
+    /// Connects when the first command is sent.
+    pub(super) fn new(client: Client, limit: Duration) -> RedisResult<Self> {
+        // Between two attempts a command waits; its own limit is what ends that.
+        let config = ConnectionManagerConfig::new()
+            .set_min_delay(Duration::from_millis(20))
+            .set_max_delay(Duration::from_millis(100))
+            .set_number_of_retries(2)
+            .set_connection_timeout(Some(limit))
+            .set_response_timeout(None);
+        let manager = ConnectionManager::new_lazy_with_config(client.clone(), config.clone())?;
+        Ok(Self {
+            client,
+            config,
+            current: Mutex::new(Current {
+                manager,
+                unanswered: 0,
+                age: 0,
+            }),
+        })
+    }
+
+    /// Nothing under this lock panics, so a poisoned one is whole.
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Connection for Managed {
+    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
+        Box::pin(async move {
+            let mut manager = self.current().manager.clone();
+            manager.send_packed_command(command).await
+        })
+    }
+
+    fn age(&self) -> u64 {
+        self.current().age
+    }
+
+    fn answered(&self) {
+        self.current().unanswered = 0;
+    }
+
+    fn unanswered(&self, age: u64) {
+        let mut current = self.current();
+        if current.age != age {
+            return;
+        }
+        current.unanswered += 1;
+        if current.unanswered < UNANSWERED {
+            return;
+        }
+        let (client, config) = (self.client.clone(), self.config.clone());
+        if let Ok(manager) = ConnectionManager::new_lazy_with_config(client, config) {
+            current.manager = manager;
+            current.unanswered = 0;
+            current.age += 1;
+        }
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link")
+            .field("limit", &self.limit)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_rounded_up_and_bounded() {
+        for (duration, expected) in [
+            (Duration::ZERO, 1),
+            (Duration::from_nanos(1), 1),
+            (Duration::from_micros(1_001), 2),
+            (Duration::from_secs(30), 30_000),
+            (Duration::MAX, 3_162_240_000_000),
+        ] {
+            assert_eq!(milliseconds(duration), expected, "{duration:?}");
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! What Redis decides by itself: each script is one step on one key, so it is atomic, also in a Cluster.
+//!
+//! Every script looks at no more than the [first bytes](super::layout) of what lies there. Those who wait are told by `PUBLISH`
+//! on the channel that is called as the key is: `all` when there is an answer, `one` when the key is free for one. It is called
+//! by `pcall`, so that a user without a right to the channel has the step done all the same; who waits then has to look.
+
+use std::sync::LazyLock;
+
+/// A script and the name that Redis gives it.
+pub(super) struct Script {
+    pub(super) code: String,
+    pub(super) hash: String,
+}
+
+impl Script {
+    fn new(code: &str) -> Self {
+        Self {
+            code: code.to_owned(),
+            hash: redis::Script::new(code).get_hash().to_owned(),
+        }
+    }
+}
+
+/// What a script answers.
+pub(super) const DONE: i64 = 1;
+pub(super) const NOT_HELD: i64 = 0;
+pub(super) const FOREIGN: i64 = -1;
+
+/// Token, value, TTL in milliseconds. Stores the value if the claim is the token's or nothing is there.
+const COMPLETE_CODE: &str = "\
+local head = redis.call('GETRANGE', KEYS[1], 0, 17)
+local kind = string.sub(head, 1, 2)
+if kind == 'c1' or kind == 'r1' then
+  if string.sub(head, 3) ~= ARGV[1] then return 0 end
+  if kind == 'r1' then return 1 end
+elseif head ~= '' or redis.call('EXISTS', KEYS[1]) == 1 then
+  return -1
+end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+redis.pcall('PUBLISH', KEYS[1], 'all')
+return 1
+";
+
+pub(super) static COMPLETE: LazyLock<Script> = LazyLock::new(|| Script::new(COMPLETE_CODE));
+
+/// [`COMPLETE`] where there is no memory left. For a value that is about as small as the claim that it replaces.
+pub(super) static COMPLETE_SMALL: LazyLock<Script> =
+    LazyLock::new(|| Script::new(&format!("#!lua flags=allow-oom\n{COMPLETE_CODE}")));
+
+/// Token, lease in milliseconds.
+pub(super) static RENEW: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        "\
+if redis.call('GETRANGE', KEYS[1], 0, 17) ~= 'c1' .. ARGV[1] then return 0 end
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return 1
+",
+    )
+});
+
+/// Token.
+pub(super) static RELEASE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        "\
+if redis.call('GETRANGE', KEYS[1], 0, 17) ~= 'c1' .. ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.pcall('PUBLISH', KEYS[1], 'one')
+return 1
+",
+    )
+});
+
+/// The record as it is encoded, TTL in milliseconds. Keeps who completed the key, and the checksum of that.
+pub(super) static REPLACE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        "\
+local head = redis.call('GETRANGE', KEYS[1], 0, 21)
+local kind = string.sub(head, 1, 2)
+if kind == 'r1' then
+  redis.call('SET', KEYS[1], head .. ARGV[1], 'PX', ARGV[2])
+  return 1
+end
+if kind == 'c1' or (head == '' and redis.call('EXISTS', KEYS[1]) == 0) then return 0 end
+return -1
+",
+    )
+});
+
+pub(super) static REMOVE: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        "\
+local removed = redis.call('DEL', KEYS[1])
+if removed == 1 then redis.pcall('PUBLISH', KEYS[1], 'all') end
+return removed
+",
+    )
+});
+
+/// What is left of the claim, in milliseconds; negative if there is none.
+pub(super) static LEASE_LEFT: LazyLock<Script> = LazyLock::new(|| {
+    Script::new(
+        "\
+if redis.call('GETRANGE', KEYS[1], 0, 1) ~= 'c1' then return -2 end
+return redis.call('PTTL', KEYS[1])
+",
+    )
+});
+
+/// All of them, to be loaded when a connection is made, so that the first request takes no longer than the others.
+pub(super) fn all() -> [&'static Script; 7] {
+    [
+        &COMPLETE,
+        &COMPLETE_SMALL,
+        &RENEW,
+        &RELEASE,
+        &REPLACE,
+        &REMOVE,
+        &LEASE_LEFT,
+    ]
+}
+
+/// A claim that ended with an answer, for all who wait.
+pub(super) const WAKE_ALL: &[u8] = b"all";

@@ -1,0 +1,126 @@
+//! A server as storage, lock and cache see it: claims under names, and those who wait for their end.
+
+use std::{sync::Arc, time::Duration};
+
+use redis::{Client, Cmd, Value, aio::ConnectionLike};
+
+use super::{
+    layout::{self, Found},
+    link::{Link, Repeatable, Shared, bytes_of, milliseconds},
+    scripts::{self, Script},
+    subscriber::Subscriber,
+};
+use crate::{Env, Held, NewClaim, StorageError, Token};
+
+/// How long a command may take.
+const LIMIT: Duration = Duration::from_secs(1);
+
+/// What Redis is asked through; clones share it.
+#[derive(Clone)]
+pub(crate) struct Server {
+    link: Link,
+    subscriber: Arc<Subscriber>,
+}
+
+impl Server {
+    pub(crate) const DEFAULT_LIMIT: Duration = LIMIT;
+
+    /// A server of which any of `clients` tells of the end of claims.
+    pub(super) fn new(link: Link, clients: Vec<Client>) -> Self {
+        let subscriber = Arc::new(Subscriber::new(link.clone(), clients));
+        Self { link, subscriber }
+    }
+
+    /// A server behind a connection of the user's, which tells nothing by itself.
+    pub(crate) fn through<C>(connection: C) -> Self
+    where
+        C: ConnectionLike + Clone + Send + Sync + 'static,
+    {
+        Self::new(Link::new(Shared(connection), LIMIT), Vec::new())
+    }
+
+    /// The same, with `client` to tell of the end of claims.
+    pub(crate) fn told_by(self, client: Client) -> Self {
+        Self::new(self.link, vec![client])
+    }
+
+    /// The same, with another limit for each command.
+    pub(crate) fn limited(self, limit: Duration) -> Self {
+        let mut link = self.link;
+        link.limit = limit;
+        Self::new(link, self.subscriber.clients().to_vec())
+    }
+
+    pub(crate) fn limit(&self) -> Duration {
+        self.link.limit
+    }
+
+    pub(crate) fn env(&self) -> &Env {
+        &self.link.env
+    }
+
+    /// The answer to a command that may be sent twice.
+    pub(crate) async fn ask(&self, command: &Cmd) -> Result<Value, StorageError> {
+        self.link.ask(command, Repeatable::Yes).await
+    }
+
+    /// The answer to a command that may not.
+    pub(super) async fn ask_once(&self, command: &Cmd) -> Result<Value, StorageError> {
+        self.link.ask(command, Repeatable::No).await
+    }
+
+    pub(super) async fn run(
+        &self,
+        script: &Script,
+        name: &str,
+        arguments: &[&[u8]],
+        repeatable: Repeatable,
+    ) -> Result<i64, StorageError> {
+        self.link.run(script, name, arguments, repeatable).await
+    }
+
+    /// Puts `claim` under `name` where nothing is, and says what is there otherwise: one command.
+    pub(crate) async fn claim(
+        &self,
+        name: &str,
+        claim: &NewClaim,
+    ) -> Result<Option<Found>, StorageError> {
+        let mut set = redis::cmd("SET");
+        set.arg(name).arg(layout::claim(claim)).arg("NX").arg("GET");
+        set.arg("PX").arg(milliseconds(claim.lease));
+        match bytes_of(self.ask(&set).await?)? {
+            Some(bytes) => layout::read(bytes).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    pub(crate) async fn renew(
+        &self,
+        name: &str,
+        token: Token,
+        lease: Duration,
+    ) -> Result<Held, StorageError> {
+        let lease = milliseconds(lease).to_string();
+        let arguments = [&token.as_bytes()[..], lease.as_bytes()];
+        let renewed = self.run(&scripts::RENEW, name, &arguments, Repeatable::Yes);
+        Ok(held_if(renewed.await?))
+    }
+
+    pub(crate) async fn release(&self, name: &str, token: Token) -> Result<Held, StorageError> {
+        let arguments = [&token.as_bytes()[..]];
+        let released = self.run(&scripts::RELEASE, name, &arguments, Repeatable::No);
+        Ok(held_if(released.await?))
+    }
+
+    /// Returns when no claim is under `name`, or when `timeout` is over.
+    pub(crate) async fn wait(&self, name: &str, timeout: Duration) -> Result<(), StorageError> {
+        self.subscriber.wait(name, timeout).await
+    }
+}
+
+fn held_if(answer: i64) -> Held {
+    match answer {
+        scripts::DONE => Held::Yes,
+        _ => Held::Lost,
+    }
+}

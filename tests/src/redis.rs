@@ -1,0 +1,13 @@
+//! Real Redis servers, killed when they are dropped; the network before them, with its faults; and services that share one.
+
+mod cluster;
+mod process;
+mod proxy;
+mod server;
+
+pub use self::{
+    cluster::Cluster,
+    process::{Process, Spec},
+    proxy::{Chaos, Proxy, Withheld},
+    server::{Monitor, Redis, RedisBuilder, free_port},
+};

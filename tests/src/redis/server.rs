@@ -1,0 +1,311 @@
+//! One `redis-server`, in a directory of its own.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    pin::Pin,
+    process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use futures_util::{Stream, StreamExt as _};
+use idempotency_axum::redis::{self, Client, FromRedisValue, ToRedisArgs};
+use tokio::time::timeout;
+
+/// How long anything that should happen at once may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A `redis-server` on a unix socket, or also on a free port of 127.0.0.1. It writes every command to its disk before it answers.
+#[derive(Debug)]
+pub struct Redis {
+    directory: PathBuf,
+    arguments: Vec<String>,
+    port: Option<u16>,
+    process: Option<Child>,
+}
+
+/// A server that is put together.
+#[derive(Debug, Default)]
+#[must_use]
+pub struct RedisBuilder {
+    arguments: Vec<String>,
+    has_port: bool,
+}
+
+impl RedisBuilder {
+    /// Adds a line of the server's configuration: `--name value …`.
+    pub fn with(mut self, line: &[&str]) -> Self {
+        self.arguments
+            .extend(line.iter().map(|&word| word.to_owned()));
+        self
+    }
+
+    /// Listens on a free port too.
+    pub fn on_a_port(mut self) -> Self {
+        self.has_port = true;
+        self
+    }
+
+    /// Starts it.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not start.
+    #[must_use]
+    pub fn start(self) -> Redis {
+        let directory = directory("redis");
+        let mut redis = Redis {
+            directory,
+            arguments: self.arguments,
+            port: self.has_port.then(free_port),
+            process: None,
+        };
+        redis.start_again();
+        redis
+    }
+}
+
+impl Redis {
+    /// A server as Debian configures it, but for the disk.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not start.
+    #[must_use]
+    pub fn start() -> Self {
+        Self::builder().start()
+    }
+
+    /// A server that is put together.
+    pub fn builder() -> RedisBuilder {
+        RedisBuilder::default()
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("unix://{}", self.socket().display())
+    }
+
+    /// Its unix socket.
+    #[must_use]
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("redis.sock")
+    }
+
+    /// Where its files are; they are deleted with it.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Its port, if it has one.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it has none.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port.expect("a server with a port")
+    }
+
+    /// Kills it as a power failure would.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it can't be killed.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().expect("redis-server can be killed");
+            process.wait().expect("redis-server ends");
+        }
+    }
+
+    /// Starts it after it was killed, with the data that it had.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not start.
+    pub fn start_again(&mut self) {
+        self.kill();
+        let mut command = Command::new("redis-server");
+        command
+            .current_dir(&self.directory)
+            .args(["--port", &self.port.unwrap_or(0).to_string()])
+            .args(["--bind", "127.0.0.1"])
+            .args(["--unixsocket", "redis.sock"])
+            .args(["--dir", "."])
+            .args(["--save", ""])
+            .args(["--appendonly", "yes", "--appendfsync", "always"])
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let mut process = command.spawn().expect(
+            "redis-server is installed: `apt-get install redis-server`, or start the tests by tests/run",
+        );
+        let stdout = process.stdout.take().expect("a piped stdout");
+        let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
+        let mut said = Vec::new();
+        let is_ready = lines.by_ref().any(|line| {
+            said.push(line.clone());
+            line.contains("eady to accept connections")
+        });
+        self.process = Some(process);
+        assert!(is_ready, "redis-server did not start: {said:#?}");
+        // What is not read would block it one day.
+        std::thread::spawn(move || lines.for_each(drop));
+    }
+
+    /// Starts it after it was killed, without any data.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it does not start.
+    pub fn start_empty(&mut self) {
+        self.kill();
+        fs::remove_dir_all(self.directory.join("appendonlydir")).expect("its files can be deleted");
+        self.start_again();
+    }
+
+    /// Stops it as it stands: it accepts connections, and never answers.
+    pub fn stall(&self) {
+        self.signal("-STOP");
+    }
+
+    /// Lets it go on.
+    pub fn go_on(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        let process = self.process.as_ref().expect("a running server");
+        send_signal(signal, process.id());
+    }
+
+    /// Sends a command over a connection of its own.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it fails.
+    pub async fn ask<T: FromRedisValue>(&self, words: &[impl ToRedisArgs]) -> T {
+        ask(&self.url(), words).await
+    }
+
+    /// Listens to all commands from now on.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it can't.
+    pub async fn monitor(&self) -> Monitor {
+        let client = Client::open(self.url()).expect("a URL");
+        let monitor = client.get_async_monitor().await.expect("MONITOR");
+        Monitor {
+            lines: monitor.into_on_message::<String>().boxed(),
+            url: self.url(),
+        }
+    }
+}
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            // It may be gone already, as may its files.
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// What `MONITOR` shows.
+pub struct Monitor {
+    lines: Pin<Box<dyn Stream<Item = String> + Send>>,
+    url: String,
+}
+
+impl std::fmt::Debug for Monitor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Monitor")
+            .field("url", &self.url)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Monitor {
+    /// The commands that clients have sent since the last call, without what scripts call.
+    ///
+    /// # Panics
+    ///
+    /// Panics if the server is gone.
+    pub async fn commands(&mut self) -> Vec<String> {
+        // Redis shows commands in their order, so all that came before this one is there when it is.
+        static MARK: AtomicU32 = AtomicU32::new(0);
+        let mark = format!("mark-{}", MARK.fetch_add(1, Ordering::Relaxed));
+        let _: String = ask(&self.url, &["PING", &mark]).await;
+        let mut commands = Vec::new();
+        loop {
+            let line = timeout(PATIENCE, self.lines.next()).await;
+            let line = line
+                .expect("MONITOR shows the mark")
+                .expect("MONITOR goes on");
+            if line.contains(&mark) {
+                return commands;
+            }
+            let (source, command) = line.split_once("] ").expect("a line of MONITOR");
+            if !source.ends_with(" lua") {
+                commands.push(command.to_owned());
+            }
+        }
+    }
+}
+
+/// Sends a command to the server at `url`.
+///
+/// # Panics
+///
+/// Panics if it fails.
+pub(super) async fn ask<T: FromRedisValue>(url: &str, words: &[impl ToRedisArgs]) -> T {
+    let client = Client::open(url).expect("a URL");
+    let mut command = redis::Cmd::new();
+    for word in words {
+        command.arg(word);
+    }
+    let answer = timeout(PATIENCE, async {
+        // Nothing but the command: no HELLO, no CLIENT SETINFO.
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        command.query_async(&mut connection).await
+    });
+    answer.await.expect("an answer").expect("success")
+}
+
+/// A port that is free now.
+///
+/// # Panics
+///
+/// Panics if there is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+/// An empty directory, whose name is short enough for a socket in it.
+pub(super) fn directory(name: &str) -> PathBuf {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let directory = std::env::temp_dir().join(format!("{name}-{}-{number}", std::process::id()));
+    // Of a process that was killed and had the same number.
+    let _ = fs::remove_dir_all(&directory);
+    fs::create_dir_all(&directory).expect("a directory for temporary files");
+    directory
+}
+
+/// `kill`: there is no other way to send a signal without unsafe code.
+pub(super) fn send_signal(signal: &str, process: u32) {
+    let mut kill = Command::new("kill");
+    kill.arg(signal).arg(process.to_string());
+    assert!(kill.status().expect("kill runs").success(), "kill {signal}");
+}
