@@ -2,13 +2,21 @@
 
 use std::time::Duration;
 
+use futures_util::{StreamExt, stream};
 use idempotency_axum::{
-    EncodedKey, LockedStorage, MokaCache, RedisCache, RedisLock, RedisStorage, Storage,
-    conformance_tests,
-    redis::ToRedisArgs,
-    storage::conformance::{self, Harness},
+    Begin, EncodedKey, LockedStorage, NewClaim, RedisCache, RedisLock, RedisStorage, Storage,
+    StorageErrorKind, Token, conformance_tests,
+    storage::conformance::{RULES, Harness, check},
 };
 use idempotency_tests::redis::{Cluster, Redis};
+
+const UNIT: Duration = Duration::from_millis(100);
+
+mod one_redis {
+    use super::*;
+
+    conformance_tests!(Single(Redis::start()));
+}
 
 struct Single(Redis);
 
@@ -24,7 +32,7 @@ impl Harness for Single {
     }
 
     fn unit(&self) -> Duration {
-        Duration::from_millis(100)
+        UNIT
     }
 
     async fn corrupt(&self, _: &RedisStorage, key: &EncodedKey) -> bool {
@@ -34,4 +42,100 @@ impl Harness for Single {
     }
 }
 
-conformance_tests!(Single(Redis::start()));
+mod lock_and_cache {
+    use super::*;
+
+    // A cache can't fence, which `LockedStorage` says.
+    conformance_tests!(Composed(Redis::start()));
+}
+
+/// The original's composition.
+struct Composed(Redis);
+
+impl Harness for Composed {
+    type Storage = LockedStorage<RedisCache, RedisLock>;
+
+    async fn storage(&self) -> Self::Storage {
+        let cache = RedisCache::connect(self.0.url()).await.unwrap();
+        let lock = RedisLock::connect(self.0.url()).await.unwrap();
+        LockedStorage::new(cache, lock.name("MyLock"))
+    }
+
+    async fn advance(&self, by: Duration) {
+        tokio::time::sleep(by).await;
+    }
+
+    fn unit(&self) -> Duration {
+        UNIT
+    }
+
+    async fn corrupt(&self, _: &Self::Storage, key: &EncodedKey) -> bool {
+        let name = format!("idempotency:cache:{key}");
+        let _: String = self.0.ask(&["SET", &name, "a session"]).await;
+        true
+    }
+}
+
+struct Shards(Cluster);
+
+impl Harness for Shards {
+    type Storage = RedisStorage;
+
+    async fn storage(&self) -> RedisStorage {
+        RedisStorage::connect(self.0.url()).await.unwrap()
+    }
+
+    async fn advance(&self, by: Duration) {
+        tokio::time::sleep(by).await;
+    }
+
+    /// Several rules are checked at once.
+    fn unit(&self) -> Duration {
+        2 * UNIT
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_keeps_every_rule() {
+    let shards = Shards(Cluster::start().await);
+    let rules = stream::iter(RULES.iter().filter(|rule| **rule != "unreadable_is_an_error"));
+    let checked = rules.map(|rule| check(rule, &shards)).buffer_unordered(8);
+    assert_eq!(checked.count().await, RULES.len() - 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_master_takes_only_its_keys() {
+    let mut cluster = Cluster::start().await;
+    let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+    let mut keys = Vec::new();
+    for master in 0..3 {
+        keys.push(cluster.key_on(master, "idempotency", 0).await);
+    }
+    let claim = NewClaim {
+        token: Token::random(),
+        fingerprint: None,
+        lease: Duration::from_secs(60),
+    };
+    for key in &keys {
+        assert_eq!(storage.begin(key, &claim).await.unwrap(), Begin::Acquired);
+    }
+
+    cluster.kill(1);
+
+    // The others may have to be asked anew, through connections that have not noticed yet.
+    let other = NewClaim {
+        token: Token::random(),
+        ..claim
+    };
+    for master in [0, 2] {
+        let begun = storage.begin(&keys[master], &other).await;
+        assert!(matches!(begun, Ok(Begin::InFlight { .. })), "{master}: {begun:?}");
+    }
+    let error = storage.begin(&keys[1], &other).await.unwrap_err();
+    let kinds = [StorageErrorKind::Unavailable, StorageErrorKind::Timeout];
+    assert!(kinds.contains(&error.kind()), "{error:?}");
+    for master in [0, 2] {
+        let begun = storage.begin(&keys[master], &other).await;
+        assert!(matches!(begun, Ok(Begin::InFlight { .. })), "{master}: {begun:?}");
+    }
+}

@@ -5,4 +5,94 @@
     reason = "tests are outside of what `Env` drives"
 )]
 
+use std::time::Duration;
+
+use axum::{Router, http::StatusCode, routing::post};
+use idempotency_axum::{
+    Config, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, RedisStorage,
+};
+use idempotency_tests::{Answer, Events, Gate, Runs, Server};
+
+mod chaos;
 mod conformance;
+mod connect;
+mod faults;
+mod memory;
+mod processes;
+mod restarts;
+mod traffic;
+
+/// The executable that the tests start several of.
+const SERVICE: &str = env!("CARGO_BIN_EXE_service");
+
+/// A service in this process.
+struct Shop {
+    server: Server,
+    layer: IdempotencyLayer,
+    runs: Runs,
+    events: Events,
+}
+
+impl Shop {
+    async fn open(storage: RedisStorage) -> Self {
+        Self::with(storage, |config| config, None).await
+    }
+
+    /// With a handler that waits at a gate.
+    async fn gated(storage: RedisStorage, gate: &Gate) -> Self {
+        Self::with(storage, |config| config, Some(gate.clone())).await
+    }
+
+    async fn with(
+        storage: RedisStorage,
+        change: impl FnOnce(Config) -> Config,
+        gate: Option<Gate>,
+    ) -> Self {
+        let (runs, events) = (Runs::new(), Events::new());
+        let config = change(Config::default().observer(events.clone()));
+        let layer = IdempotencyLayer::enforce(storage).config(config);
+        let counted = runs.clone();
+        let handler = async move |key: IdempotencyKey| {
+            let n = counted.next();
+            if let Some(gate) = gate {
+                gate.enter().await;
+            }
+            (StatusCode::CREATED, format!("{} {n}", key.as_str()))
+        };
+        let router = Router::new()
+            .route("/orders", post(handler.idempotency_key(KeyPolicy::required())))
+            .layer(layer.clone());
+        Self {
+            server: Server::start(router).await,
+            layer,
+            runs,
+            events,
+        }
+    }
+
+    async fn order(&self, key: &str) -> Answer {
+        self.server.post("/orders").key(key).send().await
+    }
+}
+
+/// The first answer, given again.
+#[track_caller]
+fn assert_replays(answer: &Answer, text: &str) {
+    assert_eq!(answer.code(), 409, "{answer:?}");
+    assert!(answer.is_replay(), "{answer:?}");
+    assert_eq!(answer.text(), text);
+}
+
+/// How long a test waits for what comes by itself, and how often it looks.
+async fn until<T>(mut look: impl AsyncFnMut() -> Option<T>) -> T {
+    let patience = Duration::from_secs(30);
+    let found = tokio::time::timeout(patience, async {
+        loop {
+            if let Some(found) = look().await {
+                return found;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    found.await.expect("it comes within 30 s")
+}

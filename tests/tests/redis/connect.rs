@@ -1,0 +1,143 @@
+//! From a location to a storage: who is let in, who is refused, and what errors show.
+
+use std::{error::Error, time::Duration};
+
+use idempotency_axum::{RedisConnectErrorKind, RedisStorage, redis};
+use idempotency_tests::redis::{Process, Redis, Spec, free_port};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpListener,
+};
+
+use super::{SERVICE, Shop, assert_replays};
+
+/// The error with all its sources.
+fn chain(error: &dyn Error) -> String {
+    let mut text = format!("{error} {error:?}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        text += &format!(" {error} {error:?}");
+        source = error.source();
+    }
+    text
+}
+
+#[tokio::test]
+async fn locations_of_one_server() {
+    let redis = Redis::builder().on_a_port().start();
+    let port = redis.port();
+    let first = Shop::open(RedisStorage::connect(redis.url()).await.unwrap()).await;
+    assert_eq!(first.order("k").await.code(), 201);
+    for location in [
+        format!("127.0.0.1:{port}"),
+        format!("redis://127.0.0.1:{port}"),
+        format!("redis://127.0.0.1:{port}/0"),
+        format!("redis://127.0.0.1:{port}/?protocol=resp3"),
+        format!("valkey://127.0.0.1:{port}"),
+        format!("redis+unix://{}", redis.socket().display()),
+    ] {
+        let shop = Shop::open(RedisStorage::connect(&location).await.unwrap()).await;
+        assert_replays(&shop.order("k").await, "k 1");
+    }
+    // Another database, and another prefix, is another place.
+    let location = format!("redis://127.0.0.1:{port}/3");
+    let elsewhere = Shop::open(RedisStorage::connect(location).await.unwrap()).await;
+    assert_eq!(elsewhere.order("k").await.code(), 201);
+    let storage = RedisStorage::connect(redis.url()).await.unwrap();
+    let elsewhere = Shop::open(storage.prefix("shop")).await;
+    assert_eq!(elsewhere.order("k").await.code(), 201);
+    let mut names: Vec<String> = redis.ask(&["KEYS", "*"]).await;
+    names.sort();
+    assert_eq!(names.len(), 2);
+    for (name, prefix) in names.iter().zip(["idempotency:", "shop:"]) {
+        let hex = name.strip_prefix(prefix).unwrap();
+        assert!(hex.len() == 64 && hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    }
+}
+
+#[tokio::test]
+async fn a_connection_of_ones_own() {
+    let redis = Redis::start();
+    let client = redis::Client::open(redis.url()).unwrap();
+    let manager = redis::aio::ConnectionManager::new(client.clone()).await.unwrap();
+    let shop = Shop::open(RedisStorage::new(manager).subscriber(client)).await;
+    assert_eq!(shop.order("k").await.code(), 201);
+    assert_replays(&shop.order("k").await, "k 1");
+}
+
+#[tokio::test]
+async fn users_and_passwords() {
+    let redis = Redis::builder().on_a_port().start();
+    let port = redis.port();
+    let rights = [
+        "ACL", "SETUSER", "shop", "on", ">pass", "~idempotency:*", "&idempotency:*", "-@all", "+set", "+get", "+getrange",
+        "+exists", "+del", "+pexpire", "+pttl", "+eval", "+evalsha", "+script|load", "+publish", "+subscribe", "+unsubscribe",
+        "+info",
+    ];
+    let _: String = redis.ask(&rights).await;
+    let location = format!("redis://shop:pass@127.0.0.1:{port}");
+    let storage = RedisStorage::connect(&location).require_noeviction().await.unwrap();
+    let shop = Shop::open(storage).await;
+    assert_eq!(shop.order("k").await.code(), 201);
+    assert_replays(&shop.order("k").await, "k 1");
+
+    let wrong = format!("redis://shop:hunter2@127.0.0.1:{port}");
+    let error = RedisStorage::connect(&wrong).await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Unreachable);
+    assert!(!chain(&error).contains("hunter2"), "{}", chain(&error));
+    assert!(!format!("{:?}", RedisStorage::connect(&wrong)).contains("hunter2"));
+
+    let _: String = redis.ask(&["ACL", "SETUSER", "shop", "-info"]).await;
+    let error = RedisStorage::connect(&location).require_noeviction().await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Evicts);
+    assert!(error.to_string().contains("INFO or CONFIG GET"), "{error}");
+}
+
+#[tokio::test]
+async fn what_can_not_be_connected_to() {
+    for location in ["", "http://cache:6379", "redis://", "redis://:hunter2@cache:99999", "redis://u:hunter2@cache/x"] {
+        let error = RedisStorage::connect(location).await.unwrap_err();
+        assert_eq!(error.kind(), RedisConnectErrorKind::Url, "{location}: {error:?}");
+        assert!(!chain(&error).contains("hunter2"), "{}", chain(&error));
+    }
+    let nobody = format!("redis://127.0.0.1:{}", free_port());
+    let error = RedisStorage::connect(nobody).await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Unreachable);
+    assert!(error.source().is_some());
+
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let location = silent.local_addr().unwrap().to_string();
+    let connecting = RedisStorage::connect(location).time_limit(Duration::from_millis(100));
+    let error = connecting.await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Unreachable);
+}
+
+/// A server that calls itself Redis 6.
+async fn old(listener: TcpListener) {
+    while let Ok((stream, _)) = listener.accept().await {
+        let (from, mut to) = stream.into_split();
+        let mut lines = BufReader::new(from).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            let answer: &[u8] = match line.as_str() {
+                "HELLO" => b"*4\r\n$6\r\nserver\r\n$5\r\nredis\r\n$7\r\nversion\r\n$6\r\n6.2.14\r\n",
+                "INFO" => b"$20\r\nredis_version:6.2.14\r\n",
+                "SETINFO" | "CONFIG" => b"-ERR unknown\r\n",
+                _ => continue,
+            };
+            if to.write_all(answer).await.is_err() {
+                break;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_old_server_is_refused_with_its_version() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let location = listener.local_addr().unwrap().to_string();
+    let server = tokio::spawn(old(listener));
+    let error = RedisStorage::connect(location).await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::TooOld, "{error:?}");
+    assert!(error.to_string().contains("6.2.14"), "{error}");
+    server.abort();
+}

@@ -1,0 +1,111 @@
+//! Redis is full, may evict, or has replicas.
+
+use std::time::Duration;
+
+use idempotency_axum::{
+    Begin, EncodedKey, Entry, Held, NewClaim, Outcome, Record, RedisConnectErrorKind, RedisStorage,
+    Storage, StorageErrorKind, StoredResponse, Token, TombstoneReason,
+};
+use idempotency_tests::{Logs, redis::Redis};
+
+const KEY: EncodedKey = EncodedKey::from_bytes([7; 32]);
+const TTL: Duration = Duration::from_secs(60);
+
+fn claim() -> NewClaim {
+    NewClaim {
+        token: Token::random(),
+        fingerprint: None,
+        lease: Duration::from_secs(30),
+    }
+}
+
+fn large() -> Record {
+    let body = "x".repeat(100_000);
+    Record {
+        fingerprint: None,
+        outcome: Outcome::Response(StoredResponse::new(
+            http::StatusCode::CREATED,
+            &http::HeaderMap::new(),
+            body,
+        )),
+    }
+}
+
+#[tokio::test]
+async fn an_answer_for_which_there_is_no_room_is_a_tombstone() {
+    let (logs, _guard) = Logs::install();
+    let redis = Redis::start();
+    let storage = RedisStorage::connect(redis.url()).await.unwrap();
+    let claim = claim();
+    assert_eq!(storage.begin(&KEY, &claim).await.unwrap(), Begin::Acquired);
+    let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+
+    let held = storage.complete(&KEY, claim.token, &large(), TTL).await;
+    assert_eq!(held.unwrap(), Held::Yes);
+    assert_eq!(logs.with(&["WARN", "tombstone"]).len(), 1, "{:?}", logs.lines());
+    let Some(Entry::Completed(record)) = storage.get(&KEY).await.unwrap() else {
+        panic!("no record");
+    };
+    assert_eq!(record.outcome, Outcome::Tombstone(TombstoneReason::ResponseTooLarge));
+    // Sent again, it is known as done.
+    let held = storage.complete(&KEY, claim.token, &large(), TTL).await;
+    assert_eq!(held.unwrap(), Held::Yes);
+
+    let other = EncodedKey::from_bytes([8; 32]);
+    let refused = storage.begin(&other, &claim).await.unwrap_err();
+    assert_eq!(refused.kind(), StorageErrorKind::Full, "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_server_that_may_evict_is_warned_of_or_refused() {
+    let redis = Redis::start();
+    let set = async |name: &str, value: &str| {
+        let _: String = redis.ask(&["CONFIG", "SET", name, value]).await;
+    };
+    let (logs, _guard) = Logs::install();
+    let connect = || RedisStorage::connect(redis.url());
+
+    // No limit, or a limit at which it refuses: nothing is evicted.
+    for (limit, policy) in [("0", "allkeys-lru"), ("100mb", "noeviction")] {
+        set("maxmemory", limit).await;
+        set("maxmemory-policy", policy).await;
+        connect().require_noeviction().await.unwrap();
+        assert!(logs.lines().is_empty(), "{:?}", logs.lines());
+    }
+    for policy in ["allkeys-lru", "volatile-ttl", "allkeys-random"] {
+        set("maxmemory-policy", policy).await;
+        let error = connect().require_noeviction().await.unwrap_err();
+        assert_eq!(error.kind(), RedisConnectErrorKind::Evicts);
+        assert!(error.to_string().contains(policy), "{error}");
+        assert!(error.to_string().contains("maxmemory-policy noeviction"), "{error}");
+        assert!(logs.with(&["WARN", policy]).is_empty());
+        connect().await.unwrap();
+        assert_eq!(logs.with(&["WARN", policy]).len(), 1, "{:?}", logs.lines());
+    }
+}
+
+#[tokio::test]
+async fn a_claim_waits_for_its_replicas() {
+    let redis = Redis::builder().on_a_port().start();
+    let storage = RedisStorage::connect(redis.url()).await.unwrap();
+    let storage = storage.wait_replicas(1, Duration::from_millis(100));
+    let error = storage.begin(&KEY, &claim()).await.unwrap_err();
+    assert_eq!(error.kind(), StorageErrorKind::Unavailable);
+    // It was given back.
+    assert_eq!(storage.get(&KEY).await.unwrap(), None);
+
+    let port = redis.port().to_string();
+    let replica = Redis::builder()
+        .on_a_port()
+        .with(&["--replicaof", "127.0.0.1", &port])
+        .start();
+    super::until(async || {
+        let about: String = redis.ask(&["INFO", "replication"]).await;
+        about.contains("state=online").then_some(())
+    })
+    .await;
+    let storage = storage.wait_replicas(1, Duration::from_millis(900));
+    assert_eq!(storage.begin(&KEY, &claim()).await.unwrap(), Begin::Acquired);
+    let there: bool = replica.ask(&["EXISTS", &format!("idempotency:{KEY}")]).await;
+    assert!(there, "the replica has it");
+}

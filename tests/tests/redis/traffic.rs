@@ -1,0 +1,60 @@
+//! How many commands Redis is sent: what it shows of them itself.
+
+use std::time::Duration;
+
+use idempotency_axum::{LockPolicy, RedisStorage};
+use idempotency_tests::{Gate, redis::Redis};
+
+use super::{Shop, assert_replays};
+
+#[tokio::test]
+async fn two_commands_for_a_first_execution_and_one_for_a_replay() {
+    let redis = Redis::start();
+    let shop = Shop::open(RedisStorage::connect(redis.url()).await.unwrap()).await;
+    let mut monitor = redis.monitor().await;
+    for n in 0..3 {
+        let key = format!("k{n}");
+        assert_eq!(shop.order(&key).await.code(), 201);
+        let commands = monitor.commands().await;
+        assert_eq!(commands.len(), 2, "{commands:#?}");
+        assert!(commands[0].starts_with("\"SET\""), "{commands:#?}");
+        assert!(commands[1].starts_with("\"EVALSHA\""), "{commands:#?}");
+        for _ in 0..3 {
+            assert_replays(&shop.order(&key).await, &format!("{key} {}", n + 1));
+            let commands = monitor.commands().await;
+            assert_eq!(commands.len(), 1, "{commands:#?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_duplicate_that_waits_sends_at_most_four_commands_in_its_first_second() {
+    let redis = Redis::start();
+    let gate = Gate::new();
+    let first = Shop::gated(RedisStorage::connect(redis.url()).await.unwrap(), &gate).await;
+    let waits = |config: idempotency_axum::Config| {
+        config.lock(LockPolicy::default().timeout(Duration::from_secs(30)))
+    };
+    let storage = RedisStorage::connect(redis.url()).await.unwrap();
+    let second = Shop::with(storage, waits, None).await;
+    let running = first.server.post("/orders").key("k").start();
+    gate.arrived(1).await;
+
+    let mut monitor = redis.monitor().await;
+    let duplicate = second.server.post("/orders").key("k").start();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let commands = monitor.commands().await;
+    assert!((2..=4).contains(&commands.len()), "{commands:#?}");
+
+    // More of them share what the first one hears.
+    let more: Vec<_> = (0..50).map(|_| second.server.post("/orders").key("k").start()).collect();
+    second.events.until("waiting", 51).await;
+    gate.open(1);
+    assert_eq!(running.await.unwrap().text(), "k 1");
+    for duplicate in more.into_iter().chain([duplicate]) {
+        assert_replays(&duplicate.await.unwrap(), "k 1");
+    }
+    let subscriptions = monitor.commands().await;
+    let subscribed = subscriptions.iter().filter(|command| command.starts_with("\"SUBSCRIBE\""));
+    assert_eq!(subscribed.count(), 0, "{subscriptions:#?}");
+}
