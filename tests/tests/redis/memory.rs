@@ -69,7 +69,7 @@ async fn a_server_that_may_evict_is_warned_of_or_refused() {
     for (limit, policy) in [("0", "allkeys-lru"), ("100mb", "noeviction")] {
         set("maxmemory", limit).await;
         set("maxmemory-policy", policy).await;
-        connect().require_noeviction().await.unwrap();
+        let _ = connect().require_noeviction().await.unwrap();
         assert!(logs.lines().is_empty(), "{:?}", logs.lines());
     }
     for policy in ["allkeys-lru", "volatile-ttl", "allkeys-random"] {
@@ -79,7 +79,7 @@ async fn a_server_that_may_evict_is_warned_of_or_refused() {
         assert!(error.to_string().contains(policy), "{error}");
         assert!(error.to_string().contains("maxmemory-policy noeviction"), "{error}");
         assert!(logs.with(&["WARN", policy]).is_empty());
-        connect().await.unwrap();
+        let _ = connect().await.unwrap();
         assert_eq!(logs.with(&["WARN", policy]).len(), 1, "{:?}", logs.lines());
     }
 }

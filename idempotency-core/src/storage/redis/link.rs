@@ -95,13 +95,15 @@ impl Link {
     }
 
     async fn send(&self, command: &Cmd, repeatable: Repeatable) -> RedisResult<Value> {
-        match self.connection.send(command).await {
+        let answer = match self.connection.send(command).await {
             Err(error) if may_be_repeated(&error, repeatable) => {
                 // The connection is made anew meanwhile.
                 self.connection.send(command).await
             }
             answer => answer,
-        }
+        };
+        // To the driver, that the server refuses is an answer too.
+        answer?.extract_error()
     }
 
     async fn within_limit<T>(
