@@ -90,7 +90,8 @@ const REPLACING: Duration = Duration::from_secs(5);
 ///   claims from another leaves out `begin_tells_of_the_running_claim`, `complete_when_absent`, `dropped_calls_are_safe`,
 ///   `get_changes_nothing`, `keys_are_independent`, `remove_takes_records_and_claims` and `wait_sees_removal`, and no other rule.
 /// * **A `begin` that is dropped, or that fails, while the lock answers** may leave the key locked for one lease, by a lock that
-///   nobody can name. Repeated with the same token it is then in flight until that lease is over. In the same way a `complete`
+///   nobody can name. Repeated with the same token it is then in flight until that lease is over: with such a lock a suite leaves
+///   out `dropped_calls_are_safe`. In the same way a `complete`
 ///   whose claim was over may fail for 30 s until it succeeds, and a `replace` may block the key for 5 s, should its record go.
 /// * **A `remove` beside a `complete` or `replace`** that has looked already is undone by it.
 /// * **An evicted record runs again**, if the cache evicts.

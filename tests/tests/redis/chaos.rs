@@ -51,8 +51,14 @@ async fn five_thousand_requests_over_a_bad_network() {
     for (key, answer) in &answers {
         *counts.entry(answer.code()).or_default() += 1;
         match answer.code() {
-            201 => firsts.entry(key.clone()).or_default().push(answer.text().to_owned()),
-            409 => assert!(answer.is_replay() && answer.text().starts_with(&format!("{key} ")), "{answer:?}"),
+            201 => firsts
+                .entry(key.clone())
+                .or_default()
+                .push(answer.text().to_owned()),
+            409 => assert!(
+                answer.is_replay() && answer.text().starts_with(&format!("{key} ")),
+                "{answer:?}"
+            ),
             423 | 503 => {}
             _ => panic!("{key}: {answer:?}"),
         }
@@ -82,6 +88,9 @@ async fn five_thousand_requests_over_a_bad_network() {
             None => assert!([201, 409].contains(&answer.code()), "{answer:?}"),
         }
     }
-    assert_eq!(shops.iter().map(|shop| shop.runs.count()).sum::<usize>(), KEYS);
+    assert_eq!(
+        shops.iter().map(|shop| shop.runs.count()).sum::<usize>(),
+        KEYS
+    );
     println!("{faults} faults; {counts:?}");
 }

@@ -6,7 +6,7 @@ use futures_util::{StreamExt, stream};
 use idempotency_axum::{
     Begin, EncodedKey, LockedStorage, NewClaim, RedisCache, RedisLock, RedisStorage, Storage,
     StorageErrorKind, Token, conformance_tests,
-    storage::conformance::{RULES, Harness, check},
+    storage::conformance::{Harness, RULES, check},
 };
 use idempotency_tests::redis::{Cluster, Redis};
 
@@ -45,8 +45,8 @@ impl Harness for Single {
 mod lock_and_cache {
     use super::*;
 
-    // A cache can't fence, which `LockedStorage` says.
-    conformance_tests!(Composed(Redis::start()));
+    // Where the lock takes its time, a call that is dropped may leave the key locked, as the docs of `LockedStorage` say.
+    conformance_tests!(Composed(Redis::start()), except: [dropped_calls_are_safe]);
 }
 
 /// The original's composition.
@@ -98,7 +98,11 @@ impl Harness for Shards {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cluster_keeps_every_rule() {
     let shards = Shards(Cluster::start().await);
-    let rules = stream::iter(RULES.iter().filter(|rule| **rule != "unreadable_is_an_error"));
+    let rules = stream::iter(
+        RULES
+            .iter()
+            .filter(|rule| **rule != "unreadable_is_an_error"),
+    );
     let checked = rules.map(|rule| check(rule, &shards)).buffer_unordered(8);
     assert_eq!(checked.count().await, RULES.len() - 1);
 }
@@ -129,13 +133,19 @@ async fn a_dead_master_takes_only_its_keys() {
     };
     for master in [0, 2] {
         let begun = storage.begin(&keys[master], &other).await;
-        assert!(matches!(begun, Ok(Begin::InFlight { .. })), "{master}: {begun:?}");
+        assert!(
+            matches!(begun, Ok(Begin::InFlight { .. })),
+            "{master}: {begun:?}"
+        );
     }
     let error = storage.begin(&keys[1], &other).await.unwrap_err();
     let kinds = [StorageErrorKind::Unavailable, StorageErrorKind::Timeout];
     assert!(kinds.contains(&error.kind()), "{error:?}");
     for master in [0, 2] {
         let begun = storage.begin(&keys[master], &other).await;
-        assert!(matches!(begun, Ok(Begin::InFlight { .. })), "{master}: {begun:?}");
+        assert!(
+            matches!(begun, Ok(Begin::InFlight { .. })),
+            "{master}: {begun:?}"
+        );
     }
 }

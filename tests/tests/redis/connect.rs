@@ -3,13 +3,13 @@
 use std::{error::Error, time::Duration};
 
 use idempotency_axum::{RedisConnectErrorKind, RedisStorage, redis};
-use idempotency_tests::redis::{Process, Redis, Spec, free_port};
+use idempotency_tests::redis::{Redis, free_port};
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::TcpListener,
 };
 
-use super::{SERVICE, Shop, assert_replays};
+use super::{Shop, assert_replays};
 
 /// The error with all its sources.
 fn chain(error: &dyn Error) -> String {
@@ -59,7 +59,9 @@ async fn locations_of_one_server() {
 async fn a_connection_of_ones_own() {
     let redis = Redis::start();
     let client = redis::Client::open(redis.url()).unwrap();
-    let manager = redis::aio::ConnectionManager::new(client.clone()).await.unwrap();
+    let manager = redis::aio::ConnectionManager::new(client.clone())
+        .await
+        .unwrap();
     let shop = Shop::open(RedisStorage::new(manager).subscriber(client)).await;
     assert_eq!(shop.order("k").await.code(), 201);
     assert_replays(&shop.order("k").await, "k 1");
@@ -70,13 +72,35 @@ async fn users_and_passwords() {
     let redis = Redis::builder().on_a_port().start();
     let port = redis.port();
     let rights = [
-        "ACL", "SETUSER", "shop", "on", ">pass", "~idempotency:*", "&idempotency:*", "-@all", "+set", "+get", "+getrange",
-        "+exists", "+del", "+pexpire", "+pttl", "+eval", "+evalsha", "+script|load", "+publish", "+subscribe", "+unsubscribe",
+        "ACL",
+        "SETUSER",
+        "shop",
+        "on",
+        ">pass",
+        "~idempotency:*",
+        "&idempotency:*",
+        "-@all",
+        "+set",
+        "+get",
+        "+getrange",
+        "+exists",
+        "+del",
+        "+pexpire",
+        "+pttl",
+        "+eval",
+        "+evalsha",
+        "+script|load",
+        "+publish",
+        "+subscribe",
+        "+unsubscribe",
         "+info",
     ];
     let _: String = redis.ask(&rights).await;
     let location = format!("redis://shop:pass@127.0.0.1:{port}");
-    let storage = RedisStorage::connect(&location).require_noeviction().await.unwrap();
+    let storage = RedisStorage::connect(&location)
+        .require_noeviction()
+        .await
+        .unwrap();
     let shop = Shop::open(storage).await;
     assert_eq!(shop.order("k").await.code(), 201);
     assert_replays(&shop.order("k").await, "k 1");
@@ -88,16 +112,29 @@ async fn users_and_passwords() {
     assert!(!format!("{:?}", RedisStorage::connect(&wrong)).contains("hunter2"));
 
     let _: String = redis.ask(&["ACL", "SETUSER", "shop", "-info"]).await;
-    let error = RedisStorage::connect(&location).require_noeviction().await.unwrap_err();
+    let error = RedisStorage::connect(&location)
+        .require_noeviction()
+        .await
+        .unwrap_err();
     assert_eq!(error.kind(), RedisConnectErrorKind::Evicts);
     assert!(error.to_string().contains("INFO or CONFIG GET"), "{error}");
 }
 
 #[tokio::test]
 async fn what_can_not_be_connected_to() {
-    for location in ["", "http://cache:6379", "redis://", "redis://:hunter2@cache:99999", "redis://u:hunter2@cache/x"] {
+    for location in [
+        "",
+        "http://cache:6379",
+        "redis://",
+        "redis://:hunter2@cache:99999",
+        "redis://u:hunter2@cache/x",
+    ] {
         let error = RedisStorage::connect(location).await.unwrap_err();
-        assert_eq!(error.kind(), RedisConnectErrorKind::Url, "{location}: {error:?}");
+        assert_eq!(
+            error.kind(),
+            RedisConnectErrorKind::Url,
+            "{location}: {error:?}"
+        );
         assert!(!chain(&error).contains("hunter2"), "{}", chain(&error));
     }
     let nobody = format!("redis://127.0.0.1:{}", free_port());
@@ -119,7 +156,9 @@ async fn old(listener: TcpListener) {
         let mut lines = BufReader::new(from).lines();
         while let Ok(Some(line)) = lines.next_line().await {
             let answer: &[u8] = match line.as_str() {
-                "HELLO" => b"*4\r\n$6\r\nserver\r\n$5\r\nredis\r\n$7\r\nversion\r\n$6\r\n6.2.14\r\n",
+                "HELLO" => {
+                    b"*4\r\n$6\r\nserver\r\n$5\r\nredis\r\n$7\r\nversion\r\n$6\r\n6.2.14\r\n"
+                }
                 "INFO" => b"$20\r\nredis_version:6.2.14\r\n",
                 "SETINFO" | "CONFIG" => b"-ERR unknown\r\n",
                 _ => continue,

@@ -36,7 +36,11 @@ async fn a_stalled_redis_keeps_nobody_longer_than_the_limit() {
         assert_eq!(answer.code(), 503, "{answer:?}");
     }
     // The limit is 1 s; the rest is for a busy machine. Without a limit this would never end.
-    assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+    assert!(
+        since.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        since.elapsed()
+    );
     assert_eq!(shop.runs.count(), 1);
 
     redis.go_on();
@@ -74,7 +78,11 @@ async fn what_is_no_record_is_refused_until_it_is_removed() {
         &["LPUSH", &name, "a job"][..],
         &["SET", &name, "a session"],
         &["SET", &name, ""],
-        &["SET", &name, "r2 of a newer version, which nobody can read yet"],
+        &[
+            "SET",
+            &name,
+            "r2 of a newer version, which nobody can read yet",
+        ],
         &["SET", &name, "c1 of a claim that was cut"],
         &["HSET", &name, "field", "value"],
     ] {
@@ -93,7 +101,10 @@ async fn what_is_no_record_is_refused_until_it_is_removed() {
         let after: Vec<u8> = redis.ask(&["DUMP", &name]).await;
         assert_eq!(before, after, "it was changed: {foreign:?}");
         assert!(storage.remove(&KEY).await.unwrap());
-        assert_eq!(storage.begin(&KEY, &claim()).await.unwrap(), Begin::Acquired);
+        assert_eq!(
+            storage.begin(&KEY, &claim()).await.unwrap(),
+            Begin::Acquired
+        );
         assert!(storage.remove(&KEY).await.unwrap());
     }
 }
@@ -117,12 +128,22 @@ async fn scripts_that_redis_forgot_are_sent_again() {
 #[tokio::test]
 async fn without_a_right_to_the_channels_duplicates_look() {
     let redis = Redis::start();
-    let rights = ["ACL", "SETUSER", "shop", "on", ">secret", "~idempotency:*", "+@all", "resetchannels"];
+    let rights = [
+        "ACL",
+        "SETUSER",
+        "shop",
+        "on",
+        ">secret",
+        "~idempotency:*",
+        "+@all",
+        "resetchannels",
+    ];
     let _: String = redis.ask(&rights).await;
     let url = format!("{}?user=shop&pass=secret", redis.url());
     let gate = Gate::new();
     let first = Shop::gated(RedisStorage::connect(&url).await.unwrap(), &gate).await;
-    let waits = |config: Config| config.lock(LockPolicy::default().timeout(Duration::from_secs(30)));
+    let waits =
+        |config: Config| config.lock(LockPolicy::default().timeout(Duration::from_secs(30)));
     let second = Shop::with(RedisStorage::connect(&url).await.unwrap(), waits, None).await;
     let running = first.server.post("/orders").key("k").start();
     gate.arrived(1).await;

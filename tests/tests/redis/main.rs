@@ -60,7 +60,10 @@ impl Shop {
             (StatusCode::CREATED, format!("{} {n}", key.as_str()))
         };
         let router = Router::new()
-            .route("/orders", post(handler.idempotency_key(KeyPolicy::required())))
+            .route(
+                "/orders",
+                post(handler.idempotency_key(KeyPolicy::required())),
+            )
             .layer(layer.clone());
         Self {
             server: Server::start(router).await,

@@ -42,11 +42,19 @@ async fn an_answer_for_which_there_is_no_room_is_a_tombstone() {
 
     let held = storage.complete(&KEY, claim.token, &large(), TTL).await;
     assert_eq!(held.unwrap(), Held::Yes);
-    assert_eq!(logs.with(&["WARN", "tombstone"]).len(), 1, "{:?}", logs.lines());
+    assert_eq!(
+        logs.with(&["WARN", "tombstone"]).len(),
+        1,
+        "{:?}",
+        logs.lines()
+    );
     let Some(Entry::Completed(record)) = storage.get(&KEY).await.unwrap() else {
         panic!("no record");
     };
-    assert_eq!(record.outcome, Outcome::Tombstone(TombstoneReason::ResponseTooLarge));
+    assert_eq!(
+        record.outcome,
+        Outcome::Tombstone(TombstoneReason::ResponseTooLarge)
+    );
     // Sent again, it is known as done.
     let held = storage.complete(&KEY, claim.token, &large(), TTL).await;
     assert_eq!(held.unwrap(), Held::Yes);
@@ -77,7 +85,10 @@ async fn a_server_that_may_evict_is_warned_of_or_refused() {
         let error = connect().require_noeviction().await.unwrap_err();
         assert_eq!(error.kind(), RedisConnectErrorKind::Evicts);
         assert!(error.to_string().contains(policy), "{error}");
-        assert!(error.to_string().contains("maxmemory-policy noeviction"), "{error}");
+        assert!(
+            error.to_string().contains("maxmemory-policy noeviction"),
+            "{error}"
+        );
         assert!(logs.with(&["WARN", policy]).is_empty());
         let _ = connect().await.unwrap();
         assert_eq!(logs.with(&["WARN", policy]).len(), 1, "{:?}", logs.lines());
@@ -86,7 +97,10 @@ async fn a_server_that_may_evict_is_warned_of_or_refused() {
 
 #[tokio::test]
 async fn a_claim_waits_for_its_replicas() {
-    let redis = Redis::builder().on_a_port().start();
+    let redis = Redis::builder()
+        .on_a_port()
+        .with(&["--repl-diskless-sync-delay", "0"])
+        .start();
     let storage = RedisStorage::connect(redis.url()).await.unwrap();
     let storage = storage.wait_replicas(1, Duration::from_millis(100));
     let error = storage.begin(&KEY, &claim()).await.unwrap_err();
@@ -105,7 +119,12 @@ async fn a_claim_waits_for_its_replicas() {
     })
     .await;
     let storage = storage.wait_replicas(1, Duration::from_millis(900));
-    assert_eq!(storage.begin(&KEY, &claim()).await.unwrap(), Begin::Acquired);
-    let there: bool = replica.ask(&["EXISTS", &format!("idempotency:{KEY}")]).await;
+    assert_eq!(
+        storage.begin(&KEY, &claim()).await.unwrap(),
+        Begin::Acquired
+    );
+    let there: bool = replica
+        .ask(&["EXISTS", &format!("idempotency:{KEY}")])
+        .await;
     assert!(there, "the replica has it");
 }

@@ -27,7 +27,10 @@ async fn two_thousand_requests_at_four_processes_are_fifty_executions() {
     let mut replays = Vec::new();
     for (key, answer) in join_all(requests).await {
         match answer.code() {
-            201 => assert!(firsts.insert(key, answer.text().to_owned()).is_none(), "{answer:?}"),
+            201 => assert!(
+                firsts.insert(key, answer.text().to_owned()).is_none(),
+                "{answer:?}"
+            ),
             _ => replays.push((key, answer)),
         }
     }
@@ -45,24 +48,37 @@ async fn what_a_killed_process_held_is_free_when_its_lease_is_over() {
     const LEASE: Duration = Duration::from_secs(2);
 
     let redis = Redis::start();
-    let spec = Spec::new(SERVICE, &redis.url()).lease(LEASE).wait(Duration::ZERO);
+    let spec = Spec::new(SERVICE, &redis.url())
+        .lease(LEASE)
+        .wait(Duration::ZERO);
     let mut dies = spec.clone().held().start().await;
     let others = [spec.start().await, spec.start().await];
     let lost = tokio::spawn(dies.post("/orders").key("k").try_send());
     dies.until("ran k", 1).await;
     dies.kill().await;
     let killed = Instant::now();
-    assert!(lost.await.expect("no panic").is_err(), "an answer of a dead process");
+    assert!(
+        lost.await.expect("no panic").is_err(),
+        "an answer of a dead process"
+    );
 
     let refused = others[0].post("/orders").key("k").send().await;
     assert_eq!(refused.code(), 423, "{refused:?}");
     let first = until(async || {
-        let duplicates = others.iter().map(|other| other.post("/orders").key("k").send());
+        let duplicates = others
+            .iter()
+            .map(|other| other.post("/orders").key("k").send());
         let answers = join_all(duplicates).await;
         let done = answers.iter().find(|answer| answer.code() == 201).cloned();
         if done.is_none() {
-            assert!(answers.iter().all(|answer| answer.code() == 423), "{answers:?}");
-            assert!(killed.elapsed() < LEASE + Duration::from_secs(1), "still refused");
+            assert!(
+                answers.iter().all(|answer| answer.code() == 423),
+                "{answers:?}"
+            );
+            assert!(
+                killed.elapsed() < LEASE + Duration::from_secs(1),
+                "still refused"
+            );
         }
         done
     });
@@ -70,7 +86,13 @@ async fn what_a_killed_process_held_is_free_when_its_lease_is_over() {
     for other in &others {
         assert_replays(&other.post("/orders").key("k").send().await, first.text());
     }
-    assert_eq!(others.iter().map(|other| other.count("ran k")).sum::<usize>(), 1);
+    assert_eq!(
+        others
+            .iter()
+            .map(|other| other.count("ran k"))
+            .sum::<usize>(),
+        1
+    );
 }
 
 #[tokio::test]
@@ -96,7 +118,10 @@ async fn a_process_that_stopped_past_its_lease_changes_nothing() {
     stopped.until("event lost", 1).await;
     assert_eq!(stopped.count("event completed"), 0);
     for process in [&stopped, &other] {
-        assert_replays(&process.post("/orders").key("k").send().await, second.text());
+        assert_replays(
+            &process.post("/orders").key("k").send().await,
+            second.text(),
+        );
     }
     assert_eq!(stopped.count("ran k") + other.count("ran k"), 2);
 }

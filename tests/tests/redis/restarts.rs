@@ -122,7 +122,8 @@ async fn inside_complete(back: Back) {
 
 async fn during_a_wait(back: Back) {
     let mut scene = Scene::new().await;
-    let waits = |config: Config| config.lock(LockPolicy::default().timeout(Duration::from_secs(30)));
+    let waits =
+        |config: Config| config.lock(LockPolicy::default().timeout(Duration::from_secs(30)));
     let storage = RedisStorage::connect(scene.proxy.url()).await.unwrap();
     let other = Shop::with(storage, waits, None).await;
     let request = scene.shop.server.post("/orders").key("k").start();

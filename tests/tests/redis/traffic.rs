@@ -47,7 +47,9 @@ async fn a_duplicate_that_waits_sends_at_most_four_commands_in_its_first_second(
     assert!((2..=4).contains(&commands.len()), "{commands:#?}");
 
     // More of them share what the first one hears.
-    let more: Vec<_> = (0..50).map(|_| second.server.post("/orders").key("k").start()).collect();
+    let more: Vec<_> = (0..50)
+        .map(|_| second.server.post("/orders").key("k").start())
+        .collect();
     second.events.until("waiting", 51).await;
     gate.open(1);
     assert_eq!(running.await.unwrap().text(), "k 1");
@@ -55,6 +57,8 @@ async fn a_duplicate_that_waits_sends_at_most_four_commands_in_its_first_second(
         assert_replays(&duplicate.await.unwrap(), "k 1");
     }
     let subscriptions = monitor.commands().await;
-    let subscribed = subscriptions.iter().filter(|command| command.starts_with("\"SUBSCRIBE\""));
+    let subscribed = subscriptions
+        .iter()
+        .filter(|command| command.starts_with("\"SUBSCRIBE\""));
     assert_eq!(subscribed.count(), 0, "{subscriptions:#?}");
 }
