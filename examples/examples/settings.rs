@@ -111,6 +111,7 @@ Try these lines in another terminal.
 
 # Start again with IDEMPOTENCY__CONFLICT_STATUS=409 in the environment, and retries get 409.
 # Start it with IDEMPOTENCY__LOCK__TIMEOUT=soon, and the error says what a timeout can be.
+# IDEMPOTENCY__STORAGE__CLASS=redis and IDEMPOTENCY__STORAGE__LOCATION=redis://localhost keep the payments in Redis.
 
 Ctrl-c stops."
     );

@@ -100,9 +100,9 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `lock.timeout` | duration: how long a duplicate waits | 100 ms | `LOCK.TIMEOUT` |
 /// | `lock.ttl` | duration: the lease, at least 10 ms | 30 s | `LOCK.TTL` |
 /// | `lock.max_hold` | duration: when a running operation is given up | 10 min | |
-/// | `lock.class` | `storage`: claims of the storage; `process`: a [`ProcessLock`](crate::ProcessLock); `redis` | `storage` | `LOCK.CLASS` |
+/// | `lock.class` | `storage`: claims of the storage; `process`: a [`ProcessLock`](crate::ProcessLock); `redis`: a lock in Redis | `storage` | `LOCK.CLASS` |
 /// | `lock.location` | `host[:port]` or a URL, for class `redis` | | `LOCK.LOCATION` |
-/// | `lock.name` | prefix of the lock's keys, for class `redis` | | `LOCK.NAME` |
+/// | `lock.name` | prefix of the lock's keys, for class `redis` | `idempotency` | `LOCK.NAME` |
 /// | `on_storage_error` | `reject`, `run_unprotected` | `reject` | |
 /// | `on_unreadable` | `reject`, `treat_as_absent` | `reject` | |
 /// | `storage_timeout` | duration | 1 s | |
@@ -116,7 +116,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `storage.cache_name` | what `cache_name` calls the default cache | `default` | `STORAGE.CACHE_NAME` |
 /// | `storage.store_on` | `store_on`, here as in the original | | `STORAGE.STORE_ON_STATUSES` |
 /// | `storage.location` | `host[:port]` or a URL, for classes `redis` and `postgres` | | |
-/// | `storage.name` | prefix of the storage's keys, for these classes | | |
+/// | `storage.name` | prefix of the storage's keys, for these classes | `idempotency` | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
 /// | `storages.<name>` | a cache for `cache_name = "<name>"`: as `storage`, without `cache_name` and `store_on` | | |
@@ -127,6 +127,10 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 ///   `statuses` is one of these, or `below` all statuses below a number; `except` is a list to leave out; with
 ///   `except_rejections` what extractors answer is not recorded. A table without `statuses` and `below` changes the preset's.
 /// * The default cache may also be one of **`storages`**, if `storage` says nothing but `cache_name`: the one of that name.
+/// * Of a cache in **`storages`** the prefixes of storage and lock are followed by a colon and its name, so caches in one Redis
+///   share nothing.
+/// * With `lock.class = "redis"` the storage is a plain cache under that lock, as in the original, and takes more round trips than
+///   a `redis` storage with its own claims. Where the cache is `memory`, each process has records of its own.
 /// * What only another **class** uses may stay in the file. So the environment can set `storage.class` to `memory` for a
 ///   test, over a file with a `location`.
 /// * Names of the original's settings are understood in lower case: `encoder_class`, `conflict_status_code`,
@@ -309,21 +313,25 @@ impl Settings {
     ///
     /// # Errors
     ///
-    /// If a storage or the lock lacks its location, if this build does not have it, if a storage can't do with that lock
-    /// what it is set to, or if both `storage` and one of `storages` set up the default cache.
+    /// If a storage or the lock lacks its location, if this build does not have it or it can't be reached, if a storage can't do
+    /// with that lock what it is set to, or if both `storage` and one of `storages` set up the default cache.
     pub async fn open(&self) -> Result<Opened, SettingsError> {
-        let lock = self.lock.checked()?;
+        let claims = self.lock.claims()?;
         let root = Path::default();
         let named = root.field("storages");
         let default_cache = self.default_cache.as_deref().unwrap_or("default");
 
         let mut caches = BTreeMap::new();
         for (name, storage) in &self.storages {
-            let storage = storage.open(&named.field(name), lock).await?;
+            let path = named.field(name);
+            let storage = storage.open(&path, Some(name), &claims).await?;
             caches.insert(name.clone(), storage);
         }
         let storage = match caches.remove(default_cache) {
-            None => self.storage.open(&root.field("storage"), lock).await?,
+            None => {
+                let path = root.field("storage");
+                self.storage.open(&path, None, &claims).await?
+            }
             Some(default) if self.storage == StorageSettings::default() => default,
             Some(_) => {
                 let message = "is what the default cache is called, and `storage` sets that up; choose another name, or another \

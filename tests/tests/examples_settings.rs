@@ -14,6 +14,7 @@ use std::{
 use idempotency_tests::{
     Answer, Example,
     example::{command, refused},
+    redis::Redis,
 };
 use tokio::process::Command;
 
@@ -55,6 +56,41 @@ async fn the_environment_overrides_the_file() {
     for code in [200, 208] {
         let answer = example.post("/payments").key("a").send().await;
         assert_eq!(answer.code(), code);
+    }
+}
+
+#[tokio::test]
+async fn the_environment_moves_records_and_locks_to_redis() {
+    let redis = Redis::start();
+    let location = redis.url();
+    let storage = [
+        ("IDEMPOTENCY__STORAGE__CLASS", "redis"),
+        ("IDEMPOTENCY__STORAGE__LOCATION", &location),
+        ("IDEMPOTENCY__STORAGE__NAME", "shop"),
+    ];
+    let lock = [
+        ("IDEMPOTENCY__LOCK__CLASS", "redis"),
+        ("IDEMPOTENCY__LOCK__LOCATION", &location),
+        ("IDEMPOTENCY__LOCK__NAME", "MyLock"),
+    ];
+    for (variables, name) in [
+        (storage.to_vec(), "shop:"),
+        ([storage, lock].concat(), "shop:cache:"),
+    ] {
+        let processes = [
+            Example::spawn(with(&variables)).await,
+            Example::spawn(with(&variables)).await,
+        ];
+        let key = format!("payment in {name}");
+        let first = processes[0].post("/payments").key(&key).send().await;
+        assert_eq!((first.code(), first.is_replay()), (200, false));
+        let retry = processes[1].post("/payments").key(&key).send().await;
+        assert!(retry.is_replay(), "{retry:?}");
+        assert_eq!(retry.body, first.body);
+        let names: Vec<String> = redis.ask(&["KEYS", "*"]).await;
+        assert_eq!(names.len(), 1, "{names:?}");
+        assert!(names[0].starts_with(name), "{names:?}");
+        let _: String = redis.ask(&["FLUSHALL"]).await;
     }
 }
 

@@ -100,7 +100,7 @@ const DEFECTS: &[(&str, &str, Ours)] = &[
     (
         "idempotent",
         "a Lua script with two keys, which a Redis cluster refuses",
-        NotYet("needs the Redis storage, with one key for each record"),
+        Tests(&["redis/conformance::a_cluster_keeps_every_rule"]),
     ),
     (
         "axum-idempotent, django-idempotency-key",
@@ -147,7 +147,7 @@ const DEFECTS: &[(&str, &str, Ours)] = &[
     (
         "autumn-web, users",
         "Redis keys without a hash tag: CROSSSLOT on a cluster",
-        NotYet("needs the Redis storage, with one key for each record"),
+        Tests(&["redis/conformance::a_cluster_keeps_every_rule"]),
     ),
     (
         "cratestack",

@@ -44,6 +44,8 @@ pub enum SettingsErrorKind {
     Conflict,
     /// This build has no such storage or lock.
     Unsupported,
+    /// The storage or the lock is configured well, but it can't be reached, or is not fit for its task.
+    Unavailable,
 }
 
 impl SettingsError {

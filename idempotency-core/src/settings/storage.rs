@@ -5,7 +5,7 @@ use super::{
     error::{Path, SettingsError, SettingsErrorKind},
     secret::Location,
 };
-use crate::AnyStorage;
+use crate::{AnyStorage, Lock, ProcessLock};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum StorageKind {
@@ -28,31 +28,75 @@ pub(super) enum WhatWhenFull {
     Refuse,
 }
 
+/// What holds the claims, with all that it needs.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Claims {
+    /// The storage itself.
+    Storage,
+    Process,
+    Redis {
+        location: Location,
+        name: Option<String>,
+    },
+}
+
 impl StorageSettings {
-    /// Opens the storage that stands at `path`, with the claims that `lock` says.
+    /// Opens the storage that stands at `path`, as the cache of that name if it is not the default one.
     pub(super) async fn open(
         &self,
         path: &Path,
-        lock: LockKind,
+        cache: Option<&str>,
+        claims: &Claims,
     ) -> Result<AnyStorage, SettingsError> {
         let class = class(self.class, self.location.as_ref(), path)?;
         let class = class.unwrap_or(StorageKind::Memory);
-        match (class, lock) {
-            (StorageKind::Memory, LockKind::Storage) => self.open_memory(path),
-            (StorageKind::Memory, LockKind::Process) => self.open_locked_memory(path),
-            (StorageKind::Memory, LockKind::Redis) => Err(no_such_lock("Redis")),
-            (StorageKind::Redis, _) => {
-                self.location(path, redis_location, REDIS_LOCATION)?;
-                Err(no_such_storage(path, "Redis"))
-            }
+        match (class, claims) {
             (StorageKind::Postgres, _) => {
                 self.location(path, postgres_location, POSTGRES_LOCATION)?;
                 Err(no_such_storage(path, "PostgreSQL"))
             }
+            (StorageKind::Memory, Claims::Storage) => self.open_memory(path),
+            (StorageKind::Redis, Claims::Storage) => self.open_redis(path, cache).await,
+            (_, Claims::Process) => {
+                self.open_locked(class, path, cache, ProcessLock::new())
+                    .await
+            }
+            (_, Claims::Redis { location, name }) => {
+                let name = prefix(name.as_deref(), cache);
+                self.open_locked_by_redis(class, path, cache, &location.0, name)
+                    .await
+            }
         }
     }
 
-    #[cfg(feature = "memory")]
+    /// Records of this class, with claims by `lock`.
+    async fn open_locked(
+        &self,
+        class: StorageKind,
+        path: &Path,
+        cache: Option<&str>,
+        lock: impl Lock,
+    ) -> Result<AnyStorage, SettingsError> {
+        match class {
+            StorageKind::Memory => self.open_locked_memory(path, lock),
+            StorageKind::Redis => self.open_locked_redis(path, cache, lock).await,
+            StorageKind::Postgres => Err(no_such_storage(path, "PostgreSQL")),
+        }
+    }
+
+    /// The location, if it is of the form that the class needs.
+    fn location(
+        &self,
+        path: &Path,
+        has_form: fn(&str) -> bool,
+        form: &str,
+    ) -> Result<&str, SettingsError> {
+        checked_location(self.location.as_ref(), path, has_form, form)
+    }
+}
+
+#[cfg(feature = "memory")]
+impl StorageSettings {
     #[expect(clippy::unnecessary_wraps, reason = "without the feature it fails")]
     fn open_memory(&self, _: &Path) -> Result<AnyStorage, SettingsError> {
         use crate::{MemoryStorage, WhenFull};
@@ -69,9 +113,12 @@ impl StorageSettings {
         Ok(AnyStorage::new(memory.build()))
     }
 
-    #[cfg(feature = "memory")]
-    fn open_locked_memory(&self, path: &Path) -> Result<AnyStorage, SettingsError> {
-        use crate::{LockedStorage, MokaCache, ProcessLock};
+    fn open_locked_memory(
+        &self,
+        path: &Path,
+        lock: impl Lock,
+    ) -> Result<AnyStorage, SettingsError> {
+        use crate::{LockedStorage, MokaCache};
 
         if self.when_full == Some(WhatWhenFull::Refuse) {
             // What was begun has to be completed, and the cache doesn't know what was begun.
@@ -86,13 +133,12 @@ impl StorageSettings {
             None => MokaCache::new(),
             Some(bytes) => MokaCache::new().max_bytes(bytes),
         };
-        Ok(AnyStorage::new(LockedStorage::new(
-            cache,
-            ProcessLock::new(),
-        )))
+        Ok(AnyStorage::new(LockedStorage::new(cache, lock)))
     }
+}
 
-    #[cfg(not(feature = "memory"))]
+#[cfg(not(feature = "memory"))]
+impl StorageSettings {
     fn open_memory(&self, path: &Path) -> Result<AnyStorage, SettingsError> {
         let (_, _) = (self.max_bytes, self.when_full);
         let message = "this build has no memory storage, which is the default; switch the feature `memory` on";
@@ -103,39 +149,121 @@ impl StorageSettings {
         ))
     }
 
-    #[cfg(not(feature = "memory"))]
-    fn open_locked_memory(&self, path: &Path) -> Result<AnyStorage, SettingsError> {
+    fn open_locked_memory(&self, path: &Path, _: impl Lock) -> Result<AnyStorage, SettingsError> {
         self.open_memory(path)
-    }
-
-    /// The location, if it is of the form that the class needs.
-    fn location(
-        &self,
-        path: &Path,
-        has_form: fn(&str) -> bool,
-        form: &str,
-    ) -> Result<&str, SettingsError> {
-        checked_location(self.location.as_ref(), path, has_form, form)
     }
 }
 
+#[cfg(feature = "redis")]
+impl StorageSettings {
+    async fn open_redis(
+        &self,
+        path: &Path,
+        cache: Option<&str>,
+    ) -> Result<AnyStorage, SettingsError> {
+        let location = self.location(path, redis_location, REDIS_LOCATION)?;
+        let storage = crate::RedisStorage::connect(location).await;
+        let storage = storage.map_err(|error| not_connected(path, error))?;
+        let prefix = prefix(self.name.as_deref(), cache);
+        Ok(AnyStorage::new(storage.prefix(prefix)))
+    }
+
+    async fn open_locked_redis(
+        &self,
+        path: &Path,
+        cache: Option<&str>,
+        lock: impl Lock,
+    ) -> Result<AnyStorage, SettingsError> {
+        let location = self.location(path, redis_location, REDIS_LOCATION)?;
+        let records = crate::RedisCache::connect(location).await;
+        let records = records.map_err(|error| not_connected(path, error))?;
+        let records = records.prefix(prefix(self.name.as_deref(), cache));
+        Ok(AnyStorage::new(crate::LockedStorage::new(records, lock)))
+    }
+
+    async fn open_locked_by_redis(
+        &self,
+        class: StorageKind,
+        path: &Path,
+        cache: Option<&str>,
+        location: &str,
+        name: String,
+    ) -> Result<AnyStorage, SettingsError> {
+        let lock = crate::RedisLock::connect(location).await;
+        let lock = lock.map_err(|error| not_connected(&lock_path(), error))?;
+        self.open_locked(class, path, cache, lock.name(name)).await
+    }
+}
+
+#[cfg(not(feature = "redis"))]
+#[expect(clippy::unused_async, reason = "with the feature they connect")]
+impl StorageSettings {
+    async fn open_redis(&self, path: &Path, _: Option<&str>) -> Result<AnyStorage, SettingsError> {
+        self.location(path, redis_location, REDIS_LOCATION)?;
+        Err(no_such_storage(path, "Redis"))
+    }
+
+    async fn open_locked_redis(
+        &self,
+        path: &Path,
+        cache: Option<&str>,
+        _: impl Lock,
+    ) -> Result<AnyStorage, SettingsError> {
+        self.open_redis(path, cache).await
+    }
+
+    async fn open_locked_by_redis(
+        &self,
+        _: StorageKind,
+        _: &Path,
+        _: Option<&str>,
+        _: &str,
+        _: String,
+    ) -> Result<AnyStorage, SettingsError> {
+        Err(no_such_lock("Redis"))
+    }
+}
+
+/// What keys begin with: caches that stand in one Redis share nothing.
+fn prefix(name: Option<&str>, cache: Option<&str>) -> String {
+    let name = name.unwrap_or("idempotency");
+    match cache {
+        None => name.to_owned(),
+        Some(cache) => format!("{name}:{cache}"),
+    }
+}
+
+#[cfg(feature = "redis")]
+fn not_connected(path: &Path, error: crate::RedisConnectError) -> SettingsError {
+    use crate::RedisConnectErrorKind::Url;
+
+    let kind = match error.kind() {
+        Url => SettingsErrorKind::Invalid,
+        _ => SettingsErrorKind::Unavailable,
+    };
+    SettingsError::new(kind, &path.field("location"), &error).because_of(error)
+}
+
 impl LockSettings {
-    /// The kind of the lock, if all is there that it needs; where there are no claims, their kind doesn't matter.
-    pub(super) fn checked(&self) -> Result<LockKind, SettingsError> {
+    /// What holds the claims, if all is there that it needs; where there are no claims, their kind doesn't matter.
+    pub(super) fn claims(&self) -> Result<Claims, SettingsError> {
         let path = lock_path();
         let class = class(self.class, self.location.as_ref(), &path)?;
-        let class = class.unwrap_or(LockKind::Storage);
-        if class == LockKind::Redis {
-            checked_location(
-                self.location.as_ref(),
-                &path,
-                redis_location,
-                REDIS_LOCATION,
-            )?;
-        }
+        let claims = match class.unwrap_or(LockKind::Storage) {
+            LockKind::Storage => Claims::Storage,
+            LockKind::Process => Claims::Process,
+            LockKind::Redis => {
+                let location = self.location.as_ref();
+                let location = checked_location(location, &path, redis_location, REDIS_LOCATION)?;
+                Claims::Redis {
+                    location: Location(location.to_owned()),
+                    name: self.name.clone(),
+                }
+            }
+        };
         match self.enable {
-            Some(false) => Ok(LockKind::Storage),
-            Some(true) | None => Ok(class),
+            Some(false) => Ok(Claims::Storage),
+            Some(true) | None => Ok(claims),
         }
     }
 }
@@ -202,7 +330,8 @@ fn redis_location(text: &str) -> bool {
             let scheme = scheme.split('+').next_back().unwrap_or_default();
             SCHEMES.contains(&scheme) && !rest.is_empty()
         }
-        None => is_host_and_port(text),
+        // Several are nodes of a Cluster.
+        None => text.split(',').all(|node| is_host_and_port(node.trim())),
     }
 }
 
@@ -236,7 +365,11 @@ pub(super) fn is_host_and_port(text: &str) -> bool {
 }
 
 fn no_such_storage(path: &Path, name: &str) -> SettingsError {
-    let message = format_args!("this build has no {name} storage; there is: \"memory\"");
+    let others = match cfg!(feature = "redis") {
+        true => "\"memory\", \"redis\"",
+        false => "\"memory\"",
+    };
+    let message = format_args!("this build has no {name} storage; there is: {others}");
     SettingsError::new(
         SettingsErrorKind::Unsupported,
         &path.field("class"),
@@ -244,6 +377,7 @@ fn no_such_storage(path: &Path, name: &str) -> SettingsError {
     )
 }
 
+#[cfg(not(feature = "redis"))]
 fn no_such_lock(name: &str) -> SettingsError {
     let message = format_args!("this build has no {name} lock; there is: \"storage\", \"process\"");
     SettingsError::new(

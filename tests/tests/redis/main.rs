@@ -20,6 +20,7 @@ mod faults;
 mod memory;
 mod processes;
 mod restarts;
+mod settings;
 mod traffic;
 
 /// The executable that the tests start several of.

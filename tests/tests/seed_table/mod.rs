@@ -1,6 +1,6 @@
 //! The seed's cases, and the tests that show the same here: `tests/tests/<file>.py` and the function there, to our tests.
 
-use idempotency_tests::catalogue::Ours::{self, NoMeaning, NotYet, Tests};
+use idempotency_tests::catalogue::Ours::{self, NoMeaning, Tests};
 
 /// Cases of the seed that show one behaviour: each of `cases` stands in each of `files`.
 #[derive(Debug)]
@@ -291,7 +291,10 @@ pub const SEED: &[Behaviour] = &[
             "test_multi_process_lock_only_host",
             "test_multi_process_lock_host_and_port",
         ],
-        NotYet("needs a storage or a lock that processes share, which is Redis"),
+        Tests(&[
+            "redis/settings::a_lock_that_processes_share",
+            "redis/connect::locations_of_one_server",
+        ]),
     ),
     row(
         LOCKS,
@@ -372,7 +375,10 @@ pub const SEED: &[Behaviour] = &[
             "test_get_lock_name_default",
             "test_get_lock_name_default_with_lock",
         ],
-        NotYet("needs the Redis lock, of whose keys the name is the prefix"),
+        Tests(&[
+            "redis/settings::a_lock_that_processes_share",
+            "redis/settings::the_prefix_of_a_lock_has_a_default",
+        ]),
     ),
     row(
         UTILS,

@@ -603,24 +603,28 @@ async fn a_location_has_a_form() {
         try_layer(json!({ "storage": { "class": class, "location": location } }))
     };
     for location in [
-        "cache",
-        "cache:6379",
-        "10.0.0.1:1",
-        "[::1]",
-        "[::1]:6379",
-        "redis://cache",
-        "rediss://u:p@cache:6379/0",
-        "redis+unix:///run/redis.sock",
-        "unix:///run/redis.sock",
+        "cache.invalid",
+        "cache.invalid:6379",
+        "127.0.0.1:1",
+        "[::1]:1",
+        "redis://127.0.0.1:1",
+        "redis://shop:hunter2@127.0.0.1:1/0",
+        "rediss://127.0.0.1:1",
+        "127.0.0.1:1, 127.0.0.1:2",
+        "redis+unix:///nowhere/redis.sock",
+        "unix:///nowhere/redis.sock",
     ] {
         let error = error("redis", location).await.unwrap_err();
-        // The form is right: what is missing is the storage.
+        // The form is right, but nobody is there.
         assert_eq!(
             error.kind(),
-            SettingsErrorKind::Unsupported,
+            SettingsErrorKind::Unavailable,
             "{location}: {error}"
         );
-        assert_eq!(error.field(), "storage.class");
+        assert_eq!(error.field(), "storage.location");
+        assert!(error.to_string().contains("Redis can't be reached"));
+        assert!(std::error::Error::source(&error).is_some());
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
     }
     for location in [
         "cache:port",
@@ -663,11 +667,7 @@ async fn a_location_has_a_form() {
 async fn what_this_build_does_not_have() {
     for (document, field) in [
         (
-            json!({ "lock": { "class": "redis", "location": "cache" } }),
-            "lock.class",
-        ),
-        (
-            json!({ "storage": { "class": "redis", "location": "cache" } }),
+            json!({ "storage": { "class": "postgres", "location": "postgres://db/shop" } }),
             "storage.class",
         ),
         (
@@ -682,9 +682,18 @@ async fn what_this_build_does_not_have() {
         );
         assert_refused(document, field, &["this build has no", "there is: "]).await;
     }
+}
+
+#[tokio::test]
+async fn a_lock_that_nobody_answers_for() {
+    let lock = |enable| json!({ "lock": { "class": "redis", "location": "127.0.0.1:1", "enable": enable } });
+    let error = try_layer(lock(true)).await.unwrap_err();
+    assert_eq!(
+        (error.kind(), error.field()),
+        (SettingsErrorKind::Unavailable, "lock.location")
+    );
     // Without claims there is no lock to be missed.
-    let document = json!({ "lock": { "class": "redis", "location": "cache", "enable": false } });
-    let _ = try_layer(document).await.unwrap();
+    let _ = try_layer(lock(false)).await.unwrap();
 }
 
 #[tokio::test]

@@ -80,6 +80,10 @@ async fn open(
     limit: Duration,
 ) -> Result<Server, RedisConnectError> {
     let nodes = nodes(location)?;
+    if Env::system().spawner().is_none() {
+        let error = "there is no tokio runtime to connect on";
+        return Err(RedisConnectError::unreachable(error));
+    }
     let (mut connection, node) = first_that_answers(&nodes, limit).await?;
     let checks = check(&mut connection, require_noeviction);
     let is_cluster = within(limit * 2, checks)
