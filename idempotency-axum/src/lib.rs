@@ -116,6 +116,8 @@
 //! | feature | default | adds |
 //! |---|---|---|
 //! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
+//! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
+//! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 

@@ -5,6 +5,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use redis::aio::ConnectionLike;
 
 use self::{
+    connect::RedisConnect,
     link::{Repeatable, bytes_of, milliseconds, unexpected},
     scripts::Script,
     server::Server,
@@ -54,10 +55,8 @@ impl RedisStorage {
     /// # Errors
     ///
     /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
-    ///
-    /// [`RedisConnect::require_noeviction`]: crate::RedisConnect::require_noeviction
-    pub fn connect(location: impl AsRef<str>) -> crate::RedisConnect<Self> {
-        crate::RedisConnect::new(location.as_ref(), Self::of)
+    pub fn connect(location: impl AsRef<str>) -> RedisConnect<Self> {
+        RedisConnect::new(location.as_ref(), Self::of)
     }
 
     /// A storage that asks through `connection`: a `ConnectionManager`, a `ClusterConnection`, or anything else of the crate

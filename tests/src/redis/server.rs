@@ -32,6 +32,7 @@ pub struct Redis {
 pub struct RedisBuilder {
     arguments: Vec<String>,
     has_port: bool,
+    files: Vec<(&'static str, String)>,
 }
 
 impl RedisBuilder {
@@ -48,6 +49,12 @@ impl RedisBuilder {
         self
     }
 
+    /// Adds a file to its directory, to which its configuration can refer.
+    pub fn file(mut self, name: &'static str, content: String) -> Self {
+        self.files.push((name, content));
+        self
+    }
+
     /// Starts it.
     ///
     /// # Panics
@@ -56,6 +63,9 @@ impl RedisBuilder {
     #[must_use]
     pub fn start(self) -> Redis {
         let directory = directory("redis");
+        for (name, content) in self.files {
+            fs::write(directory.join(name), content).expect("a file in its directory");
+        }
         let mut redis = Redis {
             directory,
             arguments: self.arguments,

@@ -3,13 +3,13 @@
 use std::{error::Error, time::Duration};
 
 use idempotency_axum::{RedisConnectErrorKind, RedisStorage, redis};
-use idempotency_tests::redis::{Redis, free_port};
+use idempotency_tests::redis::{Redis, Spec, free_port};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::TcpListener,
 };
 
-use super::{Shop, assert_replays};
+use super::{SERVICE, Shop, assert_replays};
 
 /// The error with all its sources.
 fn chain(error: &dyn Error) -> String {
@@ -147,6 +147,50 @@ async fn what_can_not_be_connected_to() {
     let connecting = RedisStorage::connect(location).time_limit(Duration::from_millis(100));
     let error = connecting.await.unwrap_err();
     assert_eq!(error.kind(), RedisConnectErrorKind::Unreachable);
+}
+
+/// The service is a process of its own here, because the environment says whose signatures it trusts.
+#[tokio::test]
+async fn tls_with_the_systems_roots() {
+    let mut ca = rcgen::CertificateParams::new([]).unwrap();
+    ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let ca_key = rcgen::KeyPair::generate().unwrap();
+    let ca_pem = ca.self_signed(&ca_key).unwrap().pem();
+    let issuer = rcgen::Issuer::new(ca, ca_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+    let certificate = rcgen::CertificateParams::new(names).unwrap();
+    let certificate = certificate.signed_by(&key, &issuer).unwrap();
+
+    let port = free_port();
+    let redis = Redis::builder()
+        .file("ca.pem", ca_pem)
+        .file("server.pem", certificate.pem())
+        .file("server.key", key.serialize_pem())
+        .with(&["--tls-port", &port.to_string()])
+        .with(&[
+            "--tls-cert-file",
+            "server.pem",
+            "--tls-key-file",
+            "server.key",
+        ])
+        .with(&["--tls-ca-cert-file", "ca.pem", "--tls-auth-clients", "no"])
+        .start();
+
+    let trusted = redis.directory().join("ca.pem").display().to_string();
+    let location = format!("rediss://127.0.0.1:{port}");
+    let spec = Spec::new(SERVICE, &location).variable("SSL_CERT_FILE", trusted);
+    let service = spec.start().await;
+    let first = service.post("/orders").key("k").send().await;
+    assert_eq!(first.code(), 201);
+    assert_replays(&service.post("/orders").key("k").send().await, first.text());
+    let names: Vec<String> = redis.ask(&["KEYS", "*"]).await;
+    assert_eq!(names.len(), 1);
+
+    // Who signed it is not known to this process.
+    let error = RedisStorage::connect(location).await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Unreachable);
+    assert!(chain(&error).contains("UnknownIssuer"), "{}", chain(&error));
 }
 
 /// A server that calls itself Redis 6.
