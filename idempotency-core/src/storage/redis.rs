@@ -19,6 +19,7 @@ pub(crate) mod connect;
 mod layout;
 pub(crate) mod link;
 mod scripts;
+mod sentinel;
 pub(crate) mod server;
 mod subscriber;
 
@@ -69,6 +70,28 @@ impl RedisStorage {
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
         Self::of(Server::through(connection))
+    }
+
+    /// A storage in the master that sentinels name. They are asked when the first command is sent, and again when the connection
+    /// is lost or leads to a replica.
+    ///
+    /// Nothing is checked, and who waits looks at the key instead of being told, as with [`new`](Self::new).
+    ///
+    /// ```
+    /// use idempotency_core::{RedisStorage, redis::sentinel::{SentinelClient, SentinelServerType}};
+    ///
+    /// # fn main() -> Result<(), idempotency_core::redis::RedisError> {
+    /// let sentinels = vec!["redis://s1:26379", "redis://s2:26379", "redis://s3:26379"];
+    /// let client = SentinelClient::build(sentinels, "mymaster", None, SentinelServerType::Master)?;
+    /// let storage = RedisStorage::sentinel(client).prefix("shop");
+    /// # let _ = storage;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// A failover can lose what the replica had not heard of yet: see [`wait_replicas`](Self::wait_replicas).
+    pub fn sentinel(client: redis::sentinel::SentinelClient) -> Self {
+        Self::of(Server::behind_sentinels(client))
     }
 
     fn of(server: Server) -> Self {

@@ -23,6 +23,7 @@ pub struct Redis {
     directory: PathBuf,
     arguments: Vec<String>,
     port: Option<u16>,
+    is_sentinel: bool,
     process: Option<Child>,
 }
 
@@ -33,6 +34,7 @@ pub struct RedisBuilder {
     arguments: Vec<String>,
     has_port: bool,
     files: Vec<(&'static str, String)>,
+    is_sentinel: bool,
 }
 
 impl RedisBuilder {
@@ -47,6 +49,18 @@ impl RedisBuilder {
     pub fn on_a_port(mut self) -> Self {
         self.has_port = true;
         self
+    }
+
+    /// Is no Redis but a sentinel for the master `mymaster` at this port.
+    pub fn sentinel_of(self, master: u16) -> Self {
+        let configuration = format!(
+            "sentinel monitor mymaster 127.0.0.1 {master} 1\n\
+             sentinel down-after-milliseconds mymaster 500\n\
+             sentinel failover-timeout mymaster 2000\n"
+        );
+        let mut builder = self.on_a_port().file("sentinel.conf", configuration);
+        builder.is_sentinel = true;
+        builder
     }
 
     /// Adds a file to its directory, to which its configuration can refer.
@@ -70,6 +84,7 @@ impl RedisBuilder {
             directory,
             arguments: self.arguments,
             port: self.has_port.then(free_port),
+            is_sentinel: self.is_sentinel,
             process: None,
         };
         redis.start_again();
@@ -141,14 +156,19 @@ impl Redis {
     pub fn start_again(&mut self) {
         self.kill();
         let mut command = Command::new("redis-server");
+        if self.is_sentinel {
+            command.args(["sentinel.conf", "--sentinel"]);
+        } else {
+            command
+                .args(["--save", ""])
+                .args(["--appendonly", "yes", "--appendfsync", "always"]);
+        }
         command
             .current_dir(&self.directory)
             .args(["--port", &self.port.unwrap_or(0).to_string()])
             .args(["--bind", "127.0.0.1"])
             .args(["--unixsocket", "redis.sock"])
             .args(["--dir", "."])
-            .args(["--save", ""])
-            .args(["--appendonly", "yes", "--appendfsync", "always"])
             .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -161,7 +181,7 @@ impl Redis {
         let mut said = Vec::new();
         let is_ready = lines.by_ref().any(|line| {
             said.push(line.clone());
-            line.contains("eady to accept connections")
+            line.contains("eady to accept connections") || line.contains("+monitor master")
         });
         self.process = Some(process);
         assert!(is_ready, "redis-server did not start: {said:#?}");

@@ -5,8 +5,14 @@ use std::time::Duration;
 use idempotency_axum::{
     Begin, EncodedKey, Entry, Held, NewClaim, Outcome, Record, RedisConnectErrorKind, RedisStorage,
     Storage, StorageErrorKind, StoredResponse, Token, TombstoneReason,
+    redis::{
+        self,
+        sentinel::{SentinelClient, SentinelServerType},
+    },
 };
 use idempotency_tests::{Logs, redis::Redis};
+
+use super::until;
 
 const KEY: EncodedKey = EncodedKey::from_bytes([7; 32]);
 const TTL: Duration = Duration::from_secs(60);
@@ -97,10 +103,7 @@ async fn a_server_that_may_evict_is_warned_of_or_refused() {
 
 #[tokio::test]
 async fn a_claim_waits_for_its_replicas() {
-    let redis = Redis::builder()
-        .on_a_port()
-        .with(&["--repl-diskless-sync-delay", "0"])
-        .start();
+    let redis = master();
     let storage = RedisStorage::connect(redis.url()).await.unwrap();
     let storage = storage.wait_replicas(1, Duration::from_millis(100));
     let error = storage.begin(&KEY, &claim()).await.unwrap_err();
@@ -108,16 +111,7 @@ async fn a_claim_waits_for_its_replicas() {
     // It was given back.
     assert_eq!(storage.get(&KEY).await.unwrap(), None);
 
-    let port = redis.port().to_string();
-    let replica = Redis::builder()
-        .on_a_port()
-        .with(&["--replicaof", "127.0.0.1", &port])
-        .start();
-    super::until(async || {
-        let about: String = redis.ask(&["INFO", "replication"]).await;
-        about.contains("state=online").then_some(())
-    })
-    .await;
+    let replica = replica_of(&redis).await;
     let storage = storage.wait_replicas(1, Duration::from_millis(900));
     assert_eq!(
         storage.begin(&KEY, &claim()).await.unwrap(),
@@ -127,4 +121,64 @@ async fn a_claim_waits_for_its_replicas() {
         .ask(&["EXISTS", &format!("idempotency:{KEY}")])
         .await;
     assert!(there, "the replica has it");
+}
+
+fn master() -> Redis {
+    Redis::builder()
+        .on_a_port()
+        .with(&["--repl-diskless-sync-delay", "0"])
+        .start()
+}
+
+/// A replica that has all that the master has.
+async fn replica_of(master: &Redis) -> Redis {
+    let port = master.port().to_string();
+    let replica = Redis::builder()
+        .on_a_port()
+        .with(&["--replicaof", "127.0.0.1", &port])
+        .start();
+    until(async || {
+        let about: String = master.ask(&["INFO", "replication"]).await;
+        about.contains("state=online").then_some(())
+    })
+    .await;
+    replica
+}
+
+#[tokio::test]
+async fn sentinels_tell_who_is_master() {
+    let mut old = master();
+    let new = replica_of(&old).await;
+    let sentinel = Redis::builder().sentinel_of(old.port()).start();
+    let location = format!("redis://127.0.0.1:{}", sentinel.port());
+    let client = SentinelClient::build(
+        vec![location.clone()],
+        "mymaster",
+        None,
+        SentinelServerType::Master,
+    );
+    let storage = RedisStorage::sentinel(client.unwrap());
+    let storage = storage.wait_replicas(1, Duration::from_millis(900));
+    let first = claim();
+    assert_eq!(storage.begin(&KEY, &first).await.unwrap(), Begin::Acquired);
+
+    // The sentinel has to know of a replica, before it can make a master of it.
+    let sentinel = redis::Client::open(location).unwrap();
+    let mut sentinel = sentinel.get_multiplexed_async_connection().await.unwrap();
+    until(async || {
+        let mut replicas = redis::cmd("SENTINEL");
+        replicas.arg("REPLICAS").arg("mymaster");
+        let known: Vec<redis::Value> = replicas.query_async(&mut sentinel).await.unwrap();
+        (!known.is_empty()).then_some(())
+    })
+    .await;
+    old.kill();
+    let storage = storage.wait_replicas(0, Duration::from_millis(1));
+    let begun = until(async || storage.begin(&KEY, &claim()).await.ok()).await;
+    assert!(matches!(begun, Begin::InFlight { .. }), "{begun:?}");
+    let record = large();
+    let held = storage.complete(&KEY, first.token, &record, TTL).await;
+    assert_eq!(held.unwrap(), Held::Yes);
+    let role: redis::Value = new.ask(&["ROLE"]).await;
+    assert!(format!("{role:?}").contains("master"), "{role:?}");
 }

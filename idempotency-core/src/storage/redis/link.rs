@@ -19,7 +19,7 @@ use crate::{Env, StorageError, StorageErrorKind};
 
 /// After so many commands in a row that got no answer the connection is taken for dead, and replaced: a network that swallows
 /// what is sent tells nobody.
-const UNANSWERED: u32 = 3;
+pub(super) const UNANSWERED: u32 = 3;
 
 /// A connection and the time limit of what is asked through it; clones share the connection.
 #[derive(Clone)]

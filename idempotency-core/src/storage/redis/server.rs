@@ -2,12 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use redis::{Client, Cmd, Value, aio::ConnectionLike};
+use redis::{Client, Cmd, Value, aio::ConnectionLike, sentinel::SentinelClient};
 
 use super::{
     layout::{self, Found},
     link::{Link, Repeatable, Shared, bytes_of, milliseconds},
     scripts::{self, Script},
+    sentinel::Master,
     subscriber::Subscriber,
 };
 use crate::{Env, Held, NewClaim, StorageError, Token};
@@ -37,6 +38,11 @@ impl Server {
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
         Self::new(Link::new(Shared(connection), LIMIT), Vec::new())
+    }
+
+    /// The master that sentinels name.
+    pub(super) fn behind_sentinels(client: SentinelClient) -> Self {
+        Self::new(Link::new(Master::new(client), LIMIT), Vec::new())
     }
 
     /// The same, with `client` to tell of the end of claims.
