@@ -84,6 +84,8 @@ async fn open(
         let error = "there is no tokio runtime to connect on";
         return Err(RedisConnectError::unreachable(error));
     }
+    #[cfg(feature = "redis-tls")]
+    provide_cryptography();
     let (mut connection, node) = first_that_answers(&nodes, limit).await?;
     let checks = check(&mut connection, require_noeviction);
     let is_cluster = within(limit * 2, checks)
@@ -112,6 +114,15 @@ async fn open(
     };
     link.load(&scripts::all()).await;
     Ok(Server::new(link, clients))
+}
+
+/// Where a program depends on several providers and has chosen none, rustls panics when it is first used.
+#[cfg(feature = "redis-tls")]
+fn provide_cryptography() {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        // Somebody else may choose one at this moment, which will do.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
 }
 
 /// What `location` names, each with the settings that all connections have.
