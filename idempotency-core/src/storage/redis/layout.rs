@@ -139,12 +139,13 @@ mod tests {
     fn golden() {
         let [plain, printed] = claims().map(|new| claim(&new));
         assert_eq!(plain[..18], *b"c10123456789abcdef");
-        assert_eq!(plain[18..], [0xdb, 0x02, 0x10, 0x5d]);
+        assert_eq!(plain[18..], [0x50, 0x7d, 0x01, 0xdd]);
         assert_eq!(printed[..18], plain[..18]);
+        assert_eq!(printed[18..22], [0xf2, 0x74, 0xc0, 0x97]);
         assert_eq!(printed[22..], [0x5a; 32]);
         let stored = record(token(), &tombstone());
         assert_eq!(stored[..18], *b"r10123456789abcdef");
-        assert_eq!(stored[18..22], [0x2b, 0x6b, 0x9a, 0x5b]);
+        assert_eq!(stored[18..22], [0x91, 0x8c, 0xeb, 0x24]);
         assert_eq!(stored[31..], *br#"{"tombstone":"max-hold"}"#);
     }
 
