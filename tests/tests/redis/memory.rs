@@ -16,6 +16,7 @@ use super::until;
 
 const KEY: EncodedKey = EncodedKey::from_bytes([7; 32]);
 const TTL: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn claim() -> NewClaim {
     NewClaim {
@@ -158,7 +159,7 @@ async fn sentinels_tell_who_is_master() {
         SentinelServerType::Master,
     );
     let storage = RedisStorage::sentinel(client.unwrap());
-    let storage = storage.wait_replicas(1, Duration::from_millis(900));
+    let storage = storage.time_limit(PATIENCE).wait_replicas(1, PATIENCE);
     let first = claim();
     assert_eq!(storage.begin(&KEY, &first).await.unwrap(), Begin::Acquired);
 
