@@ -113,7 +113,7 @@ async fn a_claim_waits_for_its_replicas() {
     assert_eq!(storage.get(&KEY).await.unwrap(), None);
 
     let replica = replica_of(&redis).await;
-    let storage = storage.wait_replicas(1, Duration::from_millis(900));
+    let storage = storage.time_limit(PATIENCE).wait_replicas(1, PATIENCE);
     assert_eq!(
         storage.begin(&KEY, &claim()).await.unwrap(),
         Begin::Acquired
