@@ -120,7 +120,9 @@ impl RedisStorage {
 
     /// How long a command may take; then it fails with [`StorageErrorKind::Timeout`]. Default: 1 s.
     ///
-    /// The engine has a limit of its own, [`Config::storage_timeout`](crate::Config::storage_timeout); the shorter one counts.
+    /// The engine has a limit of its own, [`Config::storage_timeout`](crate::Config::storage_timeout), and so may a connection that was
+    /// given to [`new`](Self::new), or that goes to a Cluster (there it is what
+    /// [`RedisConnect::time_limit`] said): the shortest one counts.
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.server = self.server.limited(limit);
         self

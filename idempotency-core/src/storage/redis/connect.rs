@@ -10,7 +10,7 @@ use redis::{
 
 use self::about::check;
 use super::{
-    link::{Link, Managed, Shared},
+    link::{Link, Managed, Shared, without_limits},
     scripts,
     server::Server,
 };
@@ -169,10 +169,14 @@ async fn first_that_answers(
     nodes: &[ConnectionInfo],
     limit: Duration,
 ) -> Result<(MultiplexedConnection, Client), RedisConnectError> {
-    let mut failure = None;
+    let (mut failure, config) = (None, without_limits());
     for node in nodes {
         let client = Client::open(node.clone()).map_err(RedisConnectError::url)?;
-        let connected = within(limit, client.get_multiplexed_async_connection()).await;
+        let connected = within(
+            limit,
+            client.get_multiplexed_async_connection_with_config(&config),
+        )
+        .await;
         match connected {
             Some(Ok(connection)) => return Ok((connection, client)),
             Some(Err(error)) => failure = Some(RedisConnectError::unreachable(error)),

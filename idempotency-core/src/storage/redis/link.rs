@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, Either, select};
 use redis::{
-    Client, Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value,
+    AsyncConnectionConfig, Client, Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value,
     aio::{ConnectionLike, ConnectionManager, ConnectionManagerConfig},
 };
 
@@ -207,6 +207,13 @@ pub(super) trait Connection: Send + Sync + 'static {
     fn unanswered(&self, age: u64) {
         let _ = age;
     }
+}
+
+/// The driver has limits of its own, which count besides ours if they are shorter.
+pub(super) fn without_limits() -> AsyncConnectionConfig {
+    AsyncConnectionConfig::new()
+        .set_connection_timeout(None)
+        .set_response_timeout(None)
 }
 
 /// A connection of the user's, whose clones share it. It sees to itself.

@@ -9,7 +9,7 @@ use redis::{
     sentinel::SentinelClient,
 };
 
-use super::link::{Connection, UNANSWERED};
+use super::link::{Connection, UNANSWERED, without_limits};
 
 /// A connection to the master, which is asked for anew when the connection is lost or leads to a replica.
 pub(super) struct Master {
@@ -55,7 +55,9 @@ impl Master {
             return Ok(known);
         }
         let client = sentinels.async_get_client().await?;
-        let connection = client.get_multiplexed_async_connection().await?;
+        let connection = client
+            .get_multiplexed_async_connection_with_config(&without_limits())
+            .await?;
         let mut current = self.current();
         current.connection = Some(connection.clone());
         Ok((current.age, connection))
