@@ -50,6 +50,17 @@ impl RedisStorage {
     /// Connects to the server at `location`: a URL, `host` or `host:port`; or to a Cluster, of which it names one node or, with
     /// commas between, several.
     ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), idempotency_core::RedisConnectError> {
+    /// use idempotency_core::RedisStorage;
+    ///
+    /// let one = RedisStorage::connect("rediss://shop:password@cache:6380/2").await?;
+    /// let cluster = RedisStorage::connect("redis://n1:6379,redis://n2:6379").await?;
+    /// # let _ = (one, cluster);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
     /// A version older than Redis 7 is refused, and a server that may evict records is warned of in the log
     /// ([`require_noeviction`](RedisConnect::require_noeviction) refuses it). Once connected, it connects anew by itself.
     ///
@@ -62,6 +73,18 @@ impl RedisStorage {
 
     /// A storage that asks through `connection`: a `ConnectionManager`, a `ClusterConnection`, or anything else of the crate
     /// [`redis`](crate::redis) of which clones share one connection.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), idempotency_core::redis::RedisError> {
+    /// use idempotency_core::{RedisStorage, redis::{Client, aio::ConnectionManager}};
+    ///
+    /// let client = Client::open("redis://127.0.0.1:6379")?;
+    /// let connection = ConnectionManager::new(client.clone()).await?;
+    /// let storage = RedisStorage::new(connection).subscriber(client);
+    /// # let _ = storage;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// Nothing is checked. `connection` should connect anew by itself when it is lost. Who waits is told of the end of a claim only with
     /// a [`subscriber`](Self::subscriber).
