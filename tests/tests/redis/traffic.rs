@@ -2,10 +2,14 @@
 
 use std::time::Duration;
 
-use idempotency_axum::{LockPolicy, RedisStorage};
+use idempotency_axum::{Config, LockPolicy, RedisStorage};
 use idempotency_tests::{Gate, redis::Redis};
 
 use super::{Shop, assert_replays};
+
+fn patient(config: Config) -> Config {
+    config.lock(LockPolicy::default().timeout(Duration::from_secs(30)))
+}
 
 #[tokio::test]
 async fn two_commands_for_a_first_execution_and_one_for_a_replay() {
@@ -27,16 +31,36 @@ async fn two_commands_for_a_first_execution_and_one_for_a_replay() {
     }
 }
 
+/// Somebody has `PERSIST`ed it, or restored it without its time.
+#[tokio::test]
+async fn a_claim_without_an_end_is_not_looked_at_more_often() {
+    let redis = Redis::start();
+    let gate = Gate::new();
+    let first = Shop::gated(RedisStorage::connect(redis.url()).await.unwrap(), &gate).await;
+    let storage = RedisStorage::connect(redis.url()).await.unwrap();
+    let second = Shop::with(storage, patient, None).await;
+    let running = first.server.post("/orders").key("k").start();
+    gate.arrived(1).await;
+    let names: Vec<String> = redis.ask(&["KEYS", "*"]).await;
+    let _: i64 = redis.ask(&["PERSIST", &names[0]]).await;
+
+    let mut monitor = redis.monitor().await;
+    let duplicate = second.server.post("/orders").key("k").start();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let commands = monitor.commands().await;
+    assert!((2..=4).contains(&commands.len()), "{commands:#?}");
+    gate.open(1);
+    assert_eq!(running.await.unwrap().text(), "k 1");
+    assert_replays(&duplicate.await.unwrap(), "k 1");
+}
+
 #[tokio::test]
 async fn a_duplicate_that_waits_sends_at_most_four_commands_in_its_first_second() {
     let redis = Redis::start();
     let gate = Gate::new();
     let first = Shop::gated(RedisStorage::connect(redis.url()).await.unwrap(), &gate).await;
-    let waits = |config: idempotency_axum::Config| {
-        config.lock(LockPolicy::default().timeout(Duration::from_secs(30)))
-    };
     let storage = RedisStorage::connect(redis.url()).await.unwrap();
-    let second = Shop::with(storage, waits, None).await;
+    let second = Shop::with(storage, patient, None).await;
     let running = first.server.post("/orders").key("k").start();
     gate.arrived(1).await;
 

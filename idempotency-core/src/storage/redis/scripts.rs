@@ -96,12 +96,14 @@ return removed
     )
 });
 
-/// What is left of the claim, in milliseconds; negative if there is none.
+/// What is left of the claim, in milliseconds; negative if there is none. One that somebody made last for ever is a claim too.
 pub(super) static LEASE_LEFT: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         "\
 if redis.call('GETRANGE', KEYS[1], 0, 1) ~= 'c1' then return -2 end
-return redis.call('PTTL', KEYS[1])
+local left = redis.call('PTTL', KEYS[1])
+if left < 0 then return 60000 end
+return left
 ",
     )
 });
