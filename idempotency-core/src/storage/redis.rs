@@ -86,7 +86,9 @@ impl RedisStorage {
     /// # }
     /// ```
     ///
-    /// Nothing is checked. `connection` should connect anew by itself when it is lost. Who waits is told of the end of a claim only with
+    /// Nothing is checked. `connection` should connect anew by itself when it is lost; a `ConnectionManager` does, but not after a
+    /// password of it was refused once, as [`connect`](Self::connect) does. A Cluster's sends again what it lost the answer to, so
+    /// a release or removal that was done may be said to be lost. Who waits is told of the end of a claim only with
     /// a [`subscriber`](Self::subscriber).
     pub fn new<C>(connection: C) -> Self
     where
@@ -154,7 +156,8 @@ impl RedisStorage {
     /// Waits after every claim until `count` replicas have it, `timeout` at most; where they are fewer by then the claim is given
     /// back and `begin` fails. Default: none.
     ///
-    /// It makes the loss of a claim by a failover less likely, not impossible, and costs a round trip, for which all that share the
+    /// It makes the loss of a claim by a failover less likely, not impossible (where the connection is lost right after the claim, the
+    /// next one, which has written nothing, has nothing to wait for), and costs a round trip, for which all that share the
     /// connection wait too. For one server with replicas, not for a Cluster. `timeout` should be shorter than the
     /// [time limit](Self::time_limit).
     pub fn wait_replicas(mut self, count: u32, timeout: Duration) -> Self {

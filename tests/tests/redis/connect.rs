@@ -2,7 +2,7 @@
 
 use std::{error::Error, time::Duration};
 
-use idempotency_axum::{RedisConnectErrorKind, RedisStorage, redis};
+use idempotency_axum::{EncodedKey, RedisConnectErrorKind, RedisStorage, Storage, redis};
 use idempotency_tests::redis::{Redis, Spec, free_port};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
@@ -118,6 +118,38 @@ async fn users_and_passwords() {
         .unwrap_err();
     assert_eq!(error.kind(), RedisConnectErrorKind::Evicts);
     assert!(error.to_string().contains("INFO or CONFIG GET"), "{error}");
+}
+
+#[tokio::test]
+async fn a_password_that_was_wrong_for_a_while() {
+    let redis = Redis::start();
+    let password = async |password: &str| {
+        let set = [
+            "ACL",
+            "SETUSER",
+            "shop",
+            "on",
+            "resetpass",
+            password,
+            "~*",
+            "&*",
+            "+@all",
+        ];
+        let _: String = redis.ask(&set).await;
+    };
+    password(">first").await;
+    let url = format!("{}?user=shop&pass=first", redis.url());
+    let storage = RedisStorage::connect(url).await.unwrap();
+    let key = EncodedKey::from_bytes([7; 32]);
+    assert_eq!(storage.get(&key).await.unwrap(), None);
+
+    password(">second").await;
+    let _: i64 = redis.ask(&["CLIENT", "KILL", "USER", "shop"]).await;
+    for _ in 0..3 {
+        storage.get(&key).await.unwrap_err();
+    }
+    password(">first").await;
+    assert_eq!(storage.get(&key).await.unwrap(), None);
 }
 
 #[tokio::test]

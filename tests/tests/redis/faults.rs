@@ -124,6 +124,38 @@ async fn scripts_that_redis_forgot_are_sent_again() {
     assert_eq!(shop.events.count("storage_failed"), 0);
 }
 
+/// A wait that is begun while its runtime shuts down ends, like everything there.
+#[test]
+fn a_runtime_that_shuts_down_takes_its_waits_along() {
+    let runtime = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let (outer, inner) = (runtime(), runtime());
+    let redis = Redis::start();
+    let storage = outer
+        .block_on(async { RedisStorage::connect(redis.url()).await })
+        .unwrap();
+    // On a thread that outlives the runtime in whose context it waits.
+    let handle = inner.handle().clone();
+    inner.shutdown_background();
+    let (done, waited) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let _context = handle.enter();
+        let wait = std::pin::pin!(storage.wait(&KEY, Duration::from_secs(60)));
+        let waited = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            futures_util::FutureExt::now_or_never(wait).is_some()
+        }));
+        // Sleeping on a runtime that is gone is a panic of tokio's, which is its business.
+        done.send(waited.is_ok()).unwrap();
+    });
+    let ended = waited.recv_timeout(Duration::from_secs(30));
+    assert!(ended.is_ok(), "the wait never came back");
+}
+
 /// Redis 7 gives new users no channels.
 #[tokio::test]
 async fn without_a_right_to_the_channels_duplicates_look() {

@@ -183,3 +183,18 @@ async fn sentinels_tell_who_is_master() {
     let role: redis::Value = new.ask(&["ROLE"]).await;
     assert!(format!("{role:?}").contains("master"), "{role:?}");
 }
+
+#[tokio::test]
+async fn a_silent_sentinel_delays_the_others_and_no_more() {
+    let redis = master();
+    let sentinel = Redis::builder().sentinel_of(redis.port()).start();
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let locations = vec![
+        format!("redis://{}", silent.local_addr().unwrap()),
+        format!("redis://127.0.0.1:{}", sentinel.port()),
+    ];
+    let client = SentinelClient::build(locations, "mymaster", None, SentinelServerType::Master);
+    let storage = RedisStorage::sentinel(client.unwrap());
+    let begun = until(async || storage.begin(&KEY, &claim()).await.ok()).await;
+    assert_eq!(begun, Begin::Acquired);
+}

@@ -271,11 +271,36 @@ impl Managed {
     }
 }
 
+impl Current {
+    fn replace(&mut self, client: &Client, config: &ConnectionManagerConfig) {
+        if let Ok(manager) = ConnectionManager::new_lazy_with_config(client.clone(), config.clone())
+        {
+            self.manager = manager;
+            self.unanswered = 0;
+            self.age += 1;
+        }
+    }
+}
+
 impl Connection for Managed {
     fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
         Box::pin(async move {
-            let mut manager = self.current().manager.clone();
-            manager.send_packed_command(command).await
+            let (age, mut manager) = {
+                let current = self.current();
+                (current.age, current.manager.clone())
+            };
+            let answer = manager.send_packed_command(command).await;
+            // What Redis says of a command is no error here, so this one is about the connection: a password that is refused, say.
+            // The manager would keep it for ever.
+            if let Err(error) = &answer
+                && !error.is_io_error()
+            {
+                let mut current = self.current();
+                if current.age == age {
+                    current.replace(&self.client, &self.config);
+                }
+            }
+            answer
         })
     }
 
@@ -289,18 +314,11 @@ impl Connection for Managed {
 
     fn unanswered(&self, age: u64) {
         let mut current = self.current();
-        if current.age != age {
-            return;
-        }
-        current.unanswered += 1;
-        if current.unanswered < UNANSWERED {
-            return;
-        }
-        let (client, config) = (self.client.clone(), self.config.clone());
-        if let Ok(manager) = ConnectionManager::new_lazy_with_config(client, config) {
-            current.manager = manager;
-            current.unanswered = 0;
-            current.age += 1;
+        if current.age == age {
+            current.unanswered += 1;
+            if current.unanswered >= UNANSWERED {
+                current.replace(&self.client, &self.config);
+            }
         }
     }
 }

@@ -1,8 +1,14 @@
 //! The master that sentinels name.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use futures_util::future::BoxFuture;
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
 use redis::{
     Cmd, ErrorKind, RedisResult, ServerErrorKind, Value,
     aio::{ConnectionLike as _, MultiplexedConnection},
@@ -11,10 +17,12 @@ use redis::{
 
 use super::link::{Connection, UNANSWERED, without_limits};
 
+/// How long the master may take to let us in, before the sentinels are asked again.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// A connection to the master, which is asked for anew when the connection is lost or leads to a replica.
 pub(super) struct Master {
-    /// Asked by one at a time, for all who need to know.
-    sentinels: tokio::sync::Mutex<SentinelClient>,
+    sentinels: Arc<tokio::sync::Mutex<SentinelClient>>,
     /// `std`'s lock, because sections are short and never await.
     current: Mutex<Current>,
 }
@@ -22,6 +30,9 @@ pub(super) struct Master {
 #[derive(Default)]
 struct Current {
     connection: Option<MultiplexedConnection>,
+    /// Goes on with the next command where the one that began it has run out of time: a sentinel that is silent takes the driver
+    /// as long before it asks the next.
+    search: Option<Shared<BoxFuture<'static, RedisResult<MultiplexedConnection>>>>,
     unanswered: u32,
     age: u64,
 }
@@ -29,7 +40,7 @@ struct Current {
 impl Master {
     pub(super) fn new(client: SentinelClient) -> Self {
         Self {
-            sentinels: tokio::sync::Mutex::new(client),
+            sentinels: Arc::new(tokio::sync::Mutex::new(client)),
             current: Mutex::default(),
         }
     }
@@ -39,29 +50,42 @@ impl Master {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn known(&self) -> Option<(u64, MultiplexedConnection)> {
-        let current = self.current();
-        let connection = current.connection.clone()?;
-        Some((current.age, connection))
-    }
-
     async fn connected(&self) -> RedisResult<(u64, MultiplexedConnection)> {
-        if let Some(known) = self.known() {
-            return Ok(known);
-        }
-        let mut sentinels = self.sentinels.lock().await;
-        // Somebody else may have asked meanwhile.
-        if let Some(known) = self.known() {
-            return Ok(known);
-        }
-        let client = sentinels.async_get_client().await?;
-        let connection = client
-            .get_multiplexed_async_connection_with_config(&without_limits())
-            .await?;
+        let (age, search) = {
+            let mut current = self.current();
+            if let Some(connection) = &current.connection {
+                return Ok((current.age, connection.clone()));
+            }
+            let search = current.search.get_or_insert_with(|| {
+                let search = search(self.sentinels.clone());
+                search.boxed().shared()
+            });
+            let search = search.clone();
+            (current.age, search)
+        };
+        let found = search.clone().await;
         let mut current = self.current();
-        current.connection = Some(connection.clone());
-        Ok((current.age, connection))
+        if current
+            .search
+            .as_ref()
+            .is_some_and(|now| now.ptr_eq(&search))
+        {
+            current.search = None;
+            current.connection = found.as_ref().ok().cloned();
+        }
+        Ok((age, found?))
     }
+}
+
+async fn search(
+    sentinels: Arc<tokio::sync::Mutex<SentinelClient>>,
+) -> RedisResult<MultiplexedConnection> {
+    let client = sentinels.lock().await.async_get_client().await?;
+    // Who is called master may be gone, and the sentinels may know soon.
+    let config = without_limits().set_connection_timeout(Some(PATIENCE));
+    client
+        .get_multiplexed_async_connection_with_config(&config)
+        .await
 }
 
 impl Current {

@@ -20,7 +20,7 @@ use tokio::sync::{Notify, futures::OwnedNotified};
 
 use self::attendant::Attendant;
 use super::link::Link;
-use crate::{Env, StorageError};
+use crate::{Env, StorageError, StorageErrorKind};
 
 mod attendant;
 
@@ -53,6 +53,8 @@ struct Slot {
     ended: Arc<Notify>,
     /// How often it could not be looked at.
     failures: u64,
+    /// Why, the last time.
+    failure: Option<StorageErrorKind>,
     due: Option<Duration>,
     subscription: Subscription,
     is_looked_at: bool,
@@ -118,14 +120,15 @@ impl Subscriber {
     ) -> Result<(Waiter<'a>, OwnedNotified), StorageError> {
         let now = self.env.now();
         let mut state = self.state();
+        let mut spawner = None;
         if !state.is_attended {
-            let Some(spawner) = self.env.spawner() else {
+            spawner = self.env.spawner();
+            if spawner.is_none() {
                 return Err(StorageError::unavailable(
                     "there is no tokio runtime to wait on",
                 ));
-            };
+            }
             state.is_attended = true;
-            spawner.spawn(Attendant::new(self.clone()).run());
         }
         let slot = state.slots.entry(name.to_owned()).or_insert_with(Slot::new);
         slot.waiting += 1;
@@ -135,6 +138,10 @@ impl Subscriber {
         let failures = slot.failures;
         state.attend(name, now);
         drop(state);
+        // A runtime that shuts down drops the task at once, which then sees to the state.
+        if let Some(spawner) = spawner {
+            spawner.spawn(Attendant::new(self.clone()).run());
+        }
         self.news.notify_one();
         let waiter = Waiter {
             subscriber: self,
@@ -149,7 +156,8 @@ impl Waiter<'_> {
     /// What came of it.
     fn result(&self) -> Result<(), StorageError> {
         match self.subscriber.state().slots.get(self.name) {
-            Some(slot) if slot.failures != self.failures => Err(StorageError::unavailable(
+            Some(slot) if slot.failures != self.failures => Err(StorageError::new(
+                slot.failure.unwrap_or(StorageErrorKind::Unavailable),
                 "the key that is waited for could not be looked at",
             )),
             _ => Ok(()),
@@ -223,6 +231,7 @@ impl Slot {
             waiting: 0,
             ended: Arc::default(),
             failures: 0,
+            failure: None,
             due: None,
             subscription: Subscription::None,
             is_looked_at: false,

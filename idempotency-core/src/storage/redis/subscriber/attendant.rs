@@ -287,8 +287,9 @@ impl Attendant {
                 }
             }
             Ok(_) => slot.ended.notify_waiters(),
-            Err(_) => {
+            Err(error) => {
                 slot.failures += 1;
+                slot.failure = Some(error.kind());
                 slot.ended.notify_waiters();
             }
         }
