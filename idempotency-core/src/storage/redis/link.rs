@@ -19,14 +19,23 @@ use crate::{Env, StorageError, StorageErrorKind};
 
 /// After so many commands in a row that got no answer the connection is taken for dead, and replaced: a network that swallows
 /// what is sent tells nobody.
-pub(super) const UNANSWERED: u32 = 3;
+const UNANSWERED: u32 = 3;
 
 /// A connection and the time limit of what is asked through it; clones share the connection.
 #[derive(Clone)]
 pub(super) struct Link {
     connection: Arc<dyn Connection>,
+    /// `std`'s lock, because sections are short and never await.
+    silence: Arc<Mutex<Silence>>,
     pub(super) limit: Duration,
     pub(super) env: Env,
+}
+
+/// How many commands in a row got no answer from the connection of this age.
+#[derive(Default)]
+struct Silence {
+    age: u64,
+    unanswered: u32,
 }
 
 /// Whether a command may be sent again to a connection that was lost before its answer came.
@@ -42,6 +51,7 @@ impl Link {
     pub(super) fn new(connection: impl Connection, limit: Duration) -> Self {
         Self {
             connection: Arc::new(connection),
+            silence: Arc::default(),
             limit,
             env: Env::system(),
         }
@@ -115,15 +125,35 @@ impl Link {
             Either::Left((answer, _)) => {
                 let is_answer = answer.as_ref().map_or_else(|e| !e.is_io_error(), |_| true);
                 if is_answer {
-                    self.connection.answered();
+                    self.silence().unanswered = 0;
                 }
                 answer.map_err(Failure::Redis)
             }
             Either::Right(_) => {
-                self.connection.unanswered(age);
+                self.unanswered(age);
                 Err(Failure::Timeout)
             }
         }
+    }
+
+    /// A command that was sent when the connection was of this `age` was not answered in time.
+    fn unanswered(&self, age: u64) {
+        let mut silence = self.silence();
+        if age < silence.age {
+            return;
+        }
+        if age > silence.age {
+            *silence = Silence { age, unanswered: 0 };
+        }
+        silence.unanswered += 1;
+        if silence.unanswered >= UNANSWERED {
+            self.connection.discard(age);
+        }
+    }
+
+    /// Nothing under this lock panics, so a poisoned one is whole.
+    fn silence(&self) -> MutexGuard<'_, Silence> {
+        self.silence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -200,11 +230,8 @@ pub(super) trait Connection: Send + Sync + 'static {
         0
     }
 
-    /// A command was answered.
-    fn answered(&self) {}
-
-    /// A command that was sent when the connection was of this `age` was not answered in time.
-    fn unanswered(&self, age: u64) {
+    /// The connection of this `age` is of no use any more: the next command gets another one.
+    fn discard(&self, age: u64) {
         let _ = age;
     }
 }
@@ -239,7 +266,6 @@ pub(super) struct Managed {
 
 struct Current {
     manager: ConnectionManager,
-    unanswered: u32,
     age: u64,
 }
 
@@ -257,28 +283,13 @@ impl Managed {
         Ok(Self {
             client,
             config,
-            current: Mutex::new(Current {
-                manager,
-                unanswered: 0,
-                age: 0,
-            }),
+            current: Mutex::new(Current { manager, age: 0 }),
         })
     }
 
     /// Nothing under this lock panics, so a poisoned one is whole.
     fn current(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Current {
-    fn replace(&mut self, client: &Client, config: &ConnectionManagerConfig) {
-        if let Ok(manager) = ConnectionManager::new_lazy_with_config(client.clone(), config.clone())
-        {
-            self.manager = manager;
-            self.unanswered = 0;
-            self.age += 1;
-        }
     }
 }
 
@@ -295,10 +306,7 @@ impl Connection for Managed {
             if let Err(error) = &answer
                 && !error.is_io_error()
             {
-                let mut current = self.current();
-                if current.age == age {
-                    current.replace(&self.client, &self.config);
-                }
+                self.discard(age);
             }
             answer
         })
@@ -308,17 +316,15 @@ impl Connection for Managed {
         self.current().age
     }
 
-    fn answered(&self) {
-        self.current().unanswered = 0;
-    }
-
-    fn unanswered(&self, age: u64) {
+    fn discard(&self, age: u64) {
         let mut current = self.current();
-        if current.age == age {
-            current.unanswered += 1;
-            if current.unanswered >= UNANSWERED {
-                current.replace(&self.client, &self.config);
-            }
+        if current.age != age {
+            return;
+        }
+        let (client, config) = (self.client.clone(), self.config.clone());
+        if let Ok(manager) = ConnectionManager::new_lazy_with_config(client, config) {
+            current.manager = manager;
+            current.age += 1;
         }
     }
 }

@@ -15,7 +15,7 @@ use redis::{
     sentinel::SentinelClient,
 };
 
-use super::link::{Connection, UNANSWERED, without_limits};
+use super::link::{Connection, without_limits};
 
 /// How long the master may take to let us in, before the sentinels are asked again.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -33,7 +33,6 @@ struct Current {
     /// Goes on with the next command where the one that began it has run out of time: a sentinel that is silent takes the driver
     /// as long before it asks the next.
     search: Option<Shared<BoxFuture<'static, RedisResult<MultiplexedConnection>>>>,
-    unanswered: u32,
     age: u64,
 }
 
@@ -88,17 +87,6 @@ async fn search(
         .await
 }
 
-impl Current {
-    /// The connection of this `age` is of no use any more.
-    fn forget(&mut self, age: u64) {
-        if self.age == age {
-            self.connection = None;
-            self.unanswered = 0;
-            self.age += 1;
-        }
-    }
-}
-
 impl Connection for Master {
     fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
         Box::pin(async move {
@@ -109,7 +97,7 @@ impl Connection for Master {
                 && (error.is_unrecoverable_error()
                     || error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly))
             {
-                self.current().forget(age);
+                self.discard(age);
             }
             answer
         })
@@ -119,17 +107,11 @@ impl Connection for Master {
         self.current().age
     }
 
-    fn answered(&self) {
-        self.current().unanswered = 0;
-    }
-
-    fn unanswered(&self, age: u64) {
+    fn discard(&self, age: u64) {
         let mut current = self.current();
         if current.age == age {
-            current.unanswered += 1;
-            if current.unanswered >= UNANSWERED {
-                current.forget(age);
-            }
+            current.connection = None;
+            current.age += 1;
         }
     }
 }

@@ -13,9 +13,6 @@ use super::{
 };
 use crate::{Env, Held, NewClaim, StorageError, Token};
 
-/// How long a command may take.
-const LIMIT: Duration = Duration::from_secs(1);
-
 /// What Redis is asked through; clones share it.
 #[derive(Clone)]
 pub(crate) struct Server {
@@ -24,7 +21,8 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) const DEFAULT_LIMIT: Duration = LIMIT;
+    /// How long a command may take.
+    pub(super) const DEFAULT_LIMIT: Duration = Duration::from_secs(1);
 
     /// A server of which any of `clients` tells of the end of claims.
     pub(super) fn new(link: Link, clients: Vec<Client>) -> Self {
@@ -37,12 +35,18 @@ impl Server {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::new(Link::new(Shared(connection), LIMIT), Vec::new())
+        Self::new(
+            Link::new(Shared(connection), Self::DEFAULT_LIMIT),
+            Vec::new(),
+        )
     }
 
     /// The master that sentinels name.
     pub(super) fn behind_sentinels(client: SentinelClient) -> Self {
-        Self::new(Link::new(Master::new(client), LIMIT), Vec::new())
+        Self::new(
+            Link::new(Master::new(client), Self::DEFAULT_LIMIT),
+            Vec::new(),
+        )
     }
 
     /// The same, with `client` to tell of the end of claims.
