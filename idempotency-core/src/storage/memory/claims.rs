@@ -24,6 +24,8 @@ pub(super) struct Claims {
 struct Slot {
     claim: Option<Claim>,
     waiting: usize,
+    /// No waiter sleeps longer than this without looking again.
+    asleep_until: Duration,
     /// Made for the first waiter: most claims never have one.
     wakes: Option<Arc<Notify>>,
 }
@@ -70,11 +72,13 @@ impl Claims {
             return false;
         }
         self.leases.insert((lease_end, *key));
-        self.slots.entry(*key).or_default().claim = Some(Claim {
+        let slot = self.slots.entry(*key).or_default();
+        slot.claim = Some(Claim {
             token: claim.token,
             fingerprint: claim.fingerprint,
             lease_end,
         });
+        slot.lease_ends_at(lease_end);
         true
     }
 
@@ -88,12 +92,8 @@ impl Claims {
         };
         self.leases.remove(&(claim.lease_end, *key));
         self.leases.insert((lease_end, *key));
-        let shortened = lease_end < claim.lease_end;
         claim.lease_end = lease_end;
-        if let (true, Some(wakes)) = (shortened, &slot.wakes) {
-            // They sleep until the old end.
-            wakes.notify_waiters();
-        }
+        slot.lease_ends_at(lease_end);
     }
 
     /// Ends the claim of `key`. Says whether there was one.
@@ -160,5 +160,16 @@ impl Claims {
     #[cfg(test)]
     pub(super) fn slots(&self) -> usize {
         self.slots.len()
+    }
+}
+
+impl Slot {
+    /// Tells those who would sleep past the new end of the lease, of this claim or of the one that follows it.
+    fn lease_ends_at(&mut self, lease_end: Duration) {
+        let shortened = lease_end < self.asleep_until;
+        self.asleep_until = lease_end;
+        if let (true, Some(wakes)) = (shortened, &self.wakes) {
+            wakes.notify_waiters();
+        }
     }
 }

@@ -199,6 +199,24 @@ fn a_shorter_lease_wakes_who_slept_for_the_longer() {
     assert!(poll(&mut waiter).is_ready());
 }
 
+/// The first claim was released, but another of those who waited learnt of that.
+#[test]
+fn a_claim_that_ends_before_the_one_before_it_wakes_who_slept_for_that() {
+    let (env, clock) = Env::simulated(1);
+    let storage = MemoryStorage::builder().env(env).build();
+    assert_eq!(begin(&storage, 1, DAY), Begin::Acquired);
+    let mut told = wait(&storage, DAY);
+    let mut asleep = wait(&storage, DAY);
+    assert!(poll(&mut told).is_pending());
+    assert!(poll(&mut asleep).is_pending());
+    assert_eq!(now(storage.release(&key(1), token(1))), Held::Yes);
+    assert!(poll(&mut told).is_ready());
+    assert_eq!(begin(&storage, 2, LEASE), Begin::Acquired);
+    assert!(poll(&mut asleep).is_pending());
+    clock.advance(LEASE);
+    assert!(poll(&mut asleep).is_ready());
+}
+
 #[test]
 fn a_repeated_begin_never_shortens_the_lease() {
     let clock = SetClock::default();
