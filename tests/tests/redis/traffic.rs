@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use idempotency_axum::{Config, LockPolicy, RedisStorage};
-use idempotency_tests::{Gate, redis::Redis};
+use idempotency_tests::{
+    Answer, Gate,
+    redis::{Monitor, Redis},
+};
+use tokio::task::JoinHandle;
 
 use super::{Shop, assert_replays};
 
@@ -31,58 +35,74 @@ async fn two_commands_for_a_first_execution_and_one_for_a_replay() {
     }
 }
 
+/// A duplicate that has waited for a second, in another process than the running original.
+struct Waiting {
+    _redis: Redis,
+    monitor: Monitor,
+    gate: Gate,
+    _first: Shop,
+    running: JoinHandle<Answer>,
+    second: Shop,
+    duplicate: JoinHandle<Answer>,
+}
+
+impl Waiting {
+    /// For an original whose claim `change` has changed.
+    async fn a_second(change: impl AsyncFnOnce(&Redis)) -> Self {
+        let redis = Redis::start();
+        let gate = Gate::new();
+        let first = Shop::gated(RedisStorage::connect(redis.url()).await.unwrap(), &gate).await;
+        let storage = RedisStorage::connect(redis.url()).await.unwrap();
+        let second = Shop::with(storage, patient, None).await;
+        let running = first.server.post("/orders").key("k").start();
+        gate.arrived(1).await;
+        change(&redis).await;
+
+        let mut monitor = redis.monitor().await;
+        let duplicate = second.server.post("/orders").key("k").start();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let commands = monitor.commands().await;
+        assert!((2..=4).contains(&commands.len()), "{commands:#?}");
+        Self {
+            _redis: redis,
+            monitor,
+            gate,
+            _first: first,
+            running,
+            second,
+            duplicate,
+        }
+    }
+}
+
 /// Somebody has `PERSIST`ed it, or restored it without its time.
 #[tokio::test]
 async fn a_claim_without_an_end_is_not_looked_at_more_often() {
-    let redis = Redis::start();
-    let gate = Gate::new();
-    let first = Shop::gated(RedisStorage::connect(redis.url()).await.unwrap(), &gate).await;
-    let storage = RedisStorage::connect(redis.url()).await.unwrap();
-    let second = Shop::with(storage, patient, None).await;
-    let running = first.server.post("/orders").key("k").start();
-    gate.arrived(1).await;
-    let names: Vec<String> = redis.ask(&["KEYS", "*"]).await;
-    let _: i64 = redis.ask(&["PERSIST", &names[0]]).await;
-
-    let mut monitor = redis.monitor().await;
-    let duplicate = second.server.post("/orders").key("k").start();
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let commands = monitor.commands().await;
-    assert!((2..=4).contains(&commands.len()), "{commands:#?}");
-    gate.open(1);
-    assert_eq!(running.await.unwrap().text(), "k 1");
-    assert_replays(&duplicate.await.unwrap(), "k 1");
+    let waiting = Waiting::a_second(async |redis| {
+        let names: Vec<String> = redis.ask(&["KEYS", "*"]).await;
+        let _: i64 = redis.ask(&["PERSIST", &names[0]]).await;
+    });
+    let waiting = waiting.await;
+    waiting.gate.open(1);
+    assert_eq!(waiting.running.await.unwrap().text(), "k 1");
+    assert_replays(&waiting.duplicate.await.unwrap(), "k 1");
 }
 
 #[tokio::test]
 async fn a_duplicate_that_waits_sends_at_most_four_commands_in_its_first_second() {
-    let redis = Redis::start();
-    let gate = Gate::new();
-    let first = Shop::gated(RedisStorage::connect(redis.url()).await.unwrap(), &gate).await;
-    let storage = RedisStorage::connect(redis.url()).await.unwrap();
-    let second = Shop::with(storage, patient, None).await;
-    let running = first.server.post("/orders").key("k").start();
-    gate.arrived(1).await;
-
-    let mut monitor = redis.monitor().await;
-    let duplicate = second.server.post("/orders").key("k").start();
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let commands = monitor.commands().await;
-    assert!((2..=4).contains(&commands.len()), "{commands:#?}");
-
+    let mut waiting = Waiting::a_second(async |_| {}).await;
     // More of them share what the first one hears.
-    let more: Vec<_> = (0..50)
-        .map(|_| second.server.post("/orders").key("k").start())
-        .collect();
-    second.events.until("waiting", 51).await;
-    gate.open(1);
-    assert_eq!(running.await.unwrap().text(), "k 1");
-    for duplicate in more.into_iter().chain([duplicate]) {
+    let order = || waiting.second.server.post("/orders").key("k").start();
+    let more: Vec<_> = (0..50).map(|_| order()).collect();
+    waiting.second.events.until("waiting", 51).await;
+    waiting.gate.open(1);
+    assert_eq!(waiting.running.await.unwrap().text(), "k 1");
+    for duplicate in more.into_iter().chain([waiting.duplicate]) {
         assert_replays(&duplicate.await.unwrap(), "k 1");
     }
-    let subscriptions = monitor.commands().await;
-    let subscribed = subscriptions
+    let commands = waiting.monitor.commands().await;
+    let subscribed = commands
         .iter()
         .filter(|command| command.starts_with("\"SUBSCRIBE\""));
-    assert_eq!(subscribed.count(), 0, "{subscriptions:#?}");
+    assert_eq!(subscribed.count(), 0, "{commands:#?}");
 }
