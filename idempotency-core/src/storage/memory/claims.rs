@@ -23,11 +23,16 @@ pub(super) struct Claims {
 #[derive(Default)]
 struct Slot {
     claim: Option<Claim>,
-    waiting: usize,
-    /// No waiter sleeps longer than this without looking again.
+    /// Apart from the claim, as most claims never have any.
+    waiters: Option<Box<Waiters>>,
+}
+
+/// Who waits for one key. There is at least one.
+struct Waiters {
+    count: usize,
+    /// No one sleeps longer than this without looking again.
     asleep_until: Duration,
-    /// Made for the first waiter: most claims never have one.
-    wakes: Option<Arc<Notify>>,
+    wakes: Arc<Notify>,
 }
 
 #[derive(Clone, Copy)]
@@ -106,14 +111,10 @@ impl Claims {
         };
         self.leases.remove(&(claim.lease_end, *key));
         self.ledger.claim_ended();
-        if let Some(wakes) = &slot.get().wakes {
-            match wake {
-                Wake::One => wakes.notify_one(),
-                Wake::All => wakes.notify_waiters(),
-            }
-        }
-        if slot.get().waiting == 0 {
-            slot.remove();
+        match (&slot.get().waiters, wake) {
+            (None, _) => drop(slot.remove()),
+            (Some(waiters), Wake::One) => waiters.wakes.notify_one(),
+            (Some(waiters), Wake::All) => waiters.wakes.notify_waiters(),
         }
         true
     }
@@ -139,20 +140,32 @@ impl Claims {
     /// Counts one who waits for the end of the claim of `key`; `None` when there is no claim.
     pub(super) fn subscribe(&mut self, key: &EncodedKey) -> Option<Arc<Notify>> {
         let slot = self.slots.get_mut(key)?;
-        slot.claim.as_ref()?;
-        slot.waiting += 1;
+        let lease_end = slot.claim.as_ref()?.lease_end;
+        let waiters = slot.waiters.get_or_insert_with(|| {
+            Box::new(Waiters {
+                count: 0,
+                asleep_until: lease_end,
+                wakes: Arc::default(),
+            })
+        });
+        waiters.count += 1;
         self.ledger.waiter_came();
-        Some(slot.wakes.get_or_insert_default().clone())
+        Some(waiters.wakes.clone())
     }
 
     /// Takes back one [`subscribe`](Self::subscribe).
     pub(super) fn unsubscribe(&mut self, key: &EncodedKey) {
         self.ledger.waiter_left();
-        if let hash_map::Entry::Occupied(mut slot) = self.slots.entry(*key) {
-            slot.get_mut().waiting -= 1;
-            if slot.get().waiting == 0 && slot.get().claim.is_none() {
-                slot.remove();
-            }
+        let hash_map::Entry::Occupied(mut entry) = self.slots.entry(*key) else {
+            return;
+        };
+        let slot = entry.get_mut();
+        slot.waiters.take_if(|waiters| {
+            waiters.count -= 1;
+            waiters.count == 0
+        });
+        if slot.waiters.is_none() && slot.claim.is_none() {
+            entry.remove();
         }
     }
 
@@ -166,10 +179,13 @@ impl Claims {
 impl Slot {
     /// Tells those who would sleep past the new end of the lease, of this claim or of the one that follows it.
     fn lease_ends_at(&mut self, lease_end: Duration) {
-        let shortened = lease_end < self.asleep_until;
-        self.asleep_until = lease_end;
-        if let (true, Some(wakes)) = (shortened, &self.wakes) {
-            wakes.notify_waiters();
+        let Some(waiters) = &mut self.waiters else {
+            return;
+        };
+        let shortened = lease_end < waiters.asleep_until;
+        waiters.asleep_until = lease_end;
+        if shortened {
+            waiters.wakes.notify_waiters();
         }
     }
 }
