@@ -65,7 +65,7 @@ const REPLACING: Duration = Duration::from_secs(5);
 ///
 /// | call | what it does |
 /// |---|---|
-/// | `begin` | looks at the cache, locks the key, looks again: a holder may have completed in between, and then it unlocks |
+/// | `begin` | looks at the cache, locks the key, looks again: a holder may have completed in between, and then it unlocks. Starts anew if a `remove` has unlocked it meanwhile |
 /// | `complete` | looks at the cache, renews the lock or, where it is over, takes it again, sets the record, unlocks |
 /// | `renew`, `release` | those of the lock |
 /// | `replace` | looks at the cache, locks the key, looks again, sets the record, unlocks |
@@ -183,31 +183,35 @@ impl<C: Cache, L: Lock> fmt::Debug for LockedStorage<C, L> {
 
 impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        if let Some(found) = self.look(key).await? {
-            return Ok(Begin::Completed(found.record));
-        }
-        let locked = match self.hold(key, claim.token, Some(claim.lease)).await? {
-            Some(locked) => locked,
-            None => match self
-                .take(key, claim.token, claim.fingerprint, claim.lease)
-                .await?
-            {
-                Taken::Yes(locked) => locked,
-                Taken::ByAnother | Taken::Perhaps => return Ok(self.in_flight(key)),
-            },
-        };
-        match self.look(key).await {
-            Ok(None) => Ok(Begin::Acquired),
-            Ok(Some(found)) => {
-                self.let_go(key, claim.token, locked).await;
-                Ok(Begin::Completed(found.record))
+        loop {
+            if let Some(found) = self.look(key).await? {
+                return Ok(Begin::Completed(found.record));
             }
-            Err(error) => {
-                // Where something lies there, nothing was claimed. Where it is not known, the claim is left to be released.
-                if error.kind() == StorageErrorKind::Unreadable {
+            let locked = match self.hold(key, claim.token, Some(claim.lease)).await? {
+                Some(locked) => locked,
+                None => match self
+                    .take(key, claim.token, claim.fingerprint, claim.lease)
+                    .await?
+                {
+                    Taken::Yes(locked) => locked,
+                    Taken::ByAnother | Taken::Perhaps => return Ok(self.in_flight(key)),
+                },
+            };
+            match self.look(key).await {
+                Ok(None) if self.is_known(key, claim.token, locked) => return Ok(Begin::Acquired),
+                // A `remove` took the lock, and then the record that it was meant for.
+                Ok(None) => {}
+                Ok(Some(found)) => {
                     self.let_go(key, claim.token, locked).await;
+                    return Ok(Begin::Completed(found.record));
                 }
-                Err(error)
+                Err(error) => {
+                    // Where something lies there, nothing was claimed. Where it is not known, the claim is left to be released.
+                    if error.kind() == StorageErrorKind::Unreadable {
+                        self.let_go(key, claim.token, locked).await;
+                    }
+                    return Err(error);
+                }
             }
         }
     }
@@ -405,6 +409,12 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         let lease = lease.unwrap_or(claim.lease).max(left);
         let held = self.renew_lock(key, token, claim.locked, lease).await?;
         Ok((held == Held::Yes).then_some(claim.locked))
+    }
+
+    /// Whether nothing here has ended the claim of `token` that holds `locked`.
+    fn is_known(&self, key: &EncodedKey, token: Token, locked: Token) -> bool {
+        let claim = self.known().get(key, token);
+        claim.is_some_and(|claim| claim.locked == locked)
     }
 
     /// Locks `key` for a claim of `token`, if it is free.

@@ -449,6 +449,26 @@ fn odd_durations() {
     assert_eq!(now(node.storage.get(&key)), None);
 }
 
+/// A `remove` ends the claim that a `begin` has just made, and takes the record that the `begin` would have found.
+#[test]
+fn a_begin_that_a_removal_overtakes_starts_anew() {
+    let node = Node::new();
+    assert_eq!(node.begin(1), Begin::Acquired);
+    node.parts.next(Call::Acquire, [Fault::Pauses]);
+    let (key, new) = (key(), claim(2));
+    let mut begin = pin!(node.storage.begin(&key, &new));
+    assert!(poll(begin.as_mut()).is_pending());
+    assert_eq!(node.complete(1, &response("x")), Held::Yes);
+    node.parts.next(Call::Get, [Fault::Pauses]);
+    assert!(poll(begin.as_mut()).is_pending());
+    assert!(now(node.storage.remove(&key)));
+    assert_eq!(now(begin), Begin::Acquired);
+    assert!(matches!(node.begin(3), Begin::InFlight { .. }));
+    assert_eq!(node.complete(2, &response("y")), Held::Yes);
+    assert_eq!(node.begin(3), Begin::Completed(response("y")));
+    node.assert_empty();
+}
+
 /// Threads that take turns on a few keys, with strangers in between: one claim per key at a time, and a record stays until it
 /// is removed.
 #[test]
