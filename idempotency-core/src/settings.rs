@@ -14,7 +14,7 @@ use self::{
     error::Path,
     field::Field,
     secret::Location,
-    storage::{LockKind, StorageKind, WhatWhenFull},
+    storage::{LockKind, Place, StorageKind, WhatWhenFull},
     value::Value,
 };
 use crate::{
@@ -105,7 +105,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `lock.name` | prefix of the lock's keys, for class `redis` | `idempotency` | `LOCK.NAME` |
 /// | `on_storage_error` | `reject`, `run_unprotected` | `reject` | |
 /// | `on_unreadable` | `reject`, `treat_as_absent` | `reject` | |
-/// | `storage_timeout` | duration | 1 s | |
+/// | `storage_timeout` | duration: how long a call of a storage may take | 1 s | |
 /// | `max_request_body`, `max_response_body` | bytes | 2 MiB, 1 MiB | |
 /// | `max_running`, `max_waiting` | number | 16,384 | |
 /// | `replay_header` | name of a header; null for none | `idempotency-replayed` | |
@@ -119,6 +119,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `storage.name` | prefix of the storage's keys, for these classes | `idempotency` | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
+/// | `storage.require_noeviction` | whether a Redis that may evict records is refused, for class `redis` | false: warned of | |
 /// | `storages.<name>` | a cache for `cache_name = "<name>"`: as `storage`, without `cache_name` and `store_on` | | |
 ///
 /// * A **duration** is text with units (`"30s"`, `"100ms"`, `"1h30m"`; `ms`, `s`, `m`, `h`, `d`) or a number of seconds.
@@ -228,6 +229,7 @@ struct StorageSettings {
     name: Option<String>,
     max_bytes: Option<usize>,
     when_full: Option<WhatWhenFull>,
+    require_noeviction: Option<bool>,
 }
 
 /// What [`Settings::open`] gives: all that a middleware is made of.
@@ -316,21 +318,29 @@ impl Settings {
     /// If a storage or the lock lacks its location, if this build does not have it or it can't be reached, if a storage can't do
     /// with that lock what it is set to, or if both `storage` and one of `storages` set up the default cache.
     pub async fn open(&self) -> Result<Opened, SettingsError> {
-        let claims = self.lock.claims()?;
+        let (config, claims) = (self.config(), self.lock.claims()?);
         let root = Path::default();
         let named = root.field("storages");
         let default_cache = self.default_cache.as_deref().unwrap_or("default");
 
         let mut caches = BTreeMap::new();
         for (name, storage) in &self.storages {
-            let path = named.field(name);
-            let storage = storage.open(&path, Some(name), &claims).await?;
+            let place = Place {
+                path: &named.field(name),
+                cache: Some(name),
+                time_limit: config.storage_timeout,
+            };
+            let storage = storage.open(place, &claims).await?;
             caches.insert(name.clone(), storage);
         }
         let storage = match caches.remove(default_cache) {
             None => {
-                let path = root.field("storage");
-                self.storage.open(&path, None, &claims).await?
+                let place = Place {
+                    path: &root.field("storage"),
+                    cache: None,
+                    time_limit: config.storage_timeout,
+                };
+                self.storage.open(place, &claims).await?
             }
             Some(default) if self.storage == StorageSettings::default() => default,
             Some(_) => {
@@ -345,7 +355,7 @@ impl Settings {
         };
         Ok(Opened {
             mode: self.mode,
-            config: self.config(),
+            config,
             storage,
             default_cache: default_cache.to_owned(),
             caches,

@@ -542,6 +542,7 @@ impl StorageSettings {
             name: fields.read("name", read_name)?,
             max_bytes: fields.read("max_bytes", read_max_bytes)?,
             when_full: fields.read("when_full", read_when_full)?,
+            require_noeviction: fields.read("require_noeviction", Field::flag)?,
         })
     }
 }

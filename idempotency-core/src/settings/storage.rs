@@ -1,5 +1,7 @@
 //! From a class and its location to a storage that is open.
 
+use std::time::Duration;
+
 use super::{
     LockSettings, StorageSettings,
     error::{Path, SettingsError, SettingsErrorKind},
@@ -40,14 +42,31 @@ pub(super) enum Claims {
     },
 }
 
+/// A storage's place in the settings.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) path: &'a Path,
+    /// The name of the cache, if it is not the default one.
+    pub(super) cache: Option<&'a str>,
+    /// `storage_timeout`, the limit for all storages.
+    #[cfg_attr(
+        not(feature = "redis"),
+        expect(
+            dead_code,
+            reason = "only what is reached over a network takes its time"
+        )
+    )]
+    pub(super) time_limit: Duration,
+}
+
 impl StorageSettings {
-    /// Opens the storage that stands at `path`, as the cache of that name if it is not the default one.
+    /// Opens the storage that stands at `place`.
     pub(super) async fn open(
         &self,
-        path: &Path,
-        cache: Option<&str>,
+        place: Place<'_>,
         claims: &Claims,
     ) -> Result<AnyStorage, SettingsError> {
+        let path = place.path;
         let class = class(self.class, self.location.as_ref(), path)?;
         let class = class.unwrap_or(StorageKind::Memory);
         match (class, claims) {
@@ -56,14 +75,11 @@ impl StorageSettings {
                 Err(no_such_storage(path, "PostgreSQL"))
             }
             (StorageKind::Memory, Claims::Storage) => self.open_memory(path),
-            (StorageKind::Redis, Claims::Storage) => self.open_redis(path, cache).await,
-            (_, Claims::Process) => {
-                self.open_locked(class, path, cache, ProcessLock::new())
-                    .await
-            }
+            (StorageKind::Redis, Claims::Storage) => self.open_redis(place).await,
+            (_, Claims::Process) => self.open_locked(class, place, ProcessLock::new()).await,
             (_, Claims::Redis { location, name }) => {
-                let name = prefix(name.as_deref(), cache);
-                self.open_locked_by_redis(class, path, cache, &location.0, name)
+                let name = prefix(name.as_deref(), place.cache);
+                self.open_locked_by_redis(class, place, &location.0, name)
                     .await
             }
         }
@@ -73,14 +89,13 @@ impl StorageSettings {
     async fn open_locked(
         &self,
         class: StorageKind,
-        path: &Path,
-        cache: Option<&str>,
+        place: Place<'_>,
         lock: impl Lock,
     ) -> Result<AnyStorage, SettingsError> {
         match class {
-            StorageKind::Memory => self.open_locked_memory(path, lock),
-            StorageKind::Redis => self.open_locked_redis(path, cache, lock).await,
-            StorageKind::Postgres => Err(no_such_storage(path, "PostgreSQL")),
+            StorageKind::Memory => self.open_locked_memory(place.path, lock),
+            StorageKind::Redis => self.open_locked_redis(place, lock).await,
+            StorageKind::Postgres => Err(no_such_storage(place.path, "PostgreSQL")),
         }
     }
 
@@ -156,67 +171,83 @@ impl StorageSettings {
 
 #[cfg(feature = "redis")]
 impl StorageSettings {
-    async fn open_redis(
-        &self,
-        path: &Path,
-        cache: Option<&str>,
-    ) -> Result<AnyStorage, SettingsError> {
-        let location = self.location(path, redis_location, REDIS_LOCATION)?;
-        let storage = crate::RedisStorage::connect(location).await;
-        let storage = storage.map_err(|error| not_connected(path, error))?;
-        let prefix = prefix(self.name.as_deref(), cache);
-        Ok(AnyStorage::new(storage.prefix(prefix)))
+    async fn open_redis(&self, place: Place<'_>) -> Result<AnyStorage, SettingsError> {
+        let location = self.location(place.path, redis_location, REDIS_LOCATION)?;
+        let storage = self.connect(place, crate::RedisStorage::connect(location));
+        let prefix = prefix(self.name.as_deref(), place.cache);
+        Ok(AnyStorage::new(storage.await?.prefix(prefix)))
     }
 
     async fn open_locked_redis(
         &self,
-        path: &Path,
-        cache: Option<&str>,
+        place: Place<'_>,
         lock: impl Lock,
     ) -> Result<AnyStorage, SettingsError> {
-        let location = self.location(path, redis_location, REDIS_LOCATION)?;
-        let records = crate::RedisCache::connect(location).await;
-        let records = records.map_err(|error| not_connected(path, error))?;
-        let records = records.prefix(prefix(self.name.as_deref(), cache));
+        let location = self.location(place.path, redis_location, REDIS_LOCATION)?;
+        let records = self.connect(place, crate::RedisCache::connect(location));
+        let prefix = prefix(self.name.as_deref(), place.cache);
+        let records = records.await?.prefix(prefix);
         Ok(AnyStorage::new(crate::LockedStorage::new(records, lock)))
     }
 
     async fn open_locked_by_redis(
         &self,
         class: StorageKind,
-        path: &Path,
-        cache: Option<&str>,
+        place: Place<'_>,
         location: &str,
         name: String,
     ) -> Result<AnyStorage, SettingsError> {
-        let lock = crate::RedisLock::connect(location).await;
+        let connecting = crate::RedisLock::connect(location).time_limit(place.time_limit);
+        let lock = connecting.await;
         let lock = lock.map_err(|error| not_connected(&lock_path(), error))?;
-        self.open_locked(class, path, cache, lock.name(name)).await
+        self.open_locked(class, place, lock.name(name)).await
+    }
+
+    async fn connect<T: 'static>(
+        &self,
+        place: Place<'_>,
+        connecting: crate::RedisConnect<T>,
+    ) -> Result<T, SettingsError> {
+        let connecting = self.terms(connecting, place.time_limit);
+        let connected = connecting.await;
+        connected.map_err(|error| not_connected(place.path, error))
+    }
+
+    /// How it is connected to.
+    fn terms<T>(
+        &self,
+        connecting: crate::RedisConnect<T>,
+        time_limit: Duration,
+    ) -> crate::RedisConnect<T> {
+        let connecting = connecting.time_limit(time_limit);
+        match self.require_noeviction {
+            Some(true) => connecting.require_noeviction(),
+            Some(false) | None => connecting,
+        }
     }
 }
 
 #[cfg(not(feature = "redis"))]
 #[expect(clippy::unused_async, reason = "with the feature they connect")]
 impl StorageSettings {
-    async fn open_redis(&self, path: &Path, _: Option<&str>) -> Result<AnyStorage, SettingsError> {
-        self.location(path, redis_location, REDIS_LOCATION)?;
-        Err(no_such_storage(path, "Redis"))
+    async fn open_redis(&self, place: Place<'_>) -> Result<AnyStorage, SettingsError> {
+        self.location(place.path, redis_location, REDIS_LOCATION)?;
+        let _ = self.require_noeviction;
+        Err(no_such_storage(place.path, "Redis"))
     }
 
     async fn open_locked_redis(
         &self,
-        path: &Path,
-        cache: Option<&str>,
+        place: Place<'_>,
         _: impl Lock,
     ) -> Result<AnyStorage, SettingsError> {
-        self.open_redis(path, cache).await
+        self.open_redis(place).await
     }
 
     async fn open_locked_by_redis(
         &self,
         _: StorageKind,
-        _: &Path,
-        _: Option<&str>,
+        _: Place<'_>,
         _: &str,
         _: String,
     ) -> Result<AnyStorage, SettingsError> {
@@ -385,4 +416,26 @@ fn no_such_lock(name: &str) -> SettingsError {
         &lock_path().field("class"),
         message,
     )
+}
+
+#[cfg(all(test, feature = "redis"))]
+mod tests {
+    use super::*;
+    use crate::RedisStorage;
+
+    #[test]
+    fn redis_is_connected_to_on_the_terms_of_the_settings() {
+        let terms = |require_noeviction| {
+            let settings = StorageSettings {
+                require_noeviction,
+                ..StorageSettings::default()
+            };
+            let connecting = RedisStorage::connect("cache");
+            format!("{:?}", settings.terms(connecting, Duration::from_secs(3)))
+        };
+        for (set, required) in [(None, false), (Some(false), false), (Some(true), true)] {
+            let expected = format!("require_noeviction: {required}, time_limit: 3s");
+            assert!(terms(set).contains(&expected), "{}", terms(set));
+        }
+    }
 }

@@ -76,6 +76,27 @@ async fn a_storage_and_a_named_cache_share_a_redis_and_no_key() {
     assert_eq!(prefixes(&redis).await, ["idempotency", "post:mails"]);
 }
 
+#[tokio::test]
+async fn a_redis_that_may_evict_is_refused_on_demand() {
+    let redis = Redis::start();
+    for (name, value) in [("maxmemory", "100mb"), ("maxmemory-policy", "allkeys-lru")] {
+        let _: String = redis.ask(&["CONFIG", "SET", name, value]).await;
+    }
+    let open = async |require_noeviction: Value| {
+        let storage = json!({
+            "class": "redis", "location": redis.url(), "require_noeviction": require_noeviction,
+        });
+        let settings = serde_json::from_value(json!({ "storage": storage })).unwrap();
+        IdempotencyLayer::from_settings(settings).await
+    };
+    open(json!(false)).await.unwrap();
+    for yes in [json!(true), json!("true")] {
+        let error = open(yes).await.unwrap_err().to_string();
+        assert!(error.starts_with("`storage.location`: "), "{error}");
+        assert!(error.contains("maxmemory-policy noeviction"), "{error}");
+    }
+}
+
 /// `LOCK.CLASS`, `LOCK.LOCATION` and `LOCK.NAME`, with the records where they are told to be.
 #[tokio::test]
 async fn a_lock_that_processes_share() {

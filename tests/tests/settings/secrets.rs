@@ -128,6 +128,7 @@ fn a_url_in_the_wrong_place_does_not_show_its_password() {
             "store_on",
             "max_bytes",
             "when_full",
+            "require_noeviction",
             "password",
         ] {
             for class in ["memory", "redis", "postgres"] {
@@ -208,6 +209,7 @@ fn name() -> impl Strategy<Value = String> {
         "cache_name",
         "max_bytes",
         "when_full",
+        "require_noeviction",
         "lock__timeout",
         "storage__location",
     ];
