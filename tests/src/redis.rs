@@ -8,6 +8,6 @@ mod server;
 pub use self::{
     cluster::Cluster,
     process::{Process, Spec},
-    proxy::{Chaos, Proxy, Withheld},
+    proxy::{Chaos, Late, Proxy, Withheld},
     server::{Monitor, Redis, RedisBuilder, free_port},
 };

@@ -2,6 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use redis::aio::ConnectionLike;
 
 use self::{
@@ -16,10 +17,11 @@ use crate::{
 };
 
 pub(crate) mod connect;
+mod connection;
 mod layout;
 pub(crate) mod link;
+mod maker;
 mod scripts;
-mod sentinel;
 pub(crate) mod server;
 mod subscriber;
 
@@ -61,8 +63,11 @@ impl RedisStorage {
     /// # }
     /// ```
     ///
-    /// A version older than Redis 7 is refused, and a server that may evict records is warned of in the log
-    /// ([`require_noeviction`](RedisConnect::require_noeviction) refuses it). Once connected, it connects anew by itself.
+    /// Refused are a version older than Redis 7, a replica, a sentinel, and several servers that are no Cluster. A server that may
+    /// evict records is warned of in the log ([`require_noeviction`](RedisConnect::require_noeviction) refuses it); of a Cluster
+    /// every master is looked at. Once connected, it connects anew by itself: when the connection is lost or went silent, when the
+    /// server has become a replica (the name in `location` may lead to the new master), and on another tokio runtime when the
+    /// first one is gone.
     ///
     /// # Errors
     ///
@@ -86,10 +91,11 @@ impl RedisStorage {
     /// # }
     /// ```
     ///
-    /// Nothing is checked. `connection` should connect anew by itself when it is lost; a `ConnectionManager` does, but not after a
-    /// password of it was refused once, as [`connect`](Self::connect) does. A Cluster's sends again what it lost the answer to, so
-    /// a release or removal that was done may be said to be lost. Who waits is told of the end of a claim only with
-    /// a [`subscriber`](Self::subscriber).
+    /// Nothing is checked. `connection` should connect anew by itself when it is lost. A `ConnectionManager` does, but it stays, as
+    /// [`connect`](Self::connect) does not, with a master that has become a replica, with a password that was refused once, and
+    /// with a connection that went silent. A Cluster's must not read from replicas, and it sends again what it lost the answer to,
+    /// so a release that was done may be said to be lost. Who waits is told of the end of a claim only with a
+    /// [`subscriber`](Self::subscriber).
     pub fn new<C>(connection: C) -> Self
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
@@ -100,7 +106,7 @@ impl RedisStorage {
     /// A storage in the master that sentinels name. They are asked when the first command is sent, and again when the connection
     /// is lost or leads to a replica.
     ///
-    /// Nothing is checked, and who waits looks at the key instead of being told, as with [`new`](Self::new).
+    /// Nothing is checked, as with [`new`](Self::new). Who waits is told of the end of a claim by the master.
     ///
     /// ```
     /// use idempotency_core::{RedisStorage, redis::sentinel::{SentinelClient, SentinelServerType}};
@@ -167,6 +173,19 @@ impl RedisStorage {
 
     fn name(&self, key: &EncodedKey) -> String {
         format!("{}:{key}", self.prefix)
+    }
+
+    /// As much of what lies under `name` as tells it from all that may come after it.
+    async fn first_bytes(&self, name: &str) -> Result<Bytes, StorageError> {
+        let mut range = redis::cmd("GETRANGE");
+        range.arg(name).arg(0).arg(17);
+        match self.server.ask(&range).await {
+            Ok(answer) => Ok(bytes_of(answer)?.unwrap_or_default()),
+            Err(error) if error.kind() == StorageErrorKind::Unreadable => {
+                Ok(Bytes::from_static(scripts::NOT_BYTES.as_bytes()))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Runs a script that answers whether the key was held.
@@ -315,11 +334,25 @@ impl Storage for RedisStorage {
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        let removed = self
-            .server
-            .run(&scripts::REMOVE, &self.name(key), &[], Repeatable::No)
-            .await?;
-        Ok(removed > 0)
+        const TRIES: usize = 3;
+
+        let name = self.name(key);
+        for _ in 0..TRIES {
+            let seen = self.first_bytes(&name).await?;
+            let removed = self
+                .server
+                .run(&scripts::REMOVE, &name, &[&seen], Repeatable::Yes)
+                .await?;
+            match removed {
+                scripts::DONE => return Ok(true),
+                scripts::CHANGED => {}
+                // Gone meanwhile, perhaps by a first sending of this.
+                _ => return Ok(!seen.is_empty()),
+            }
+        }
+        Err(StorageError::unavailable(
+            "the key changes faster than it can be removed",
+        ))
     }
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {

@@ -109,6 +109,12 @@ impl Cluster {
         panic!("no key of master {master}");
     }
 
+    /// One of the masters.
+    #[must_use]
+    pub fn master(&self, master: usize) -> &Redis {
+        &self.masters[master]
+    }
+
     /// Kills one of the masters.
     pub fn kill(&mut self, master: usize) {
         self.masters[master].kill();

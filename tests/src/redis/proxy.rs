@@ -40,25 +40,37 @@ pub struct Chaos {
 #[must_use]
 pub struct Withheld(watch::Receiver<bool>);
 
+/// A packet that the proxy passes on when it is told to.
+#[derive(Debug)]
+#[must_use]
+pub struct Late {
+    there: watch::Receiver<bool>,
+    go: watch::Sender<bool>,
+}
+
 #[derive(Debug)]
 struct Shared {
-    server: PathBuf,
     /// `std`'s lock, because sections are short and never await.
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
+    server: PathBuf,
+    welcome: Duration,
     chaos: Chaos,
     random: u64,
     withhold: Option<(String, watch::Sender<bool>)>,
     hold: Option<(String, watch::Sender<bool>)>,
+    late: Option<(String, watch::Sender<bool>, watch::Receiver<bool>)>,
     faults: usize,
 }
 
 /// What becomes of a packet.
 enum Fate {
     Pass(Duration),
+    /// Passed on when it is told.
+    Late(watch::Receiver<bool>),
     Drop,
     Cut,
 }
@@ -74,8 +86,10 @@ impl Proxy {
         let directory = directory("proxy");
         let listener = UnixListener::bind(directory.join("proxy.sock")).expect("a unix socket");
         let shared = Arc::new(Shared {
-            server: redis.socket(),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                server: redis.socket(),
+                ..State::default()
+            }),
         });
         let serving = shared.clone();
         let task = tokio::spawn(async move {
@@ -99,6 +113,16 @@ impl Proxy {
     #[must_use]
     pub fn url(&self) -> String {
         format!("unix://{}", self.directory.join("proxy.sock").display())
+    }
+
+    /// New connections lead to this server from now on; those that there are stay where they are.
+    pub fn lead_to(&self, redis: &Redis) {
+        self.shared.state().server = redis.socket();
+    }
+
+    /// What is sent first over a new connection takes that long from now on.
+    pub fn welcome_after(&self, delay: Duration) {
+        self.shared.state().welcome = delay;
     }
 
     /// From now on things go wrong, in an order that comes of `seed`.
@@ -127,6 +151,14 @@ impl Proxy {
         self.shared.state().hold = Some((words.to_owned(), sender));
         Withheld(receiver)
     }
+
+    /// The next packet to the server that contains `words` is passed on when [`Late::go`] says so, whatever became of its client.
+    pub fn late(&self, words: &str) -> Late {
+        let (is_there, there) = watch::channel(false);
+        let (go, may_go) = watch::channel(false);
+        self.shared.state().late = Some((words.to_owned(), is_there, may_go));
+        Late { there, go }
+    }
 }
 
 impl Drop for Proxy {
@@ -147,6 +179,24 @@ impl Withheld {
         let there = self.0.wait_for(|there| *there);
         let there = timeout(Duration::from_secs(30), there).await;
         there.expect("something to withhold").expect("a proxy");
+    }
+}
+
+impl Late {
+    /// Returns once the proxy has it.
+    ///
+    /// # Panics
+    ///
+    /// Panics after 30 s.
+    pub async fn there(&mut self) {
+        let there = self.there.wait_for(|there| *there);
+        let there = timeout(Duration::from_secs(30), there).await;
+        there.expect("something that is late").expect("a proxy");
+    }
+
+    /// Passes it on.
+    pub fn go(&self) {
+        self.go.send_replace(true);
     }
 }
 
@@ -189,9 +239,14 @@ impl State {
 
 /// Passes packets between `client` and the server until one of them, or a fault, ends the connection.
 async fn connection(shared: Arc<Shared>, client: UnixStream) {
-    let Ok(server) = UnixStream::connect(&shared.server).await else {
+    let (server, welcome) = {
+        let state = shared.state();
+        (state.server.clone(), state.welcome)
+    };
+    let Ok(server) = UnixStream::connect(server).await else {
         return;
     };
+    sleep(welcome).await;
     let (from_client, to_client) = client.into_split();
     let (from_server, to_server) = server.into_split();
     let withheld = Arc::new(watch::Sender::new(None));
@@ -216,6 +271,9 @@ async fn requests(
             if let Some((_, there)) = state.hold.take_if(|(words, _)| has(words)) {
                 there.send_replace(true);
                 Fate::Drop
+            } else if let Some((_, there, go)) = state.late.take_if(|(words, ..)| has(words)) {
+                there.send_replace(true);
+                Fate::Late(go)
             } else {
                 if let Some((_, there)) = state.withhold.take_if(|(words, _)| has(words)) {
                     withheld.send_replace(Some(there));
@@ -263,6 +321,13 @@ async fn pass(
             // Silence, until somebody hangs up.
             while self::packet(from).await.is_some() {}
             false
+        }
+        Fate::Late(mut go) => {
+            // Nobody who would say so is there any more.
+            if go.wait_for(|go| *go).await.is_err() {
+                return false;
+            }
+            to.write_all(packet).await.is_ok()
         }
         Fate::Pass(delay) => {
             if !delay.is_zero() {

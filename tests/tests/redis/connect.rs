@@ -94,8 +94,13 @@ async fn users_and_passwords() {
         "+subscribe",
         "+unsubscribe",
         "+info",
+        "+select",
     ];
     let _: String = redis.ask(&rights).await;
+    let elsewhere = format!("redis://shop:pass@127.0.0.1:{port}/2");
+    let elsewhere = Shop::open(RedisStorage::connect(elsewhere).await.unwrap()).await;
+    assert_eq!(elsewhere.order("k").await.code(), 201);
+    let _: String = redis.ask(&["ACL", "SETUSER", "shop", "-select"]).await;
     let location = format!("redis://shop:pass@127.0.0.1:{port}");
     let storage = RedisStorage::connect(&location)
         .require_noeviction()
@@ -179,6 +184,57 @@ async fn what_can_not_be_connected_to() {
     let connecting = RedisStorage::connect(location).time_limit(Duration::from_millis(100));
     let error = connecting.await.unwrap_err();
     assert_eq!(error.kind(), RedisConnectErrorKind::Unreachable);
+}
+
+/// Each process would have the records of the one that answers it first.
+#[tokio::test]
+async fn several_servers_that_are_no_cluster_are_refused() {
+    let servers = [(); 2].map(|()| Redis::builder().on_a_port().start());
+    let locations = servers
+        .each_ref()
+        .map(|redis| format!("redis://127.0.0.1:{}", redis.port()));
+    let error = RedisStorage::connect(locations.join(","))
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.kind(),
+        RedisConnectErrorKind::NotACluster,
+        "{error:?}"
+    );
+    assert!(
+        error.to_string().contains("`RedisStorage::sentinel`"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn what_keeps_no_records_is_refused() {
+    let master = Redis::builder().on_a_port().start();
+    let port = master.port().to_string();
+    let replica = Redis::builder()
+        .with(&["--replicaof", "127.0.0.1", &port])
+        .start();
+    let sentinel = Redis::builder().sentinel_of(master.port()).start();
+    let sentinel_location = format!("redis://127.0.0.1:{}", sentinel.port());
+    for (location, cure) in [
+        (replica.url(), "name its master"),
+        (sentinel_location, "`RedisStorage::sentinel`"),
+    ] {
+        let error = RedisStorage::connect(location).await.unwrap_err();
+        assert_eq!(error.kind(), RedisConnectErrorKind::NotAMaster, "{error:?}");
+        assert!(error.to_string().contains(cure), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_limit_may_be_any() {
+    let redis = Redis::start();
+    let storage = RedisStorage::connect(redis.url()).time_limit(Duration::MAX);
+    let storage = storage.await.unwrap();
+    assert_eq!(
+        storage.get(&EncodedKey::from_bytes([7; 32])).await.unwrap(),
+        None
+    );
 }
 
 /// The service is a process of its own here, because the environment says whose signatures it trusts.

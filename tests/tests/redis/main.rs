@@ -16,6 +16,7 @@ use idempotency_tests::{Answer, Events, Gate, Runs, Server};
 mod chaos;
 mod conformance;
 mod connect;
+mod connections;
 mod faults;
 mod memory;
 mod processes;

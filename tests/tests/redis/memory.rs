@@ -10,7 +10,10 @@ use idempotency_axum::{
         sentinel::{SentinelClient, SentinelServerType},
     },
 };
-use idempotency_tests::{Logs, redis::Redis};
+use idempotency_tests::{
+    Logs,
+    redis::{Cluster, Redis},
+};
 
 use super::until;
 
@@ -102,6 +105,20 @@ async fn a_server_that_may_evict_is_warned_of_or_refused() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_master_of_a_cluster_is_looked_at() {
+    let cluster = Cluster::start().await;
+    let connect = || RedisStorage::connect(cluster.url());
+    let _ = connect().require_noeviction().await.unwrap();
+    for (name, value) in [("maxmemory", "100mb"), ("maxmemory-policy", "allkeys-lfu")] {
+        let _: String = cluster.master(2).ask(&["CONFIG", "SET", name, value]).await;
+    }
+    let error = connect().require_noeviction().await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Evicts, "{error:?}");
+    assert!(error.to_string().contains("allkeys-lfu"), "{error}");
+    let _ = connect().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_claim_waits_for_its_replicas() {
     let redis = master();
@@ -129,6 +146,20 @@ fn master() -> Redis {
         .on_a_port()
         .with(&["--repl-diskless-sync-delay", "0"])
         .start()
+}
+
+/// A master that was cut off would go on alone; it can be told not to.
+#[tokio::test]
+async fn a_master_without_its_replicas_may_refuse_claims() {
+    let redis = Redis::start();
+    let _: String = redis
+        .ask(&["CONFIG", "SET", "min-replicas-to-write", "1"])
+        .await;
+    let storage = RedisStorage::connect(redis.url()).await.unwrap();
+    let error = storage.begin(&KEY, &claim()).await.unwrap_err();
+    assert_eq!(error.kind(), StorageErrorKind::Unavailable, "{error:?}");
+    let text = format!("{error:?}");
+    assert!(text.contains("NOREPLICAS"), "{text}");
 }
 
 /// A replica that has all that the master has.
@@ -182,6 +213,30 @@ async fn sentinels_tell_who_is_master() {
     assert_eq!(held.unwrap(), Held::Yes);
     let role: redis::Value = new.ask(&["ROLE"]).await;
     assert!(format!("{role:?}").contains("master"), "{role:?}");
+}
+
+#[tokio::test]
+async fn who_waits_behind_sentinels_is_told() {
+    let redis = master();
+    let sentinel = Redis::builder().sentinel_of(redis.port()).start();
+    let locations = vec![format!("redis://127.0.0.1:{}", sentinel.port())];
+    let client = SentinelClient::build(locations, "mymaster", None, SentinelServerType::Master);
+    let storage = RedisStorage::sentinel(client.unwrap());
+    let claim = claim();
+    assert_eq!(storage.begin(&KEY, &claim).await.unwrap(), Begin::Acquired);
+    let released = async {
+        until(async || {
+            let channels: Vec<String> = redis.ask(&["PUBSUB", "CHANNELS"]).await;
+            channels
+                .contains(&format!("idempotency:{KEY}"))
+                .then_some(())
+        })
+        .await;
+        storage.release(&KEY, claim.token).await.unwrap()
+    };
+    let (waited, held) = tokio::join!(storage.wait(&KEY, PATIENCE), released);
+    waited.unwrap();
+    assert_eq!(held, Held::Yes);
 }
 
 #[tokio::test]

@@ -4,15 +4,18 @@ use std::{fmt, future::IntoFuture, pin::pin, time::Duration};
 
 use futures_util::future::{BoxFuture, Either, select};
 use redis::{
-    Client, ConnectionInfo, IntoConnectionInfo as _, ProtocolVersion, RedisError,
-    aio::MultiplexedConnection, cluster::ClusterClient, io::tcp::TcpSettings,
+    Client, ConnectionInfo, IntoConnectionInfo as _, RedisError, aio::MultiplexedConnection,
+    cluster::ClusterClient, io::tcp::TcpSettings,
 };
 
-use self::about::check;
+use self::{about::About, error::Reason};
 use super::{
-    link::{Link, Managed, Shared, without_limits},
+    connection::Remade,
+    link::Link,
+    maker::{self, Nodes, One},
     scripts,
     server::Server,
+    subscriber::{Tellers, subscribing},
 };
 use crate::{Env, StorageError};
 
@@ -82,41 +85,68 @@ async fn open(
     require_noeviction: bool,
     limit: Duration,
 ) -> Result<Server, RedisConnectError> {
-    let nodes = nodes(location)?;
-    if Env::system().spawner().is_none() {
+    let nodes = nodes(location, limit)?;
+    let env = Env::system();
+    if env.spawner().is_none() {
         let error = "there is no tokio runtime to connect on";
         return Err(RedisConnectError::unreachable(error));
     }
     #[cfg(feature = "redis-tls")]
     provide_cryptography();
-    let (mut connection, node) = first_that_answers(&nodes, limit).await?;
-    let checks = check(&mut connection, require_noeviction);
-    let is_cluster = within(limit * 2, checks)
-        .await
-        .unwrap_or_else(|| Err(RedisConnectError::unreachable(StorageError::timeout())))?;
+    let tellers = nodes.iter().map(subscribing).collect::<Result<_, _>>();
+    let tellers = Tellers::Any(tellers.map_err(RedisConnectError::url)?);
 
-    let clients = nodes.iter().map(subscribing).collect::<Result<_, _>>()?;
-    let link = if is_cluster {
-        let client = ClusterClient::builder(nodes)
-            .connection_timeout(limit)
-            .response_timeout(limit)
-            .retries(3)
-            .min_retry_wait(10)
-            .max_retry_wait(100)
-            .tcp_settings(TcpSettings::default().set_nodelay(true))
-            .build()
-            .map_err(RedisConnectError::url)?;
-        let connected = within(limit * 2, client.get_async_connection()).await;
-        let connection = connected
-            .ok_or_else(|| RedisConnectError::unreachable(StorageError::timeout()))?
-            .map_err(RedisConnectError::unreachable)?;
-        Link::new(Shared(connection), limit)
+    let (mut connection, client) = first_that_answers(&nodes, limit).await?;
+    let about = within(limit, About::server(&mut connection)).await?;
+    let link = if about.is_cluster() {
+        let nodes = Remade::new(Nodes(cluster(nodes, limit)?), env);
+        let connected = within(limit.saturating_mul(2), nodes.connected()).await?;
+        let (_, mut masters) = connected.map_err(RedisConnectError::unreachable)?;
+        for about in within(limit, about.masters(&mut masters)).await? {
+            about.check(require_noeviction)?;
+        }
+        Link::new(nodes, limit)
     } else {
-        let managed = Managed::new(node, limit).map_err(RedisConnectError::url)?;
-        Link::new(managed, limit)
+        about.check(require_noeviction)?;
+        if nodes.len() > 1 {
+            // Whichever answers first would have the records.
+            return Err(RedisConnectError::new(Reason::NotACluster));
+        }
+        Link::new(Remade::new(One::new(client, limit), env), limit)
     };
     link.load(&scripts::all()).await;
-    Ok(Server::new(link, clients))
+    Ok(Server::new(link, tellers))
+}
+
+fn cluster(
+    nodes: Vec<ConnectionInfo>,
+    limit: Duration,
+) -> Result<ClusterClient, RedisConnectError> {
+    ClusterClient::builder(nodes)
+        .connection_timeout(limit)
+        .response_timeout(limit)
+        .retries(3)
+        .min_retry_wait(10)
+        .max_retry_wait(100)
+        .tcp_settings(tcp(limit))
+        .build()
+        .map_err(RedisConnectError::url)
+}
+
+/// The settings of every connection. Where the network swallows what is sent, the kernel gives it up, which is the only way in
+/// which the driver's own connections to the nodes of a Cluster hear of it.
+fn tcp(limit: Duration) -> TcpSettings {
+    let settings = TcpSettings::default().set_nodelay(true);
+    #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
+    let settings = {
+        const SHORTEST: Duration = Duration::from_secs(1);
+        const LONGEST: Duration = Duration::from_secs(3600);
+
+        settings.set_user_timeout(limit.saturating_mul(3).clamp(SHORTEST, LONGEST))
+    };
+    #[cfg(not(any(target_os = "android", target_os = "fuchsia", target_os = "linux")))]
+    let _ = limit;
+    settings
 }
 
 /// Where a program depends on several providers and has chosen none, rustls panics when it is first used.
@@ -129,7 +159,7 @@ fn provide_cryptography() {
 }
 
 /// What `location` names, each with the settings that all connections have.
-fn nodes(location: &str) -> Result<Vec<ConnectionInfo>, RedisConnectError> {
+fn nodes(location: &str, limit: Duration) -> Result<Vec<ConnectionInfo>, RedisConnectError> {
     let mut urls: Vec<String> = Vec::new();
     for part in location.split(',') {
         match urls.last_mut() {
@@ -147,48 +177,31 @@ fn nodes(location: &str) -> Result<Vec<ConnectionInfo>, RedisConnectError> {
             false => format!("redis://{url}"),
         };
         let info = url.into_connection_info()?;
-        Ok(info.set_tcp_settings(TcpSettings::default().set_nodelay(true)))
+        Ok(info.set_tcp_settings(tcp(limit)))
     });
     infos
         .collect::<Result<_, RedisError>>()
         .map_err(RedisConnectError::url)
 }
 
-/// For the connection that is subscribed: it says nothing that is not needed, and speaks the older protocol.
-fn subscribing(node: &ConnectionInfo) -> Result<Client, RedisConnectError> {
-    let settings = node.redis_settings().clone();
-    let settings = settings
-        .set_skip_set_lib_name()
-        .set_protocol(ProtocolVersion::RESP2)
-        // Channels belong to no database, and a Cluster has only one.
-        .set_db(0);
-    Client::open(node.clone().set_redis_settings(settings)).map_err(RedisConnectError::url)
-}
-
 async fn first_that_answers(
     nodes: &[ConnectionInfo],
     limit: Duration,
 ) -> Result<(MultiplexedConnection, Client), RedisConnectError> {
-    let (mut failure, config) = (None, without_limits());
+    let mut failure = None;
     for node in nodes {
         let client = Client::open(node.clone()).map_err(RedisConnectError::url)?;
-        let connected = within(
-            limit,
-            client.get_multiplexed_async_connection_with_config(&config),
-        )
-        .await;
-        match connected {
-            Some(Ok(connection)) => return Ok((connection, client)),
-            Some(Err(error)) => failure = Some(RedisConnectError::unreachable(error)),
-            None => failure = Some(RedisConnectError::unreachable(StorageError::timeout())),
+        match maker::connect(&client, limit).await {
+            Ok(connection) => return Ok((connection, client)),
+            Err(error) => failure = Some(RedisConnectError::unreachable(error)),
         }
     }
     Err(failure.unwrap_or_else(|| RedisConnectError::unreachable("no server is named")))
 }
 
-async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, RedisConnectError> {
     match select(pin!(work), pin!(Env::system().sleep(limit))).await {
-        Either::Left((result, _)) => Some(result),
-        Either::Right(_) => None,
+        Either::Left((result, _)) => Ok(result),
+        Either::Right(_) => Err(RedisConnectError::unreachable(StorageError::timeout())),
     }
 }

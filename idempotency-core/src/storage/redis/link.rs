@@ -8,13 +8,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures_util::future::{BoxFuture, Either, select};
-use redis::{
-    AsyncConnectionConfig, Client, Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value,
-    aio::{ConnectionLike, ConnectionManager, ConnectionManagerConfig},
-};
+use futures_util::future::{Either, select};
+use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 
-use super::scripts::Script;
+use super::{connection::Connection, scripts::Script};
 use crate::{Env, StorageError, StorageErrorKind};
 
 /// After so many commands in a row that got no answer the connection is taken for dead, and replaced: a network that swallows
@@ -105,55 +102,79 @@ impl Link {
     }
 
     async fn send(&self, command: &Cmd, repeatable: Repeatable) -> RedisResult<Value> {
-        let answer = match self.connection.send(command).await {
+        match self.connection.send(command).await {
             Err(error) if may_be_repeated(&error, repeatable) => {
                 // The connection is made anew meanwhile.
                 self.connection.send(command).await
             }
             answer => answer,
-        };
-        // To the driver, that the server refuses is an answer too.
-        answer?.extract_error()
+        }
     }
 
     async fn within_limit<T>(
         &self,
         work: impl Future<Output = RedisResult<T>>,
     ) -> Result<T, Failure> {
-        let age = self.connection.age();
+        let question = Question {
+            link: self,
+            age: self.connection.age(),
+            has_ended: false,
+        };
         match select(pin!(work), pin!(self.env.sleep(self.limit))).await {
             Either::Left((answer, _)) => {
-                let is_answer = answer.as_ref().map_or_else(|e| !e.is_io_error(), |_| true);
-                if is_answer {
-                    self.silence().unanswered = 0;
-                }
+                question.ended(answer.as_ref().err());
                 answer.map_err(Failure::Redis)
             }
-            Either::Right(_) => {
-                self.unanswered(age);
-                Err(Failure::Timeout)
-            }
+            Either::Right(_) => Err(Failure::Timeout),
         }
     }
 
-    /// A command that was sent when the connection was of this `age` was not answered in time.
-    fn unanswered(&self, age: u64) {
-        let mut silence = self.silence();
-        if age < silence.age {
-            return;
-        }
-        if age > silence.age {
-            *silence = Silence { age, unanswered: 0 };
-        }
-        silence.unanswered += 1;
-        if silence.unanswered >= UNANSWERED {
-            self.connection.discard(age);
-        }
+    /// How often the connection was made that commands are sent through now.
+    pub(super) fn age(&self) -> u64 {
+        self.connection.age()
     }
 
     /// Nothing under this lock panics, so a poisoned one is whole.
     fn silence(&self) -> MutexGuard<'_, Silence> {
         self.silence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A command that was sent when the connection was of this age. If it is dropped, whoever's limit it was that is over, it got no
+/// answer.
+struct Question<'a> {
+    link: &'a Link,
+    age: u64,
+    has_ended: bool,
+}
+
+impl Question<'_> {
+    /// It has come to an end: with an answer, if what came is of the server.
+    fn ended(mut self, error: Option<&RedisError>) {
+        if error.is_none_or(|error| !error.is_io_error()) {
+            self.link.silence().unanswered = 0;
+        }
+        self.has_ended = true;
+    }
+}
+
+impl Drop for Question<'_> {
+    fn drop(&mut self) {
+        if self.has_ended {
+            return;
+        }
+        let mut silence = self.link.silence();
+        if self.age < silence.age {
+            return;
+        }
+        if self.age > silence.age {
+            let age = self.age;
+            *silence = Silence { age, unanswered: 0 };
+        }
+        silence.unanswered += 1;
+        if silence.unanswered >= UNANSWERED {
+            self.link.connection.discard(self.age);
+        }
     }
 }
 
@@ -168,8 +189,7 @@ fn script_command(name: &str, script: &str, key: &str, arguments: &[&[u8]]) -> C
 
 fn may_be_repeated(error: &RedisError, repeatable: Repeatable) -> bool {
     // Nothing was sent.
-    error.is_connection_refusal()
-        || (repeatable == Repeatable::Yes && error.is_connection_dropped())
+    error.is_connection_refusal() || (repeatable == Repeatable::Yes && error.is_io_error())
 }
 
 enum Failure {
@@ -219,114 +239,6 @@ pub(crate) fn milliseconds(duration: Duration) -> u64 {
     const LONGEST: u128 = 100 * 366 * 24 * 3600 * 1000;
     let rounded_up = duration.as_nanos().div_ceil(1_000_000);
     u64::try_from(rounded_up.clamp(1, LONGEST)).unwrap_or(u64::MAX)
-}
-
-/// What commands can be sent to by many at once.
-pub(super) trait Connection: Send + Sync + 'static {
-    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>>;
-
-    /// How often it was replaced.
-    fn age(&self) -> u64 {
-        0
-    }
-
-    /// The connection of this `age` is of no use any more: the next command gets another one.
-    fn discard(&self, age: u64) {
-        let _ = age;
-    }
-}
-
-/// The driver has limits of its own, which count besides ours if they are shorter.
-pub(super) fn without_limits() -> AsyncConnectionConfig {
-    AsyncConnectionConfig::new()
-        .set_connection_timeout(None)
-        .set_response_timeout(None)
-}
-
-/// A connection of the user's, whose clones share it. It sees to itself.
-pub(super) struct Shared<C>(pub(super) C);
-
-impl<C> Connection for Shared<C>
-where
-    C: ConnectionLike + Clone + Send + Sync + 'static,
-{
-    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
-        let mut connection = self.0.clone();
-        Box::pin(async move { connection.req_packed_command(command).await })
-    }
-}
-
-/// A connection to one server that is made anew when it is lost.
-pub(super) struct Managed {
-    client: Client,
-    config: ConnectionManagerConfig,
-    /// `std`'s lock, because sections are short and never await.
-    current: Mutex<Current>,
-}
-
-struct Current {
-    manager: ConnectionManager,
-    age: u64,
-}
-
-impl Managed {
-    /// Connects when the first command is sent.
-    pub(super) fn new(client: Client, limit: Duration) -> RedisResult<Self> {
-        // Between two attempts a command waits; its own limit is what ends that.
-        let config = ConnectionManagerConfig::new()
-            .set_min_delay(Duration::from_millis(20))
-            .set_max_delay(Duration::from_millis(100))
-            .set_number_of_retries(2)
-            .set_connection_timeout(Some(limit))
-            .set_response_timeout(None);
-        let manager = ConnectionManager::new_lazy_with_config(client.clone(), config.clone())?;
-        Ok(Self {
-            client,
-            config,
-            current: Mutex::new(Current { manager, age: 0 }),
-        })
-    }
-
-    /// Nothing under this lock panics, so a poisoned one is whole.
-    fn current(&self) -> MutexGuard<'_, Current> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Connection for Managed {
-    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
-        Box::pin(async move {
-            let (age, mut manager) = {
-                let current = self.current();
-                (current.age, current.manager.clone())
-            };
-            let answer = manager.send_packed_command(command).await;
-            // What Redis says of a command is no error here, so this one is about the connection: a password that is refused, say.
-            // The manager would keep it for ever.
-            if let Err(error) = &answer
-                && !error.is_io_error()
-            {
-                self.discard(age);
-            }
-            answer
-        })
-    }
-
-    fn age(&self) -> u64 {
-        self.current().age
-    }
-
-    fn discard(&self, age: u64) {
-        let mut current = self.current();
-        if current.age != age {
-            return;
-        }
-        let (client, config) = (self.client.clone(), self.config.clone());
-        if let Ok(manager) = ConnectionManager::new_lazy_with_config(client, config) {
-            current.manager = manager;
-            current.age += 1;
-        }
-    }
 }
 
 impl fmt::Debug for Link {

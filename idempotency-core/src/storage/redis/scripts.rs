@@ -25,6 +25,7 @@ impl Script {
 pub(super) const DONE: i64 = 1;
 pub(super) const NOT_HELD: i64 = 0;
 pub(super) const FOREIGN: i64 = -1;
+pub(super) const CHANGED: i64 = -1;
 
 /// Token, value, TTL in milliseconds. Stores the value if the claim is the token's or nothing is there.
 const COMPLETE_CODE: &str = "\
@@ -86,15 +87,22 @@ return -1
     )
 });
 
+/// The first bytes that were seen, or [`NOT_BYTES`]. Removes what they are of, and nothing that came since.
 pub(super) static REMOVE: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
+    Script::new(&format!(
         "\
+local head = redis.pcall('GETRANGE', KEYS[1], 0, 17)
+if type(head) == 'table' then head = '{NOT_BYTES}' end
+if head ~= ARGV[1] then return -redis.call('EXISTS', KEYS[1]) end
 local removed = redis.call('DEL', KEYS[1])
 if removed == 1 then redis.pcall('PUBLISH', KEYS[1], 'all') end
 return removed
-",
-    )
+"
+    ))
 });
+
+/// How [`REMOVE`] calls a list, a set and so on.
+pub(super) const NOT_BYTES: &str = "not bytes";
 
 /// What is left of the claim, in milliseconds; negative if there is none. One that somebody made last for ever is a claim too.
 pub(super) static LEASE_LEFT: LazyLock<Script> = LazyLock::new(|| {

@@ -5,11 +5,12 @@ use std::{sync::Arc, time::Duration};
 use redis::{Client, Cmd, Value, aio::ConnectionLike, sentinel::SentinelClient};
 
 use super::{
+    connection::{Own, Remade},
     layout::{self, Found},
-    link::{Link, Repeatable, Shared, bytes_of, milliseconds},
+    link::{Link, Repeatable, bytes_of, milliseconds},
+    maker::Sentinels,
     scripts::{self, Script},
-    sentinel::Master,
-    subscriber::Subscriber,
+    subscriber::{Subscriber, Tellers},
 };
 use crate::{Env, Held, NewClaim, StorageError, Token};
 
@@ -24,9 +25,9 @@ impl Server {
     /// How long a command may take.
     pub(super) const DEFAULT_LIMIT: Duration = Duration::from_secs(1);
 
-    /// A server of which any of `clients` tells of the end of claims.
-    pub(super) fn new(link: Link, clients: Vec<Client>) -> Self {
-        let subscriber = Arc::new(Subscriber::new(link.clone(), clients));
+    /// A server of whose claims `tellers` tell the end.
+    pub(super) fn new(link: Link, tellers: Tellers) -> Self {
+        let subscriber = Arc::new(Subscriber::new(link.clone(), tellers));
         Self { link, subscriber }
     }
 
@@ -35,30 +36,28 @@ impl Server {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::new(
-            Link::new(Shared(connection), Self::DEFAULT_LIMIT),
-            Vec::new(),
-        )
+        let link = Link::new(Own(connection), Self::DEFAULT_LIMIT);
+        Self::new(link, Tellers::none())
     }
 
     /// The master that sentinels name.
     pub(super) fn behind_sentinels(client: SentinelClient) -> Self {
-        Self::new(
-            Link::new(Master::new(client), Self::DEFAULT_LIMIT),
-            Vec::new(),
-        )
+        let sentinels = Sentinels::new(client);
+        let connection = Remade::new(sentinels.clone(), Env::system());
+        let link = Link::new(connection, Self::DEFAULT_LIMIT);
+        Self::new(link, Tellers::Master(sentinels))
     }
 
     /// The same, with `client` to tell of the end of claims.
     pub(crate) fn told_by(self, client: Client) -> Self {
-        Self::new(self.link, vec![client])
+        Self::new(self.link, Tellers::Any(vec![client]))
     }
 
     /// The same, with another limit for each command.
     pub(crate) fn limited(self, limit: Duration) -> Self {
         let mut link = self.link;
         link.limit = limit;
-        Self::new(link, self.subscriber.clients().to_vec())
+        Self::new(link, self.subscriber.tellers().clone())
     }
 
     pub(crate) fn limit(&self) -> Duration {

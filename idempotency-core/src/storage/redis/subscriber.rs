@@ -6,6 +6,8 @@
 //! hint that may get lost and a holder that died sends none. All who wait for one key share what it hears and sees.
 //!
 //! Without a subscription (no connection for it, no right to the channel) it only looks, at a faster pace.
+//!
+//! The task runs on the runtime of the first who waits. If that one is blocked or gone, the others start another task on theirs.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -14,8 +16,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::select;
-use redis::Client;
+use futures_util::future::{Either, select};
 use tokio::sync::{Notify, futures::OwnedNotified};
 
 use self::attendant::Attendant;
@@ -23,15 +24,20 @@ use super::link::Link;
 use crate::{Env, StorageError, StorageErrorKind};
 
 mod attendant;
+mod teller;
+
+pub(super) use self::teller::{Tellers, subscribing};
 
 /// How long a subscription outlives the last who waited: the next duplicate often comes soon.
 const LINGER: Duration = Duration::from_secs(2);
 
+/// How often those who wait see to it that the task runs, and how late it may be.
+const LATE: Duration = Duration::from_secs(1);
+
 /// The keys that are waited for in this process.
 pub(super) struct Subscriber {
     link: Link,
-    /// Any of the servers of a Cluster hears of all channels.
-    clients: Vec<Client>,
+    tellers: Tellers,
     env: Env,
     /// `std`'s lock, because sections are short and never await.
     state: Mutex<State>,
@@ -44,7 +50,10 @@ struct State {
     slots: HashMap<String, Slot>,
     /// When the task is to attend to which key.
     due: BTreeSet<(Duration, String)>,
-    is_attended: bool,
+    /// The number of the task, if there is one.
+    attendant: Option<u64>,
+    /// How many there were.
+    attendants: u64,
 }
 
 /// A key that somebody waits for, or did a moment ago.
@@ -58,8 +67,10 @@ struct Slot {
     due: Option<Duration>,
     subscription: Subscription,
     is_looked_at: bool,
-    /// Somebody came since it was last looked at.
+    /// Something has happened since it was last looked at: somebody came, or it is heard of now.
     is_stale: bool,
+    /// It was to be looked at, which waits a little for the subscription.
+    is_put_off: bool,
     pause: Duration,
 }
 
@@ -78,18 +89,18 @@ struct Waiter<'a> {
 }
 
 impl Subscriber {
-    pub(super) fn new(link: Link, clients: Vec<Client>) -> Self {
+    pub(super) fn new(link: Link, tellers: Tellers) -> Self {
         Self {
             env: link.env.clone(),
             link,
-            clients,
+            tellers,
             state: Mutex::default(),
             news: Notify::new(),
         }
     }
 
-    pub(super) fn clients(&self) -> &[Client] {
-        &self.clients
+    pub(super) fn tellers(&self) -> &Tellers {
+        &self.tellers
     }
 
     /// Returns when the claim of the key `name` has ended, or perhaps has, or when `timeout` is over.
@@ -101,10 +112,18 @@ impl Subscriber {
         if timeout.is_zero() {
             return Ok(());
         }
+        let deadline = self.env.now().saturating_add(timeout);
         let (waiter, ended) = self.join(name)?;
         // Dropped before `waiter`: a wake that it was given is passed on while the others can still be found.
         let mut ended = Box::pin(ended);
-        let _ = select(ended.as_mut(), pin!(self.env.sleep(timeout))).await;
+        loop {
+            let left = deadline.saturating_sub(self.env.now());
+            let sleep = pin!(self.env.sleep(left.min(LATE)));
+            match select(ended.as_mut(), sleep).await {
+                Either::Right(_) if left > LATE => self.see_to_the_task(self.state())?,
+                _ => break,
+            }
+        }
         drop(ended);
         waiter.result()
     }
@@ -120,35 +139,49 @@ impl Subscriber {
     ) -> Result<(Waiter<'a>, OwnedNotified), StorageError> {
         let now = self.env.now();
         let mut state = self.state();
-        let mut spawner = None;
-        if !state.is_attended {
-            spawner = self.env.spawner();
-            if spawner.is_none() {
-                return Err(StorageError::unavailable(
-                    "there is no tokio runtime to wait on",
-                ));
-            }
-            state.is_attended = true;
-        }
         let slot = state.slots.entry(name.to_owned()).or_insert_with(Slot::new);
         slot.waiting += 1;
         slot.is_stale = true;
         // Told of all that happens from here on, polled or not.
         let ended = slot.ended.clone().notified_owned();
-        let failures = slot.failures;
-        state.attend(name, now);
-        drop(state);
-        // A runtime that shuts down drops the task at once, which then sees to the state.
-        if let Some(spawner) = spawner {
-            spawner.spawn(Attendant::new(self.clone()).run());
-        }
-        self.news.notify_one();
         let waiter = Waiter {
             subscriber: self,
             name,
-            failures,
+            failures: slot.failures,
         };
+        // Where the task is late, it is late for this one too.
+        let at = slot.due.map_or(now, |at| at.min(now));
+        state.attend(name, at);
+        self.see_to_the_task(state)?;
+        self.news.notify_one();
         Ok((waiter, ended))
+    }
+
+    /// Starts the task if there is none, or if its runtime has not let it run for a while.
+    fn see_to_the_task(
+        self: &Arc<Self>,
+        mut state: MutexGuard<'_, State>,
+    ) -> Result<(), StorageError> {
+        let now = self.env.now();
+        if state.attendant.is_some() && !state.is_late(now) {
+            return Ok(());
+        }
+        let Some(spawner) = self.env.spawner() else {
+            return Err(StorageError::unavailable(
+                "there is no tokio runtime to wait on",
+            ));
+        };
+        state.deaf(now);
+        for slot in state.slots.values_mut() {
+            slot.is_looked_at = false;
+        }
+        state.attendants += 1;
+        let number = state.attendants;
+        state.attendant = Some(number);
+        drop(state);
+        // A runtime that shuts down drops the task at once, which then sees to the state.
+        spawner.spawn(Attendant::new(self.clone(), number).run());
+        Ok(())
     }
 }
 
@@ -208,6 +241,12 @@ impl State {
         Some(name)
     }
 
+    /// Whether something was due a while ago and nobody has attended to it.
+    fn is_late(&self, now: Duration) -> bool {
+        let due = self.due.first();
+        due.is_some_and(|(at, _)| now.saturating_sub(*at) > LATE)
+    }
+
     /// No subscription is left. All that are waited for are due.
     fn deaf(&mut self, now: Duration) {
         let mut waited_for = Vec::new();
@@ -215,6 +254,7 @@ impl State {
             slot.subscription = Subscription::None;
             slot.pause = Duration::ZERO;
             slot.is_stale = true;
+            slot.is_put_off = false;
             if slot.waiting > 0 {
                 waited_for.push(name.clone());
             }
@@ -236,6 +276,7 @@ impl Slot {
             subscription: Subscription::None,
             is_looked_at: false,
             is_stale: false,
+            is_put_off: false,
             pause: Duration::ZERO,
         }
     }

@@ -1,96 +1,172 @@
 //! What a server tells of itself, and whether it is fit to keep records.
 
-use redis::{RedisError, Value, aio::MultiplexedConnection};
+use std::collections::BTreeMap;
+
+use redis::{
+    Cmd, RedisError, Value,
+    aio::MultiplexedConnection,
+    cluster_async::ClusterConnection,
+    cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo},
+};
 
 use super::error::{OLDEST, Reason, RedisConnectError};
 
-/// Checks version and memory. Says whether the server is part of a Cluster.
-pub(super) async fn check(
-    connection: &mut MultiplexedConnection,
-    require_noeviction: bool,
-) -> Result<bool, RedisConnectError> {
-    let about = About::ask(connection).await;
-    match &about.version {
-        Some(version) => {
-            let major = version
-                .split('.')
-                .next()
-                .and_then(|major| major.parse().ok());
-            // Who says something else is no Redis, and may well do what a new one does.
-            if major.is_some_and(|major: u32| major < OLDEST) {
-                return Err(RedisConnectError::new(Reason::TooOld(version.clone())));
-            }
-        }
-        None => tracing::warn!(
-            target: "idempotency",
-            "Redis does not tell its version: the user may not call HELLO, nor INFO"
-        ),
-    }
-    let advice = "set `maxmemory-policy noeviction`, so that it refuses new keys instead of forgetting payments";
-    match about.evicts {
-        Some(None) => {}
-        Some(Some(policy)) if require_noeviction => {
-            return Err(RedisConnectError::new(Reason::Evicts(policy)));
-        }
-        Some(Some(policy)) => tracing::warn!(
-            target: "idempotency", policy, advice,
-            "Redis evicts records when its memory is full, and what they answered for runs again"
-        ),
-        None if require_noeviction => {
-            return Err(RedisConnectError::new(Reason::EvictionUnknown));
-        }
-        None => tracing::warn!(
-            target: "idempotency", advice,
-            "Redis does not tell whether it evicts records: the user may call neither INFO nor CONFIG GET"
-        ),
-    }
-    Ok(about.is_cluster)
-}
-
 /// What a server tells of itself, as far as its user may ask.
-struct About {
+#[derive(Default)]
+pub(super) struct About {
     version: Option<String>,
-    is_cluster: bool,
+    mode: Option<String>,
+    role: Option<String>,
     /// The policy by which it evicts, if it does.
     evicts: Option<Option<String>>,
 }
 
 impl About {
-    async fn ask(connection: &mut MultiplexedConnection) -> Self {
+    /// Asks the server behind `connection`.
+    pub(super) async fn server(connection: &mut MultiplexedConnection) -> Self {
         // Everybody may say hello. What INFO and CONFIG tell is often not for every user.
         let hello = pairs(redis::cmd("HELLO").query_async(connection).await);
         let info = lines(redis::cmd("INFO").query_async(connection).await);
-        let find = |pairs: &[(String, String)], name: &str| {
-            let mut found = pairs.iter().filter(|(key, _)| key == name);
-            found.next().map(|(_, value)| value.clone())
+        let config = match info.of("maxmemory_policy") {
+            Some(_) => Told::default(),
+            None => pairs(memory_settings().query_async(connection).await),
         };
-        let version = find(&hello, "version").or_else(|| find(&info, "redis_version"));
-        let mode = find(&hello, "mode").or_else(|| find(&info, "redis_mode"));
+        Self::read(&hello, &info, &config)
+    }
 
-        let mut memory = info;
-        if find(&memory, "maxmemory_policy").is_none() {
-            let mut config = redis::cmd("CONFIG");
-            config.arg("GET").arg("maxmemory*");
-            memory = pairs(config.query_async(connection).await);
-            for (name, _) in &mut memory {
-                *name = name.replace('-', "_");
+    /// Asks every master of the Cluster that this server is a part of.
+    pub(super) async fn masters(self, connection: &mut ClusterConnection) -> Vec<Self> {
+        let info = of_masters(connection, redis::cmd("INFO")).await;
+        let mut masters: BTreeMap<_, _> = info
+            .into_iter()
+            .map(|(master, info)| (master, (lines(Ok(info)), Told::default())))
+            .collect();
+        let is_told = |(info, _): &(Told, Told)| info.of("maxmemory_policy").is_some();
+        if masters.is_empty() || !masters.values().all(is_told) {
+            for (master, config) in of_masters(connection, memory_settings()).await {
+                masters.entry(master).or_default().1 = pairs(Ok(config));
             }
         }
-        let limit = find(&memory, "maxmemory");
-        let evicts = find(&memory, "maxmemory_policy").map(|policy| {
+        if masters.is_empty() {
+            // They tell nothing.
+            return vec![Self {
+                version: self.version,
+                ..Self::default()
+            }];
+        }
+        let masters = masters.into_values().map(|(info, config)| {
+            let mut about = Self::read(&Told::default(), &info, &config);
+            about.version = about.version.or_else(|| self.version.clone());
+            about.mode.clone_from(&self.mode);
+            about
+        });
+        masters.collect()
+    }
+
+    fn read(hello: &Told, info: &Told, config: &Told) -> Self {
+        let told = |in_hello, in_info| hello.of(in_hello).or_else(|| info.of(in_info));
+        let set = |in_info, in_config| info.of(in_info).or_else(|| config.of(in_config));
+        let evicts = set("maxmemory_policy", "maxmemory-policy").map(|policy| {
+            let limit = set("maxmemory", "maxmemory");
             let is_bounded = limit.is_none_or(|limit| limit != "0");
-            (is_bounded && policy != "noeviction").then_some(policy)
+            (is_bounded && policy != "noeviction").then(|| policy.to_owned())
         });
         Self {
-            version,
-            is_cluster: mode.as_deref() == Some("cluster"),
+            version: told("version", "redis_version").map(str::to_owned),
+            mode: told("mode", "redis_mode").map(str::to_owned),
+            role: told("role", "role").map(str::to_owned),
             evicts,
         }
+    }
+
+    pub(super) fn is_cluster(&self) -> bool {
+        self.mode.as_deref() == Some("cluster")
+    }
+
+    /// Checks that it can keep records, and warns of what may lose them.
+    pub(super) fn check(self, require_noeviction: bool) -> Result<(), RedisConnectError> {
+        if self.mode.as_deref() == Some("sentinel") {
+            return Err(RedisConnectError::new(Reason::Sentinel));
+        }
+        match self.version {
+            Some(version) => {
+                let major = version
+                    .split('.')
+                    .next()
+                    .and_then(|major| major.parse().ok());
+                // Who says something else is no Redis, and may well do what a new one does.
+                if major.is_some_and(|major: u32| major < OLDEST) {
+                    return Err(RedisConnectError::new(Reason::TooOld(version)));
+                }
+            }
+            None => tracing::warn!(
+                target: "idempotency",
+                "Redis does not tell its version: the user may not call HELLO, nor INFO"
+            ),
+        }
+        // HELLO says `replica`, INFO says `slave`.
+        if self
+            .role
+            .is_some_and(|role| ["replica", "slave"].contains(&&*role))
+        {
+            return Err(RedisConnectError::new(Reason::Replica));
+        }
+        let advice = "set `maxmemory-policy noeviction`, so that it refuses new keys instead of forgetting payments";
+        match self.evicts {
+            Some(None) => {}
+            Some(Some(policy)) if require_noeviction => {
+                return Err(RedisConnectError::new(Reason::Evicts(policy)));
+            }
+            Some(Some(policy)) => tracing::warn!(
+                target: "idempotency", policy, advice,
+                "Redis evicts records when its memory is full, and what they answered for runs again"
+            ),
+            None if require_noeviction => {
+                return Err(RedisConnectError::new(Reason::EvictionUnknown));
+            }
+            None => tracing::warn!(
+                target: "idempotency", advice,
+                "Redis does not tell whether it evicts records: the user may call neither INFO nor CONFIG GET"
+            ),
+        }
+        Ok(())
+    }
+}
+
+/// Names and values.
+#[derive(Default)]
+struct Told(Vec<(String, String)>);
+
+impl Told {
+    /// The value of `name`.
+    fn of(&self, name: &str) -> Option<&str> {
+        let mut found = self.0.iter().filter(|(key, _)| key == name);
+        found.next().map(|(_, value)| &**value)
+    }
+}
+
+fn memory_settings() -> Cmd {
+    let mut config = redis::cmd("CONFIG");
+    config.arg("GET").arg("maxmemory*");
+    config
+}
+
+/// What every master answers, by its address; nothing if one of them does not.
+async fn of_masters(connection: &mut ClusterConnection, command: Cmd) -> Vec<(String, Value)> {
+    let masters = RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None));
+    match connection.route_command(command, masters).await {
+        Ok(Value::Map(answers)) => {
+            let answers = answers
+                .into_iter()
+                .filter_map(|(master, answer)| Some((text(master)?, answer)));
+            answers.collect()
+        }
+        _ => Vec::new(),
     }
 }
 
 /// A map as either protocol gives it.
-fn pairs(answer: Result<Value, RedisError>) -> Vec<(String, String)> {
+fn pairs(answer: Result<Value, RedisError>) -> Told {
     let flat = match answer {
         Ok(Value::Map(pairs)) => pairs.into_iter().flat_map(|(k, v)| [k, v]).collect(),
         Ok(Value::Array(flat)) => flat,
@@ -103,15 +179,14 @@ fn pairs(answer: Result<Value, RedisError>) -> Vec<(String, String)> {
             pairs.push((name, value));
         }
     }
-    pairs
+    Told(pairs)
 }
 
-fn lines(answer: Result<Value, RedisError>) -> Vec<(String, String)> {
+fn lines(answer: Result<Value, RedisError>) -> Told {
     let text = answer.ok().and_then(text).unwrap_or_default();
     let pairs = text.lines().filter_map(|line| line.split_once(':'));
-    pairs
-        .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
-        .collect()
+    let pairs = pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned()));
+    Told(pairs.collect())
 }
 
 fn text(value: Value) -> Option<String> {

@@ -28,6 +28,10 @@ pub enum RedisConnectErrorKind {
     Unreachable,
     /// The server is older than Redis 7.
     TooOld,
+    /// Several servers are named, and they are no Cluster: each process could keep its records in another one.
+    NotACluster,
+    /// The server is a replica or a sentinel, which keeps no records.
+    NotAMaster,
     /// The server evicts records, or does not tell, and
     /// [`require_noeviction`](crate::RedisConnect::require_noeviction) is set.
     Evicts,
@@ -38,6 +42,9 @@ pub(super) enum Reason {
     Url,
     Unreachable,
     TooOld(String),
+    NotACluster,
+    Replica,
+    Sentinel,
     Evicts(String),
     EvictionUnknown,
 }
@@ -71,6 +78,8 @@ impl RedisConnectError {
             Reason::Url => RedisConnectErrorKind::Url,
             Reason::Unreachable => RedisConnectErrorKind::Unreachable,
             Reason::TooOld(_) => RedisConnectErrorKind::TooOld,
+            Reason::NotACluster => RedisConnectErrorKind::NotACluster,
+            Reason::Replica | Reason::Sentinel => RedisConnectErrorKind::NotAMaster,
             Reason::Evicts(_) | Reason::EvictionUnknown => RedisConnectErrorKind::Evicts,
         }
     }
@@ -84,6 +93,15 @@ impl fmt::Display for RedisConnectError {
             Reason::TooOld(version) => write!(
                 f,
                 "Redis {version} is too old: version {OLDEST} or newer is needed, or Valkey"
+            ),
+            Reason::NotACluster => f.write_str(
+                "the servers that are named are no Cluster; name one of them, or use `RedisStorage::sentinel` to follow a master",
+            ),
+            Reason::Replica => f.write_str(
+                "Redis is a replica there, which keeps no records of ours; name its master, or use `RedisStorage::sentinel`",
+            ),
+            Reason::Sentinel => f.write_str(
+                "a sentinel answers there, which keeps no records; give it to `RedisStorage::sentinel`",
             ),
             Reason::Evicts(policy) => write!(
                 f,

@@ -23,8 +23,12 @@ use super::{
 use crate::{Env, StorageError};
 
 /// The first pause between two looks at a key, and the longest: where the end is told, and where it is not.
-const TOLD: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(4)];
+const TOLD: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 const UNTOLD: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(500)];
+
+/// How long a look is put off for a subscription that is asked for, so that one look is enough; and the pauses after that.
+const ASKING: Duration = Duration::from_millis(300);
+const SOON_TOLD: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
 
 /// How long the connection outlives the last subscription.
 const IDLE: Duration = Duration::from_secs(30);
@@ -38,9 +42,13 @@ const FORBIDDEN: Duration = Duration::from_secs(60);
 /// The task.
 pub(super) struct Attendant {
     subscriber: Arc<Subscriber>,
+    number: u64,
     ear: Ear,
     /// Which connection it is.
     generation: u64,
+    /// How often the connection for commands had been made when it was opened. One that was made anew since then may lead to
+    /// another server.
+    age: u64,
     /// How long to wait before the connection is tried again, should that fail.
     backoff: Duration,
     jobs: FuturesUnordered<BoxFuture<'static, Done>>,
@@ -77,13 +85,15 @@ enum Woken {
 }
 
 impl Attendant {
-    pub(super) fn new(subscriber: Arc<Subscriber>) -> Self {
+    pub(super) fn new(subscriber: Arc<Subscriber>, number: u64) -> Self {
         Self {
             subscriber,
+            number,
             ear: Ear::Closed {
                 retry_at: Duration::ZERO,
             },
             generation: 0,
+            age: 0,
             backoff: RECONNECT[0],
             jobs: FuturesUnordered::new(),
             idle_since: None,
@@ -93,7 +103,11 @@ impl Attendant {
 
     pub(super) async fn run(mut self) {
         while let Some(next) = self.attend_to_what_is_due() {
-            match self.wake_up(next).await {
+            let woken = self.wake_up(next).await;
+            if self.is_superseded() {
+                break;
+            }
+            match woken {
                 Woken::Done(done) => self.done(done),
                 Woken::Told(Some(message)) => self.told(&message),
                 Woken::Told(None) => self.lost(),
@@ -103,16 +117,27 @@ impl Attendant {
         self.leaving = true;
     }
 
+    /// Whether another task was started, because this one was late.
+    fn is_superseded(&self) -> bool {
+        self.subscriber.state().attendant != Some(self.number)
+    }
+
     /// Starts what is due, and says how long there is nothing more to do; `None` when there never will be.
     fn attend_to_what_is_due(&mut self) -> Option<Duration> {
         let subscriber = self.subscriber.clone();
         let now = subscriber.env.now();
+        if matches!(self.ear, Ear::Open(..)) && self.age != subscriber.link.age() {
+            self.close(now);
+        }
         let mut state = subscriber.state();
+        if state.attendant != Some(self.number) {
+            return None;
+        }
         if state.slots.is_empty() {
             let since = *self.idle_since.get_or_insert(now);
             let left = since.saturating_add(IDLE).saturating_sub(now);
             if left.is_zero() {
-                state.is_attended = false;
+                state.attendant = None;
                 return None;
             }
             return Some(left);
@@ -120,7 +145,7 @@ impl Attendant {
         self.idle_since = None;
 
         let can_retry = matches!(self.ear, Ear::Closed { retry_at } if retry_at <= now);
-        if can_retry && !subscriber.clients.is_empty() {
+        if can_retry && !subscriber.tellers.is_none() {
             self.ear = Ear::Opening;
             self.jobs.push(open(subscriber.clone()).boxed());
         }
@@ -136,20 +161,22 @@ impl Attendant {
                 state.slots.remove(&name);
                 continue;
             }
-            match (&self.ear, slot.subscription) {
-                // Looked at once it is known what will be heard.
-                (Ear::Opening, _) | (Ear::Open(..), Subscription::Asked) => {}
+            let is_heard_soon = match (&self.ear, slot.subscription) {
                 (Ear::Open(..), Subscription::None) => {
                     slot.subscription = Subscription::Asked;
-                    subscribe.push(name);
+                    subscribe.push(name.clone());
+                    true
                 }
-                (Ear::Open(..), Subscription::Confirmed) | (Ear::Closed { .. }, _) => {
-                    if !slot.is_looked_at {
-                        slot.is_looked_at = true;
-                        slot.is_stale = false;
-                        self.jobs.push(look(subscriber.clone(), name).boxed());
-                    }
-                }
+                (Ear::Open(..), Subscription::Asked) | (Ear::Opening, _) => true,
+                (Ear::Open(..), Subscription::Confirmed) | (Ear::Closed { .. }, _) => false,
+            };
+            if is_heard_soon && !slot.is_put_off {
+                slot.is_put_off = true;
+                state.attend(&name, now.saturating_add(ASKING));
+            } else if !slot.is_looked_at {
+                slot.is_looked_at = true;
+                slot.is_stale = false;
+                self.jobs.push(look(subscriber.clone(), name).boxed());
             }
         }
         let mut wake_at = state.due.first().map_or(Duration::MAX, |(at, _)| *at);
@@ -166,7 +193,7 @@ impl Attendant {
                     self.jobs.push(subscription.boxed());
                 }
             }
-            Ear::Closed { retry_at } if !subscriber.clients.is_empty() => {
+            Ear::Closed { retry_at } if !subscriber.tellers.is_none() => {
                 wake_at = wake_at.min(*retry_at);
             }
             Ear::Closed { .. } | Ear::Opening => {}
@@ -232,6 +259,7 @@ impl Attendant {
             Done::Subscribed(generation, ..) if generation != self.generation => {}
             Done::Opened(Some((sink, stream))) => {
                 self.ear = Ear::Open(sink, stream);
+                self.age = self.subscriber.link.age();
                 self.subscriber.state().deaf(now);
             }
             Done::Opened(None) => self.lost(),
@@ -243,6 +271,8 @@ impl Attendant {
                         && slot.subscription == Subscription::Asked
                     {
                         slot.subscription = Subscription::Confirmed;
+                        slot.is_stale = true;
+                        slot.pause = Duration::ZERO;
                         if slot.waiting > 0 {
                             state.attend(&name, now);
                         }
@@ -263,13 +293,14 @@ impl Attendant {
     }
 
     fn looked(&mut self, name: &str, looked: Result<i64, StorageError>, now: Duration) {
-        let [first, longest] = match self.ear {
-            Ear::Open(..) => TOLD,
-            Ear::Closed { .. } | Ear::Opening => UNTOLD,
-        };
         let mut state = self.subscriber.state();
         let Some(slot) = state.slots.get_mut(name) else {
             return;
+        };
+        let [first, longest] = match (&self.ear, slot.subscription) {
+            (Ear::Open(..), Subscription::Confirmed) => TOLD,
+            (Ear::Open(..) | Ear::Opening, _) => SOON_TOLD,
+            (Ear::Closed { .. }, _) => UNTOLD,
         };
         slot.is_looked_at = false;
         if slot.waiting == 0 {
@@ -300,11 +331,11 @@ impl Attendant {
 impl Drop for Attendant {
     /// Its runtime has ended. Who waits on another one has to wait anew, and gets another task.
     fn drop(&mut self) {
-        if self.leaving {
+        if self.leaving || self.is_superseded() {
             return;
         }
         let mut state = self.subscriber.state();
-        state.is_attended = false;
+        state.attendant = None;
         state.due.clear();
         state.slots.retain(|_, slot| {
             slot.subscription = Subscription::None;
@@ -317,14 +348,10 @@ impl Drop for Attendant {
 }
 
 async fn open(subscriber: Arc<Subscriber>) -> Done {
-    for client in &subscriber.clients {
-        let opened = pin!(client.get_async_pubsub());
-        let limit = pin!(subscriber.env.sleep(subscriber.link.limit));
-        if let Either::Left((Ok(connection), _)) = select(opened, limit).await {
-            return Done::Opened(Some(connection.split()));
-        }
-    }
-    Done::Opened(None)
+    let Subscriber {
+        tellers, env, link, ..
+    } = &*subscriber;
+    Done::Opened(tellers.open(env, link.limit).await)
 }
 
 async fn hear(

@@ -1,0 +1,269 @@
+//! What commands are sent through: a connection of the user's, or one of ours that is made anew when it is lost.
+//!
+//! The driver's `ConnectionManager` does that too, for one server, but keeps what has to be given up: a connection to a master
+//! that has become a replica, one that went silent, a login that was refused, a connect that its runtime did not live to finish.
+//! So there is one of ours for all that can be connected to: [`Remade`].
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value, aio::ConnectionLike};
+use tokio::sync::oneshot;
+
+use super::maker::Maker;
+use crate::Env;
+
+/// How long a connection may take that is made anew, whatever its maker does. Its maker has shorter limits of its own.
+const MAKING: Duration = Duration::from_secs(30);
+
+/// The pauses between attempts to connect.
+const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(100)];
+
+/// How old a connection to a replica is at least when it is given up: where only a replica is to be found, it is asked for no more
+/// often than that.
+const REPLICA: Duration = Duration::from_secs(1);
+
+/// What commands can be sent to by many at once.
+pub(super) trait Connection: Send + Sync + 'static {
+    /// The answer to `command`. What the server refuses is an error.
+    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>>;
+
+    /// How often it was made.
+    fn age(&self) -> u64 {
+        0
+    }
+
+    /// The connection of this `age` is of no use any more: the next command gets another one.
+    fn discard(&self, age: u64) {
+        let _ = age;
+    }
+}
+
+/// A connection of the user's, whose clones share it. It sees to itself.
+pub(super) struct Own<C>(pub(super) C);
+
+impl<C> Connection for Own<C>
+where
+    C: ConnectionLike + Clone + Send + Sync + 'static,
+{
+    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
+        let mut connection = self.0.clone();
+        Box::pin(async move {
+            let answer = connection.req_packed_command(command).await;
+            answer.and_then(Value::extract_error)
+        })
+    }
+}
+
+/// A connection that is made when the first command is sent, and made anew when it is lost.
+pub(super) struct Remade<M: Maker> {
+    maker: Arc<M>,
+    env: Env,
+    /// `std`'s lock, because sections are short and never await.
+    state: Arc<Mutex<State<M::Connection>>>,
+}
+
+struct State<C> {
+    age: u64,
+    live: Option<Live<C>>,
+    making: Option<Making<C>>,
+}
+
+struct Live<C> {
+    connection: C,
+    since: Duration,
+    /// Gone when the runtime is that the connection works on.
+    runtime: Weak<()>,
+    /// Dropped with the connection, which is what its runtime waits for.
+    _end: oneshot::Sender<()>,
+}
+
+/// One attempt for all who need a connection. It goes on when those have run out of time who began it.
+struct Making<C> {
+    number: u64,
+    since: Duration,
+    outcome: Awaited<C>,
+}
+
+type Awaited<C> = Shared<BoxFuture<'static, RedisResult<(u64, C)>>>;
+
+impl<M: Maker> Remade<M> {
+    pub(super) fn new(maker: M, env: Env) -> Self {
+        Self {
+            maker: Arc::new(maker),
+            env,
+            state: Arc::new(Mutex::new(State {
+                age: 0,
+                live: None,
+                making: None,
+            })),
+        }
+    }
+
+    /// The connection, and its age.
+    pub(super) async fn connected(&self) -> RedisResult<(u64, M::Connection)> {
+        let outcome = {
+            let now = self.env.now();
+            let mut state = lock(&self.state);
+            if let Some(live) = &state.live {
+                if live.runtime.strong_count() > 0 {
+                    return Ok((state.age, live.connection.clone()));
+                }
+                state.live = None;
+            }
+            let under_way = state
+                .making
+                .as_ref()
+                .filter(|making| making.is_under_way(now));
+            match under_way.map(|making| making.outcome.clone()) {
+                Some(outcome) => outcome,
+                None => self.make(state, now)?,
+            }
+        };
+        outcome.await
+    }
+
+    /// Begins to make one, in a task: it needs no one who waits for it.
+    fn make(
+        &self,
+        mut state: MutexGuard<'_, State<M::Connection>>,
+        now: Duration,
+    ) -> RedisResult<Awaited<M::Connection>> {
+        let Some(spawner) = self.env.spawner() else {
+            return Err(gone("there is no tokio runtime to connect on"));
+        };
+        let (tell, told) = oneshot::channel();
+        let told = told.map(|told| told.unwrap_or_else(|_| Err(gone("the tokio runtime ended"))));
+        let outcome = told.boxed().shared();
+        let number = state.making.as_ref().map_or(0, |making| making.number) + 1;
+        state.making = Some(Making {
+            number,
+            since: now,
+            outcome: outcome.clone(),
+        });
+        // A runtime that shuts down drops the task at once.
+        drop(state);
+        let (maker, env, state) = (self.maker.clone(), self.env.clone(), self.state.clone());
+        spawner.spawn(async move {
+            let made = attempts(&*maker, &env).await;
+            drop(maker);
+            let runtime = Arc::new(());
+            let (end, ended) = oneshot::channel();
+            let made = {
+                let mut state = lock(&state);
+                state.making.take_if(|now| now.number == number);
+                made.map(|connection| {
+                    state.age += 1;
+                    state.live = Some(Live {
+                        connection: connection.clone(),
+                        since: env.now(),
+                        runtime: Arc::downgrade(&runtime),
+                        _end: end,
+                    });
+                    (state.age, connection)
+                })
+            };
+            drop(state);
+            let is_made = made.is_ok();
+            // Perhaps nobody waits for it any more.
+            let _ = tell.send(made);
+            if is_made {
+                // That it is dropped is what is waited for: the connection was given up, or the runtime ends.
+                let _ = ended.await;
+            }
+            drop(runtime);
+        });
+        Ok(outcome)
+    }
+
+    /// Says whether the connection of this age led to a replica for long enough to be given up.
+    fn discard_replica(&self, age: u64) -> bool {
+        let now = self.env.now();
+        let mut state = lock(&self.state);
+        let is_old = state
+            .live
+            .as_ref()
+            .is_none_or(|live| now.saturating_sub(live.since) >= REPLICA);
+        if state.age == age && is_old {
+            state.live = None;
+        }
+        state.age != age || is_old
+    }
+}
+
+impl<M: Maker> Connection for Remade<M> {
+    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
+        Box::pin(async move {
+            let mut may_be_replica = !M::SEES_TO_ITSELF;
+            loop {
+                let (age, mut connection) = self.connected().await?;
+                let answer = connection.req_packed_command(command).await;
+                let answer = answer.and_then(Value::extract_error);
+                let Err(error) = &answer else {
+                    return answer;
+                };
+                if may_be_replica && is_of_a_replica(error) && self.discard_replica(age) {
+                    // It did nothing, so the new master, if there is one to be found, may do it.
+                    may_be_replica = false;
+                    continue;
+                }
+                if !M::SEES_TO_ITSELF && error.is_unrecoverable_error() {
+                    self.discard(age);
+                }
+                return answer;
+            }
+        })
+    }
+
+    fn age(&self) -> u64 {
+        lock(&self.state).age
+    }
+
+    fn discard(&self, age: u64) {
+        let mut state = lock(&self.state);
+        if !M::SEES_TO_ITSELF && state.age == age {
+            state.live = None;
+        }
+    }
+}
+
+impl<C: Clone> Making<C> {
+    /// What has ended without a connection is not waited for again, nor what stands on a runtime that nobody runs.
+    fn is_under_way(&self, now: Duration) -> bool {
+        self.outcome.peek().is_none() && now.saturating_sub(self.since) < MAKING
+    }
+}
+
+async fn attempts<M: Maker>(maker: &M, env: &Env) -> RedisResult<M::Connection> {
+    for pause in PAUSES {
+        match maker.make().await {
+            Err(error) if error.is_io_error() => env.sleep(pause).await,
+            made => return made,
+        }
+    }
+    maker.make().await
+}
+
+/// Nothing under this lock panics, so a poisoned one is whole.
+fn lock<C>(state: &Mutex<State<C>>) -> MutexGuard<'_, State<C>> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A master that has become a replica keeps its connections, and refuses what changes something.
+fn is_of_a_replica(error: &RedisError) -> bool {
+    use ServerErrorKind::{MasterDown, ReadOnly};
+
+    [ReadOnly, MasterDown]
+        .map(ErrorKind::Server)
+        .contains(&error.kind())
+}
+
+fn gone(what: &'static str) -> RedisError {
+    std::io::Error::new(std::io::ErrorKind::NotConnected, what).into()
+}

@@ -1,0 +1,79 @@
+//! Servers that can be subscribed to.
+
+use std::time::Duration;
+
+use futures_util::future::{Either, select};
+use redis::{
+    Client, ConnectionInfo, ProtocolVersion, RedisResult,
+    aio::{PubSubSink, PubSubStream},
+};
+
+use super::super::maker::Sentinels;
+use crate::Env;
+
+/// Who tells of the end of claims.
+#[derive(Clone)]
+pub(in super::super) enum Tellers {
+    /// Any of these, the first that lets us in: any server of a Cluster hears of all channels. Perhaps none.
+    Any(Vec<Client>),
+    /// The master that sentinels name.
+    Master(Sentinels),
+}
+
+impl Tellers {
+    /// Nobody: who waits has to look.
+    pub(in super::super) fn none() -> Self {
+        Self::Any(Vec::new())
+    }
+
+    pub(super) fn is_none(&self) -> bool {
+        matches!(self, Self::Any(clients) if clients.is_empty())
+    }
+
+    /// A connection for subscriptions, to a server that lets us in within `limit`.
+    pub(super) async fn open(
+        &self,
+        env: &Env,
+        limit: Duration,
+    ) -> Option<(PubSubSink, PubSubStream)> {
+        match self {
+            Self::Any(clients) => {
+                for client in clients {
+                    if let Some(open) = within(env, limit, client.get_async_pubsub()).await {
+                        return Some(open.split());
+                    }
+                }
+                None
+            }
+            Self::Master(sentinels) => {
+                // How long the sentinels may take is for the driver to say.
+                let master = sentinels.master().await.ok()?;
+                let client = subscribing(master.get_connection_info()).ok()?;
+                let open = within(env, limit, client.get_async_pubsub()).await?;
+                Some(open.split())
+            }
+        }
+    }
+}
+
+/// For the connection that is subscribed: it says nothing that is not needed, and speaks the older protocol.
+pub(in super::super) fn subscribing(server: &ConnectionInfo) -> RedisResult<Client> {
+    let settings = server.redis_settings().clone();
+    let settings = settings
+        .set_skip_set_lib_name()
+        .set_protocol(ProtocolVersion::RESP2)
+        // Channels belong to no database, and a Cluster has only one.
+        .set_db(0);
+    Client::open(server.clone().set_redis_settings(settings))
+}
+
+async fn within<T>(
+    env: &Env,
+    limit: Duration,
+    work: impl Future<Output = RedisResult<T>>,
+) -> Option<T> {
+    match select(std::pin::pin!(work), std::pin::pin!(env.sleep(limit))).await {
+        Either::Left((Ok(done), _)) => Some(done),
+        Either::Left((Err(_), _)) | Either::Right(_) => None,
+    }
+}

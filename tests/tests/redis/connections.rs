@@ -1,0 +1,220 @@
+//! Connections that are of no use any more, and what comes in their place.
+
+use std::time::Duration;
+
+use idempotency_axum::{
+    Begin, Config, EncodedKey, Entry, Held, NewClaim, RedisStorage, Storage, StorageErrorKind,
+    Token,
+};
+use idempotency_tests::redis::{Cluster, Proxy, Redis};
+use tokio::runtime::{Builder, Runtime};
+
+use super::{Shop, assert_replays, until};
+
+const KEY: EncodedKey = EncodedKey::from_bytes([7; 32]);
+
+fn claim() -> NewClaim {
+    NewClaim {
+        token: Token::random(),
+        fingerprint: None,
+        lease: Duration::from_secs(30),
+    }
+}
+
+/// A name that leads to the new master, as a managed Redis has one; connections to the old one stay open.
+#[tokio::test]
+async fn a_master_that_has_become_a_replica_is_left() {
+    let (old, new) = (Redis::start(), Redis::builder().on_a_port().start());
+    let proxy = Proxy::start(&old);
+    let shop = Shop::open(RedisStorage::connect(proxy.url()).await.unwrap()).await;
+    assert_eq!(shop.order("before").await.code(), 201);
+
+    let port = new.port().to_string();
+    let _: String = old.ask(&["REPLICAOF", "127.0.0.1", &port]).await;
+    // Nobody leads there yet.
+    let refused = shop.order("during").await;
+    assert_eq!(refused.code(), 503, "{refused:?}");
+    proxy.lead_to(&new);
+    let answer = until(async || {
+        let answer = shop.order("after").await;
+        (answer.code() != 503).then_some(answer)
+    });
+    assert_eq!(answer.await.code(), 201);
+    assert_replays(&shop.order("after").await, "after 2");
+    let names: Vec<String> = new.ask(&["KEYS", "*"]).await;
+    assert_eq!(names.len(), 1, "{names:?}");
+}
+
+/// The limit of the engine is over before that of the storage.
+#[tokio::test]
+async fn a_silent_connection_is_replaced_whoevers_limit_it_is() {
+    let redis = Redis::start();
+    let proxy = Proxy::start(&redis);
+    let storage = RedisStorage::connect(proxy.url()).await.unwrap();
+    let storage = storage.time_limit(Duration::from_secs(60));
+    let hurried = |config: Config| config.storage_timeout(Duration::from_millis(100));
+    let shop = Shop::with(storage, hurried, None).await;
+    assert_eq!(shop.order("before").await.code(), 201);
+    let mut silent = proxy.hold("\r\nSET\r\n");
+    assert_eq!(shop.order("k").await.code(), 503);
+    silent.there().await;
+    let answer = until(async || {
+        let answer = shop.order("k").await;
+        (answer.code() != 503).then_some(answer)
+    });
+    assert_eq!(answer.await.code(), 201);
+}
+
+#[tokio::test]
+async fn commands_that_run_out_of_time_don_t_keep_it_from_connecting() {
+    let mut redis = Redis::start();
+    let proxy = Proxy::start(&redis);
+    let storage = RedisStorage::connect(proxy.url()).await.unwrap();
+    let storage = storage.time_limit(Duration::from_millis(20));
+    assert_eq!(storage.get(&KEY).await.unwrap(), None);
+    proxy.welcome_after(Duration::from_millis(300));
+    redis.start_again();
+    until(async || storage.get(&KEY).await.ok()).await;
+}
+
+/// As between the tests of a suite that keeps its storage in a static.
+#[test]
+fn a_storage_outlives_the_runtime_that_connected() {
+    let runtime = || Builder::new_current_thread().enable_all().build().unwrap();
+    let redis = Redis::start();
+    // One has a connection when its runtime ends, the other is about to have one.
+    let mut gone = Redis::start();
+    let first = runtime();
+    let (storage, connecting) = first.block_on(async {
+        let storage = RedisStorage::connect(redis.url()).await.unwrap();
+        let connecting = RedisStorage::connect(gone.url()).await.unwrap();
+        assert_eq!(storage.get(&KEY).await.unwrap(), None);
+        gone.kill();
+        let limited = connecting.clone().time_limit(Duration::from_millis(10));
+        limited.get(&KEY).await.unwrap_err();
+        (storage, connecting)
+    });
+    drop(first);
+    gone.start_again();
+    runtime().block_on(async {
+        assert_eq!(storage.get(&KEY).await.unwrap(), None);
+        assert_eq!(connecting.get(&KEY).await.unwrap(), None);
+    });
+}
+
+#[test]
+fn a_cluster_s_storage_outlives_the_runtime_that_connected() {
+    let runtime = || {
+        Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let first = runtime();
+    let (cluster, storage) = first.block_on(async {
+        let cluster = Cluster::start().await;
+        let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+        let begun = storage.begin(&KEY, &claim()).await.unwrap();
+        assert_eq!(begun, Begin::Acquired);
+        (cluster, storage)
+    });
+    drop(first);
+    let begun = runtime().block_on(async { storage.begin(&KEY, &claim()).await.unwrap() });
+    assert!(matches!(begun, Begin::InFlight { .. }), "{begun:?}");
+    drop(cluster);
+}
+
+/// Somebody waits on a runtime that is there but does not run, and somebody on another.
+#[test]
+fn who_waits_does_not_depend_on_another_runtime() {
+    let runtime = || Builder::new_current_thread().enable_all().build().unwrap();
+    let (idle, busy): (Runtime, Runtime) = (runtime(), runtime());
+    let redis = Redis::start();
+    let (holder, storage) = busy.block_on(async {
+        let holder = RedisStorage::connect(redis.url()).await.unwrap();
+        (holder, RedisStorage::connect(redis.url()).await.unwrap())
+    });
+    let claim = claim();
+    let begun = busy.block_on(holder.begin(&KEY, &claim)).unwrap();
+    assert_eq!(begun, Begin::Acquired);
+    // The task that listens is on this one now.
+    let waited = idle.block_on(storage.wait(&KEY, Duration::from_millis(50)));
+    waited.unwrap();
+
+    busy.block_on(async {
+        let patience = Duration::from_secs(30);
+        let waits = tokio::time::timeout(patience, storage.wait(&KEY, 2 * patience));
+        let released = async {
+            tokio::task::yield_now().await;
+            assert_eq!(holder.release(&KEY, claim.token).await.unwrap(), Held::Yes);
+        };
+        let (waited, ()) = tokio::join!(waits, released);
+        waited.expect("it hears of the release").unwrap();
+    });
+    drop(idle);
+}
+
+/// Who would tell of the end accepts connections, and never answers.
+#[tokio::test]
+async fn while_a_subscription_is_asked_for_the_key_is_looked_at() {
+    let redis = Redis::start();
+    let holder = RedisStorage::connect(redis.url()).await.unwrap();
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let location = format!("redis://{}", silent.local_addr().unwrap());
+    let client = idempotency_axum::redis::Client::open(redis.url()).unwrap();
+    let connection = client.get_multiplexed_async_connection().await.unwrap();
+    let teller = idempotency_axum::redis::Client::open(location).unwrap();
+    let storage = RedisStorage::new(connection)
+        .subscriber(teller)
+        .time_limit(Duration::from_secs(60));
+    let claim = claim();
+    assert_eq!(holder.begin(&KEY, &claim).await.unwrap(), Begin::Acquired);
+    let patience = Duration::from_secs(30);
+    let waits = tokio::time::timeout(patience, storage.wait(&KEY, 2 * patience));
+    let released = async {
+        let (_asked, _) = silent.accept().await.unwrap();
+        assert_eq!(holder.release(&KEY, claim.token).await.unwrap(), Held::Yes);
+        // Not closed before the end.
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        waited = waits => waited.expect("it sees the release").unwrap(),
+        () = released => {}
+    }
+}
+
+/// A removal that was given up and reaches Redis later than the next claim.
+#[tokio::test]
+async fn a_removal_that_comes_late_removes_nothing_new() {
+    let redis = Redis::start();
+    let proxy = Proxy::start(&redis);
+    let storage = RedisStorage::connect(redis.url()).await.unwrap();
+    let slow = RedisStorage::connect(proxy.url()).await.unwrap();
+    let slow = slow.time_limit(Duration::from_millis(200));
+    let (first, second) = (claim(), claim());
+    assert_eq!(storage.begin(&KEY, &first).await.unwrap(), Begin::Acquired);
+    // What it looks at first is passed on.
+    let mut late = proxy.late("\r\nEVALSHA\r\n");
+    let given_up = slow.remove(&KEY).await.unwrap_err();
+    assert_eq!(given_up.kind(), StorageErrorKind::Timeout, "{given_up:?}");
+    late.there().await;
+    assert_eq!(storage.release(&KEY, first.token).await.unwrap(), Held::Yes);
+    assert_eq!(storage.begin(&KEY, &second).await.unwrap(), Begin::Acquired);
+
+    late.go();
+    // It has come once something that was sent after it is answered.
+    assert!(matches!(
+        slow.get(&KEY).await.unwrap(),
+        Some(Entry::Claimed { .. })
+    ));
+    assert_eq!(
+        storage
+            .renew(&KEY, second.token, second.lease)
+            .await
+            .unwrap(),
+        Held::Yes
+    );
+    assert!(storage.remove(&KEY).await.unwrap());
+    assert!(!storage.remove(&KEY).await.unwrap());
+}
