@@ -11,7 +11,7 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt as _};
-use idempotency_axum::redis::{self, Client, FromRedisValue, ToRedisArgs};
+use idempotency_axum::redis::{self, Client, FromRedisValue, IntoConnectionInfo as _, ToRedisArgs};
 use tokio::time::timeout;
 
 /// How long anything that should happen at once may take.
@@ -298,13 +298,15 @@ impl Monitor {
 ///
 /// Panics if it fails.
 pub(super) async fn ask<T: FromRedisValue>(url: &str, words: &[impl ToRedisArgs]) -> T {
-    let client = Client::open(url).expect("a URL");
+    // Nothing but the command: no HELLO, no CLIENT SETINFO.
+    let info = url.into_connection_info().expect("a URL");
+    let settings = info.redis_settings().clone().set_skip_set_lib_name();
+    let client = Client::open(info.set_redis_settings(settings)).expect("a URL");
     let mut command = redis::Cmd::new();
     for word in words {
         command.arg(word);
     }
     let answer = timeout(PATIENCE, async {
-        // Nothing but the command: no HELLO, no CLIENT SETINFO.
         let mut connection = client.get_multiplexed_async_connection().await?;
         command.query_async(&mut connection).await
     });
