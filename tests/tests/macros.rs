@@ -1,4 +1,5 @@
-//! The attributes: what they refuse (`ui/fail`), what they work with (`ui/pass`), and what they make of a handler.
+//! The attributes: what they work with (`macros/pass`), and what they make of a handler. What they refuse is in
+//! `idempotency-macros/tests`.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -24,7 +25,7 @@ use tower::ServiceExt;
 
 /// Programs that must compile and run. They are modules of this test, and no cases of trybuild's, which would build all
 /// dependencies once more for them.
-#[path = "ui/pass"]
+#[path = "macros/pass"]
 mod pass {
     pub(crate) mod arguments;
     pub(crate) mod cfg;
@@ -64,11 +65,6 @@ mod pass {
 }
 
 #[test]
-fn what_is_refused_names_its_cure() {
-    trybuild::TestCases::new().compile_fail("tests/ui/fail/*.rs");
-}
-
-#[test]
 fn what_works_runs() {
     for (name, program) in pass::ALL {
         eprintln!("{name}");
@@ -78,7 +74,7 @@ fn what_works_runs() {
 
 #[test]
 fn every_program_that_must_work_is_run() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/ui/pass");
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/macros/pass");
     let mut there: Vec<_> = std::fs::read_dir(folder)
         .unwrap()
         .map(|file| file.unwrap().path())

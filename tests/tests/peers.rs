@@ -247,7 +247,7 @@ const DEFECTS: &[(&str, &str, Ours)] = &[
     (
         "users",
         "OpenAPI",
-        // `ui/pass/utoipa.rs`.
+        // `macros/pass/utoipa.rs`.
         Tests(&["macros::what_works_runs"]),
     ),
 ];

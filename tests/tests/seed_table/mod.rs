@@ -81,8 +81,8 @@ pub const SEED: &[Behaviour] = &[
             "test_manual_exempt_mutually_exclusive_1",
             "test_manual_exempt_mutually_exclusive_2",
         ],
-        // There an exception for each request, here the handler does not compile: `ui/fail/both_*` and `exempt_manual*`.
-        Tests(&["macros::what_is_refused_names_its_cure"]),
+        // There an exception for each request, here the handler does not compile: `both_*` and `exempt_manual*`.
+        Tests(&["idempotency-macros/tests/refusals.rs::what_is_refused_names_its_cure"]),
     ),
     row(
         VIEWSETS,
