@@ -3,9 +3,9 @@
 //! The engine and [`MemoryStorage`](crate::MemoryStorage) ask an [`Env`] and nothing else, so a test can move the clock
 //! instead of sleeping, and a simulation can replay a run from its seed.
 
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{fmt, future::Future, pin::pin, sync::Arc, task::Poll, time::Duration};
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, Either, select};
 
 #[cfg(any(test, feature = "conformance"))]
 mod simulated;
@@ -82,6 +82,23 @@ impl Env {
     /// [`Env::system`] panics outside a tokio runtime with its time driver enabled, as `tokio::time::sleep` does.
     pub fn sleep(&self, duration: Duration) -> impl Future<Output = ()> + Send + use<> {
         self.0.sleep(duration)
+    }
+
+    /// What comes of `work`, or `None` if it takes longer than `limit`. What is done at once needs no timer.
+    pub(crate) async fn within<T>(
+        &self,
+        limit: Duration,
+        work: impl Future<Output = T>,
+    ) -> Option<T> {
+        let mut work = pin!(work);
+        let first = std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await;
+        if let Poll::Ready(done) = first {
+            return Some(done);
+        }
+        match select(work, pin!(self.sleep(limit))).await {
+            Either::Left((done, _)) => Some(done),
+            Either::Right(_) => None,
+        }
     }
 
     /// Fills `buffer` with random bytes.

@@ -29,6 +29,17 @@ pub struct Record {
 }
 
 impl Record {
+    /// What is kept of an operation for whose answer there is no room.
+    pub(crate) fn without_answer(&self) -> Self {
+        Self {
+            fingerprint: self.fingerprint,
+            outcome: Outcome::Tombstone(match self.outcome {
+                Outcome::Response(_) => TombstoneReason::ResponseTooLarge,
+                Outcome::Tombstone(reason) => reason,
+            }),
+        }
+    }
+
     /// About how many bytes of heap this record holds: body and headers. For the byte limits of
     /// caches, which add what their own entries cost.
     ///

@@ -13,11 +13,10 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::Poll,
     time::Duration,
 };
 
-use futures_util::future::{Either, select};
+use futures_util::future::select;
 
 use self::ledger::{Found, Ledger};
 use crate::{
@@ -581,16 +580,8 @@ impl Shared {
         limit: Duration,
         operation: impl Future<Output = Result<T, StorageError>>,
     ) -> Result<T, StorageError> {
-        let mut operation = pin!(operation);
-        // Most storages in memory answer at once: no timer for them.
-        let first = std::future::poll_fn(|cx| Poll::Ready(operation.as_mut().poll(cx))).await;
-        if let Poll::Ready(result) = first {
-            return result;
-        }
-        match select(operation, pin!(self.config.env.sleep(limit))).await {
-            Either::Left((result, _)) => result,
-            Either::Right(_) => Err(StorageError::timeout()),
-        }
+        let done = self.config.env.within(limit, operation).await;
+        done.unwrap_or_else(|| Err(StorageError::timeout()))
     }
 }
 

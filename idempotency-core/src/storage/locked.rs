@@ -20,7 +20,7 @@ use self::{
 };
 use crate::{
     Begin, Cache, EncodedKey, Entry, Env, Fingerprint, Held, Lock, NewClaim, Outcome, Record,
-    Storage, StorageError, StorageErrorKind, Token, TombstoneReason,
+    Storage, StorageError, StorageErrorKind, Token,
 };
 
 mod claims;
@@ -100,7 +100,7 @@ const REPLACING: Duration = Duration::from_secs(5);
 /// [`env`](Self::env) should run at the lock's pace.
 ///
 /// A record that the cache has no room for ([`StorageErrorKind::Full`]) is stored as a tombstone
-/// ([`ResponseTooLarge`](TombstoneReason::ResponseTooLarge)), with a warning in the log.
+/// ([`ResponseTooLarge`](crate::TombstoneReason::ResponseTooLarge)), with a warning in the log.
 #[must_use]
 pub struct LockedStorage<C, L> {
     parts: Arc<Parts<C, L>>,
@@ -386,13 +386,9 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         {
             return Err(error);
         }
-        let reason = TombstoneReason::ResponseTooLarge;
-        tracing::warn!(target: "idempotency", %key, %reason, "the cache has no room for the answer: its key gets a tombstone");
-        let tombstone = Record {
-            fingerprint: record.fingerprint,
-            outcome: Outcome::Tombstone(reason),
-        };
-        cache.set(key, envelope::seal(token, &tombstone), ttl).await
+        tracing::warn!(target: "idempotency", %key, "the cache has no room for the answer: its key gets a tombstone");
+        let tombstone = envelope::seal(token, &record.without_answer());
+        cache.set(key, tombstone, ttl).await
     }
 
     /// The lock of the claim of `token` if it is still held, for another `lease`, or its last one. It is not shortened.

@@ -12,8 +12,8 @@ use self::{
     server::Server,
 };
 use crate::{
-    Begin, EncodedKey, Entry, Held, NewClaim, Outcome, Record, Storage, StorageError,
-    StorageErrorKind, Token, TombstoneReason,
+    Begin, EncodedKey, Entry, Held, NewClaim, Record, Storage, StorageError, StorageErrorKind,
+    Token,
 };
 
 pub(crate) mod connect;
@@ -276,18 +276,8 @@ impl Storage for RedisStorage {
             Err(error) if error.kind() == StorageErrorKind::Full => error,
             stored => return stored,
         };
-        let reason = TombstoneReason::ResponseTooLarge;
-        tracing::warn!(target: "idempotency", %key, %reason, source = ?std::error::Error::source(&error), "Redis has no room for the answer: its key gets a tombstone");
-        let outcome = match record.outcome {
-            Outcome::Tombstone(reason) => Outcome::Tombstone(reason),
-            Outcome::Response(_) => Outcome::Tombstone(reason),
-        };
-        let fingerprint = record.fingerprint;
-        let tombstone = Record {
-            fingerprint,
-            outcome,
-        };
-        completed(&scripts::COMPLETE_SMALL, &tombstone).await
+        tracing::warn!(target: "idempotency", %key, source = ?std::error::Error::source(&error), "Redis has no room for the answer: its key gets a tombstone");
+        completed(&scripts::COMPLETE_SMALL, &record.without_answer()).await
     }
 
     async fn renew(

@@ -2,24 +2,11 @@
 
 use std::time::Duration;
 
-use idempotency_axum::{
-    Begin, Config, EncodedKey, Entry, Held, NewClaim, RedisStorage, Storage, StorageErrorKind,
-    Token,
-};
+use idempotency_axum::{Begin, Config, Entry, Held, RedisStorage, Storage, StorageErrorKind};
 use idempotency_tests::redis::{Cluster, Proxy, Redis};
 use tokio::runtime::{Builder, Runtime};
 
-use super::{Shop, assert_replays, until};
-
-const KEY: EncodedKey = EncodedKey::from_bytes([7; 32]);
-
-fn claim() -> NewClaim {
-    NewClaim {
-        token: Token::random(),
-        fingerprint: None,
-        lease: Duration::from_secs(30),
-    }
-}
+use super::{KEY, Shop, assert_replays, claim, until};
 
 /// A name that leads to the new master, as a managed Redis has one; connections to the old one stay open.
 #[tokio::test]

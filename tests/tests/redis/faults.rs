@@ -4,25 +4,14 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use idempotency_axum::{
-    Begin, Config, EncodedKey, Held, LockPolicy, NewClaim, RedisStorage, Storage, StorageErrorKind,
-    Token,
+    Begin, Config, Held, LockPolicy, RedisStorage, Storage, StorageErrorKind, Token,
 };
 use idempotency_tests::{
     Gate,
     redis::{Proxy, Redis},
 };
 
-use super::{Shop, assert_replays, until};
-
-const KEY: EncodedKey = EncodedKey::from_bytes([7; 32]);
-
-fn claim() -> NewClaim {
-    NewClaim {
-        token: Token::random(),
-        fingerprint: None,
-        lease: Duration::from_secs(30),
-    }
-}
+use super::{KEY, Shop, assert_replays, claim, until};
 
 #[tokio::test]
 async fn a_stalled_redis_keeps_nobody_longer_than_the_limit() {

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use axum::{Router, http::StatusCode, routing::post};
 use idempotency_axum::{
-    Config, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, RedisStorage,
+    Config, EncodedKey, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, NewClaim,
+    RedisStorage, Token,
 };
 use idempotency_tests::{Answer, Events, Gate, Runs, Server};
 
@@ -26,6 +27,17 @@ mod traffic;
 
 /// The executable that the tests start several of.
 const SERVICE: &str = env!("CARGO_BIN_EXE_service");
+
+const KEY: EncodedKey = EncodedKey::from_bytes([7; 32]);
+
+/// A claim for half a minute.
+fn claim() -> NewClaim {
+    NewClaim {
+        token: Token::random(),
+        fingerprint: None,
+        lease: Duration::from_secs(30),
+    }
+}
 
 /// A service in this process.
 struct Shop {

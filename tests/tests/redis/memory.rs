@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use idempotency_axum::{
-    Begin, EncodedKey, Entry, Held, NewClaim, Outcome, Record, RedisConnectErrorKind, RedisStorage,
-    Storage, StorageErrorKind, StoredResponse, Token, TombstoneReason,
+    Begin, EncodedKey, Entry, Held, Outcome, Record, RedisConnectErrorKind, RedisStorage, Storage,
+    StorageErrorKind, StoredResponse, TombstoneReason,
     redis::{
         self,
         sentinel::{SentinelClient, SentinelServerType},
@@ -15,19 +15,10 @@ use idempotency_tests::{
     redis::{Cluster, Redis},
 };
 
-use super::until;
+use super::{KEY, claim, until};
 
-const KEY: EncodedKey = EncodedKey::from_bytes([7; 32]);
 const TTL: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(20);
-
-fn claim() -> NewClaim {
-    NewClaim {
-        token: Token::random(),
-        fingerprint: None,
-        lease: Duration::from_secs(30),
-    }
-}
 
 fn large() -> Record {
     let body = "x".repeat(100_000);

@@ -89,7 +89,7 @@ async fn a_redis_that_may_evict_is_refused_on_demand() {
         let settings = serde_json::from_value(json!({ "storage": storage })).unwrap();
         IdempotencyLayer::from_settings(settings).await
     };
-    open(json!(false)).await.unwrap();
+    let _ = open(json!(false)).await.unwrap();
     for yes in [json!(true), json!("true")] {
         let error = open(yes).await.unwrap_err().to_string();
         assert!(error.starts_with("`storage.location`: "), "{error}");

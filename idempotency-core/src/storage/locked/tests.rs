@@ -19,7 +19,7 @@ use futures_util::FutureExt as _;
 use http::{HeaderMap, StatusCode};
 
 use super::*;
-use crate::{MokaCache, ProcessLock, SimulatedClock, StoredResponse};
+use crate::{MokaCache, ProcessLock, SimulatedClock, StoredResponse, TombstoneReason};
 
 const LEASE: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_secs(24 * 3600);

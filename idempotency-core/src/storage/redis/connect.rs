@@ -1,8 +1,8 @@
 //! From a URL to a connection that was looked at: which version answers, and whether it keeps what it is given.
 
-use std::{fmt, future::IntoFuture, pin::pin, time::Duration};
+use std::{fmt, future::IntoFuture, time::Duration};
 
-use futures_util::future::{BoxFuture, Either, select};
+use futures_util::future::BoxFuture;
 use redis::{
     Client, ConnectionInfo, IntoConnectionInfo as _, RedisError, aio::MultiplexedConnection,
     cluster::ClusterClient, io::tcp::TcpSettings,
@@ -200,8 +200,6 @@ async fn first_that_answers(
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, RedisConnectError> {
-    match select(pin!(work), pin!(Env::system().sleep(limit))).await {
-        Either::Left((result, _)) => Ok(result),
-        Either::Right(_) => Err(RedisConnectError::unreachable(StorageError::timeout())),
-    }
+    let done = Env::system().within(limit, work).await;
+    done.ok_or_else(|| RedisConnectError::unreachable(StorageError::timeout()))
 }

@@ -73,6 +73,8 @@ struct State<C> {
     age: u64,
     live: Option<Live<C>>,
     making: Option<Making<C>>,
+    /// How many attempts there were.
+    attempts: u64,
 }
 
 struct Live<C> {
@@ -102,6 +104,7 @@ impl<M: Maker> Remade<M> {
                 age: 0,
                 live: None,
                 making: None,
+                attempts: 0,
             })),
         }
     }
@@ -141,7 +144,8 @@ impl<M: Maker> Remade<M> {
         let (tell, told) = oneshot::channel();
         let told = told.map(|told| told.unwrap_or_else(|_| Err(gone("the tokio runtime ended"))));
         let outcome = told.boxed().shared();
-        let number = state.making.as_ref().map_or(0, |making| making.number) + 1;
+        state.attempts += 1;
+        let number = state.attempts;
         state.making = Some(Making {
             number,
             since: now,
@@ -157,17 +161,19 @@ impl<M: Maker> Remade<M> {
             let (end, ended) = oneshot::channel();
             let made = {
                 let mut state = lock(&state);
-                state.making.take_if(|now| now.number == number);
-                made.map(|connection| {
-                    state.age += 1;
-                    state.live = Some(Live {
-                        connection: connection.clone(),
-                        since: env.now(),
-                        runtime: Arc::downgrade(&runtime),
-                        _end: end,
-                    });
-                    (state.age, connection)
-                })
+                match state.making.take_if(|now| now.number == number) {
+                    Some(_) => made.map(|connection| {
+                        state.age += 1;
+                        state.live = Some(Live {
+                            connection: connection.clone(),
+                            since: env.now(),
+                            runtime: Arc::downgrade(&runtime),
+                            _end: end,
+                        });
+                        (state.age, connection)
+                    }),
+                    None => Err(gone("another attempt to connect took its place")),
+                }
             };
             drop(state);
             let is_made = made.is_ok();

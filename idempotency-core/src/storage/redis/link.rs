@@ -2,13 +2,11 @@
 
 use std::{
     fmt,
-    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use bytes::Bytes;
-use futures_util::future::{Either, select};
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 
 use super::{connection::Connection, scripts::Script};
@@ -120,13 +118,11 @@ impl Link {
             age: self.connection.age(),
             has_ended: false,
         };
-        match select(pin!(work), pin!(self.env.sleep(self.limit))).await {
-            Either::Left((answer, _)) => {
-                question.ended(answer.as_ref().err());
-                answer.map_err(Failure::Redis)
-            }
-            Either::Right(_) => Err(Failure::Timeout),
-        }
+        let Some(answer) = self.env.within(self.limit, work).await else {
+            return Err(Failure::Timeout);
+        };
+        question.ended(answer.as_ref().err());
+        answer.map_err(Failure::Redis)
     }
 
     /// How often the connection was made that commands are sent through now.

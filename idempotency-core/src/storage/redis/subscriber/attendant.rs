@@ -360,27 +360,21 @@ async fn hear(
     generation: u64,
     names: Vec<String>,
 ) -> Done {
-    let asked = {
-        let asked = pin!(sink.subscribe(&names));
-        let limit = pin!(subscriber.env.sleep(subscriber.link.limit));
-        match select(asked, limit).await {
-            Either::Left((Ok(()), _)) => Ok(()),
-            Either::Left((Err(error), _))
-                if error.kind() == redis::ErrorKind::Server(ServerErrorKind::NoPerm) =>
-            {
-                Err(Unheard::Forbidden(error))
-            }
-            Either::Left((Err(_), _)) | Either::Right(_) => Err(Unheard::Lost),
+    let Subscriber { env, link, .. } = &*subscriber;
+    let asked = match env.within(link.limit, sink.subscribe(&names)).await {
+        Some(Ok(())) => Ok(()),
+        Some(Err(error)) if error.kind() == redis::ErrorKind::Server(ServerErrorKind::NoPerm) => {
+            Err(Unheard::Forbidden(error))
         }
+        Some(Err(_)) | None => Err(Unheard::Lost),
     };
     Done::Subscribed(generation, names, asked)
 }
 
 async fn leave(subscriber: Arc<Subscriber>, mut sink: PubSubSink, names: Vec<String>) -> Done {
-    let asked = pin!(sink.unsubscribe(&names));
-    let limit = pin!(subscriber.env.sleep(subscriber.link.limit));
+    let Subscriber { env, link, .. } = &*subscriber;
     // Where it fails the connection is lost, which is noticed elsewhere.
-    let _ = select(asked, limit).await;
+    let _ = env.within(link.limit, sink.unsubscribe(&names)).await;
     Done::Unsubscribed
 }
 

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use futures_util::future::{Either, select};
 use redis::{
     Client, ConnectionInfo, ProtocolVersion, RedisResult,
     aio::{PubSubSink, PubSubStream},
@@ -39,7 +38,7 @@ impl Tellers {
         match self {
             Self::Any(clients) => {
                 for client in clients {
-                    if let Some(open) = within(env, limit, client.get_async_pubsub()).await {
+                    if let Some(Ok(open)) = env.within(limit, client.get_async_pubsub()).await {
                         return Some(open.split());
                     }
                 }
@@ -49,8 +48,8 @@ impl Tellers {
                 // How long the sentinels may take is for the driver to say.
                 let master = sentinels.master().await.ok()?;
                 let client = subscribing(master.get_connection_info()).ok()?;
-                let open = within(env, limit, client.get_async_pubsub()).await?;
-                Some(open.split())
+                let open = env.within(limit, client.get_async_pubsub()).await?;
+                Some(open.ok()?.split())
             }
         }
     }
@@ -65,15 +64,4 @@ pub(in super::super) fn subscribing(server: &ConnectionInfo) -> RedisResult<Clie
         // Channels belong to no database, and a Cluster has only one.
         .set_db(0);
     Client::open(server.clone().set_redis_settings(settings))
-}
-
-async fn within<T>(
-    env: &Env,
-    limit: Duration,
-    work: impl Future<Output = RedisResult<T>>,
-) -> Option<T> {
-    match select(std::pin::pin!(work), std::pin::pin!(env.sleep(limit))).await {
-        Either::Left((Ok(done), _)) => Some(done),
-        Either::Left((Err(_), _)) | Either::Right(_) => None,
-    }
 }
