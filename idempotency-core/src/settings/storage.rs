@@ -200,6 +200,14 @@ impl StorageSettings {
         let connecting = crate::RedisLock::connect(location).time_limit(place.time_limit);
         let lock = connecting.await;
         let lock = lock.map_err(|error| not_connected(&lock_path(), error))?;
+        if class == StorageKind::Memory {
+            tracing::warn!(
+                target: "idempotency",
+                storage = %place.path,
+                "`lock.class` is \"redis\" and this storage is \"memory\": processes share their locks but not their records, so a retry \
+                 that another process gets runs again"
+            );
+        }
         self.open_locked(class, place, lock.name(name)).await
     }
 

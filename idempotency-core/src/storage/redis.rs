@@ -162,10 +162,10 @@ impl RedisStorage {
     /// Waits after every claim until `count` replicas have it, `timeout` at most; where they are fewer by then the claim is given
     /// back and `begin` fails. Default: none.
     ///
-    /// It makes the loss of a claim by a failover less likely, not impossible (where the connection is lost right after the claim, the
-    /// next one, which has written nothing, has nothing to wait for), and costs a round trip, for which all that share the
-    /// connection wait too. For one server with replicas, not for a Cluster. `timeout` should be shorter than the
-    /// [time limit](Self::time_limit).
+    /// It makes the loss of a claim by a failover less likely, not impossible: who becomes master may be a replica that was not
+    /// waited for. It costs a round trip, for which all that share the connection wait too. For one server with replicas, not for a
+    /// Cluster. `timeout` should be shorter than the [time limit](Self::time_limit). With a connection of your own
+    /// ([`new`](Self::new)), one that is lost right after the claim is not noticed, and its successor waits for nothing.
     pub fn wait_replicas(mut self, count: u32, timeout: Duration) -> Self {
         self.replicas = Some((count, timeout));
         self
@@ -205,16 +205,23 @@ impl RedisStorage {
         }
     }
 
-    /// Waits for the replicas, if that is wanted.
-    async fn replicated(&self, key: &EncodedKey, token: Token) -> Result<(), StorageError> {
+    /// Waits for the replicas, if that is wanted, to have the claim that was made over the connection of this age. `false` if it is
+    /// another connection now: that one has written nothing, so it would wait for nothing.
+    async fn is_replicated(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        age: u64,
+    ) -> Result<bool, StorageError> {
         let Some((count, timeout)) = self.replicas else {
-            return Ok(());
+            return Ok(true);
         };
         let mut wait = redis::cmd("WAIT");
         wait.arg(count).arg(milliseconds(timeout));
-        // A new connection has written nothing, so there it would wait for nothing.
         let failed = match self.server.ask_once(&wait).await {
-            Ok(redis::Value::Int(reached)) if reached >= i64::from(count) => return Ok(()),
+            Ok(redis::Value::Int(reached)) if reached >= i64::from(count) => {
+                return Ok(self.server.age() == age);
+            }
             Ok(_) => StorageError::unavailable("too few replicas have the claim"),
             Err(error) => error,
         };
@@ -227,34 +234,35 @@ impl RedisStorage {
 impl Storage for RedisStorage {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
         let name = self.name(key);
-        // A claim of this token may end between the two steps, so there is a second try.
+        // A claim of this token may end between the steps, or the connection, so there is a second try.
         for _ in 0..2 {
-            let Some(found) = self.server.claim(&name, claim).await? else {
-                self.replicated(key, claim.token).await?;
-                return Ok(Begin::Acquired);
-            };
-            match found.entry {
-                Entry::Completed(record) => return Ok(Begin::Completed(record)),
-                Entry::Claimed { .. } if found.token == claim.token => {
-                    // An earlier call to which the answer was lost. The lease counts from now.
-                    if self.renew(key, claim.token, claim.lease).await? == Held::Yes {
-                        self.replicated(key, claim.token).await?;
-                        return Ok(Begin::Acquired);
+            let age = self.server.age();
+            if let Some(found) = self.server.claim(&name, claim).await? {
+                match found.entry {
+                    Entry::Completed(record) => return Ok(Begin::Completed(record)),
+                    Entry::Claimed { .. } if found.token == claim.token => {
+                        // An earlier call to which the answer was lost. The lease counts from now.
+                        if self.renew(key, claim.token, claim.lease).await? == Held::Lost {
+                            continue;
+                        }
                     }
-                }
-                Entry::Claimed {
-                    fingerprint,
-                    lease_left,
-                } => {
-                    return Ok(Begin::InFlight {
+                    Entry::Claimed {
                         fingerprint,
                         lease_left,
-                    });
+                    } => {
+                        return Ok(Begin::InFlight {
+                            fingerprint,
+                            lease_left,
+                        });
+                    }
                 }
+            }
+            if self.is_replicated(key, claim.token, age).await? {
+                return Ok(Begin::Acquired);
             }
         }
         Err(StorageError::unavailable(
-            "the lease is over sooner than Redis answers",
+            "the lease or the connection is over sooner than Redis answers",
         ))
     }
 
@@ -357,5 +365,88 @@ impl fmt::Debug for RedisStorage {
             .field("time_limit", &self.server.limit())
             .field("wait_replicas", &self.replicas)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::{
+        collections::VecDeque,
+        sync::{Mutex, atomic::AtomicU64, atomic::Ordering::SeqCst},
+    };
+
+    use futures_util::future::{BoxFuture, ready};
+    use redis::{Cmd, RedisResult, Value};
+
+    use super::{connection::Connection, link::Link, subscriber::Tellers, *};
+
+    /// Gives these answers, and is another connection after the command of this name.
+    #[derive(Clone)]
+    struct Script {
+        answers: Arc<Mutex<VecDeque<Value>>>,
+        asked: Arc<Mutex<Vec<String>>>,
+        ends_after: &'static str,
+        age: Arc<AtomicU64>,
+    }
+
+    impl Connection for Script {
+        fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
+            let name = match command.args_iter().next() {
+                Some(redis::Arg::Simple(name)) => String::from_utf8_lossy(name).into_owned(),
+                _ => String::new(),
+            };
+            if name == self.ends_after && self.age() == 1 {
+                self.age.store(2, SeqCst);
+            }
+            self.asked.lock().unwrap().push(name);
+            let answer = self.answers.lock().unwrap().pop_front().unwrap();
+            Box::pin(ready(Ok(answer)))
+        }
+
+        fn age(&self) -> u64 {
+            self.age.load(SeqCst)
+        }
+    }
+
+    /// Between the claim and the waiting for replicas others may have needed a new connection.
+    #[tokio::test]
+    async fn replicas_are_waited_for_over_the_connection_of_the_claim() {
+        let claim = NewClaim {
+            token: Token::from_bytes([7; 16]),
+            fingerprint: None,
+            lease: Duration::from_secs(30),
+        };
+        let replicas = Value::Int(1);
+        let own = Value::BulkString(layout::claim(&claim));
+        for (ends_after, answers, expected) in [
+            ("", vec![Value::Nil, replicas.clone()], "SET WAIT"),
+            (
+                "SET",
+                vec![
+                    Value::Nil,
+                    replicas.clone(),
+                    own,
+                    Value::Int(scripts::DONE),
+                    replicas,
+                ],
+                "SET WAIT SET EVALSHA WAIT",
+            ),
+        ] {
+            let script = Script {
+                answers: Arc::new(Mutex::new(answers.into())),
+                asked: Arc::default(),
+                ends_after,
+                age: Arc::new(AtomicU64::new(1)),
+            };
+            let link = Link::new(script.clone(), Server::DEFAULT_LIMIT);
+            let storage = RedisStorage::of(Server::new(link, Tellers::none()));
+            let storage = storage.wait_replicas(1, Duration::from_millis(100));
+            let key = EncodedKey::from_bytes([7; 32]);
+            let begun = storage.begin(&key, &claim).await;
+            assert_eq!(begun.unwrap(), Begin::Acquired);
+            assert_eq!(script.asked.lock().unwrap().join(" "), expected);
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use axum::{Router, routing::post};
 use idempotency_axum::{IdempotencyHandler, IdempotencyLayer, KeyPolicy};
-use idempotency_tests::{Gate, Runs, Server, redis::Redis};
+use idempotency_tests::{Gate, Logs, Runs, Server, redis::Redis};
 use serde_json::{Value, json};
 
 use super::assert_replays;
@@ -101,6 +101,7 @@ async fn a_redis_that_may_evict_is_refused_on_demand() {
 #[tokio::test]
 async fn a_lock_that_processes_share() {
     for records in ["redis", "memory"] {
+        let (logs, _guard) = Logs::install();
         let redis = Redis::start();
         let location = redis.url();
         let storage = match records {
@@ -115,6 +116,16 @@ async fn a_lock_that_processes_share() {
             Shop::open(settings.clone()).await,
             Shop::open(settings).await,
         ];
+
+        // `mails` is in memory in any case.
+        for (storage, times) in [
+            ("storage", if records == "memory" { 2 } else { 0 }),
+            ("storages.mails", 2),
+        ] {
+            let place = format!("storage={storage} ");
+            let told = logs.with(&["WARN", "share their locks but not their records", &place]);
+            assert_eq!(told.len(), times, "{records}: {:?}", logs.lines());
+        }
 
         let running = shops[0].server.post("/slow").key("k").start();
         shops[0].gate.arrived(1).await;

@@ -60,6 +60,11 @@ impl Server {
         Self::new(link, self.subscriber.tellers().clone())
     }
 
+    /// How often the connection was made.
+    pub(super) fn age(&self) -> u64 {
+        self.link.age()
+    }
+
     pub(crate) fn limit(&self) -> Duration {
         self.link.limit
     }
