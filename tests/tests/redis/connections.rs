@@ -64,6 +64,26 @@ async fn commands_that_run_out_of_time_don_t_keep_it_from_connecting() {
     until(async || storage.get(&KEY).await.ok()).await;
 }
 
+/// As one that is made for each tenant, or for each test.
+#[tokio::test]
+async fn a_storage_that_is_dropped_closes_its_connections() {
+    let redis = Redis::start();
+    let holder = RedisStorage::connect(redis.url()).await.unwrap();
+    assert_eq!(holder.begin(&KEY, &claim()).await.unwrap(), Begin::Acquired);
+    for _ in 0..10 {
+        let storage = RedisStorage::connect(redis.url()).await.unwrap();
+        storage.wait(&KEY, Duration::from_millis(20)).await.unwrap();
+    }
+    let closed = until(async || {
+        let clients: String = redis.ask(&["CLIENT", "LIST"]).await;
+        // That of the holder, and the one that asks.
+        (clients.lines().count() == 2).then_some(())
+    });
+    // Much sooner than a connection that nobody needs for now.
+    let closed = tokio::time::timeout(Duration::from_secs(10), closed).await;
+    closed.expect("they are closed at once");
+}
+
 /// As between the tests of a suite that keeps its storage in a static.
 #[test]
 fn a_storage_outlives_the_runtime_that_connected() {

@@ -11,11 +11,11 @@ use idempotency_axum::{
     },
 };
 use idempotency_tests::{
-    Logs,
+    Gate, Logs,
     redis::{Cluster, Redis},
 };
 
-use super::{KEY, claim, until};
+use super::{KEY, Shop, assert_replays, claim, until};
 
 const TTL: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -60,9 +60,37 @@ async fn an_answer_for_which_there_is_no_room_is_a_tombstone() {
     let held = storage.complete(&KEY, claim.token, &large(), TTL).await;
     assert_eq!(held.unwrap(), Held::Yes);
 
+    // Who looks for it finds it, though there is no room for a claim.
+    let found = storage.begin(&KEY, &super::claim()).await.unwrap();
+    assert_eq!(found, Begin::Completed(record));
+
     let other = EncodedKey::from_bytes([8; 32]);
     let refused = storage.begin(&other, &claim).await.unwrap_err();
     assert_eq!(refused.kind(), StorageErrorKind::Full, "{refused:?}");
+}
+
+/// Redis refuses to `SET` before it looks whether something is there.
+#[tokio::test]
+async fn a_full_memory_keeps_no_retry_from_its_answer() {
+    let redis = Redis::start();
+    let gate = Gate::new();
+    gate.open(1);
+    let shop = Shop::gated(RedisStorage::connect(redis.url()).await.unwrap(), &gate).await;
+    assert_eq!(shop.order("done").await.code(), 201);
+    let running = shop.server.post("/orders").key("running").start();
+    gate.arrived(2).await;
+    let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+
+    assert_replays(&shop.order("done").await, "done 1");
+    let other = Shop::open(RedisStorage::connect(redis.url()).await.unwrap()).await;
+    assert_eq!(other.order("running").await.code(), 423);
+    assert_eq!(other.order("new").await.code(), 503);
+    gate.open(1);
+    assert_eq!(running.await.unwrap().code(), 201);
+    // There was no room for its answer.
+    let conflict = other.order("running").await;
+    assert_eq!((conflict.code(), conflict.is_replay()), (409, false));
+    assert_eq!(other.runs.count(), 0);
 }
 
 #[tokio::test]

@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use idempotency_axum::{Config, LockPolicy, RedisStorage};
+use futures_util::future::join_all;
+use idempotency_axum::{Begin, Config, Held, LockPolicy, RedisStorage, Storage};
 use idempotency_tests::{
     Answer, Gate,
     redis::{Monitor, Redis},
 };
 use tokio::task::JoinHandle;
 
-use super::{Shop, assert_replays};
+use super::{KEY, Shop, assert_replays, claim};
 
 fn patient(config: Config) -> Config {
     config.lock(LockPolicy::default().timeout(Duration::from_secs(30)))
@@ -33,6 +34,38 @@ async fn two_commands_for_a_first_execution_and_one_for_a_replay() {
             assert_eq!(commands.len(), 1, "{commands:#?}");
         }
     }
+}
+
+/// Each of many waits its turn, runs, and leaves nothing to the next: whoever is woken runs, and the others are left alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_release_wakes_one() {
+    const MANY: usize = 300;
+
+    let redis = Redis::start();
+    let mut storages = Vec::new();
+    for _ in 0..2 {
+        storages.push(RedisStorage::connect(redis.url()).await.unwrap());
+    }
+    let turn = async |storage: &RedisStorage| {
+        let claim = claim();
+        loop {
+            match storage.begin(&KEY, &claim).await.unwrap() {
+                Begin::Acquired => break,
+                _ => storage.wait(&KEY, Duration::from_secs(60)).await.unwrap(),
+            }
+        }
+        assert_eq!(storage.release(&KEY, claim.token).await.unwrap(), Held::Yes);
+    };
+    join_all((0..MANY).map(|n| turn(&storages[n % 2]))).await;
+
+    let stats: String = redis.ask(&["INFO", "commandstats"]).await;
+    let sets = stats
+        .lines()
+        .find_map(|line| line.strip_prefix("cmdstat_set:calls="))
+        .and_then(|line| line.split(',').next()?.parse::<usize>().ok());
+    let sets = sets.expect("SET was called");
+    // One to see that somebody else runs, one to run, and some that come between a release and the one that it woke.
+    assert!(sets < 15 * MANY, "{sets} claims of {MANY}");
 }
 
 /// A duplicate that has waited for a second, in another process than the running original.

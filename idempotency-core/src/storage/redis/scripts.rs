@@ -26,6 +26,8 @@ pub(super) const DONE: i64 = 1;
 pub(super) const NOT_HELD: i64 = 0;
 pub(super) const FOREIGN: i64 = -1;
 pub(super) const CHANGED: i64 = -1;
+/// Nothing is there: for one to run.
+pub(super) const FREE: i64 = -1;
 
 /// Token, value, TTL in milliseconds. Stores the value if the claim is the token's or nothing is there.
 const COMPLETE_CODE: &str = "\
@@ -104,11 +106,13 @@ return removed
 /// How [`REMOVE`] calls a list, a set and so on.
 pub(super) const NOT_BYTES: &str = "not bytes";
 
-/// What is left of the claim, in milliseconds; negative if there is none. One that somebody made last for ever is a claim too.
+/// What is left of the claim, in milliseconds, or [`FREE`], or less if a record is there. One that somebody made last for ever is a claim too.
 pub(super) static LEASE_LEFT: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         "\
-if redis.call('GETRANGE', KEYS[1], 0, 1) ~= 'c1' then return -2 end
+local kind = redis.call('GETRANGE', KEYS[1], 0, 1)
+if kind == '' then return -1 end
+if kind ~= 'c1' then return -2 end
 local left = redis.call('PTTL', KEYS[1])
 if left < 0 then return 60000 end
 return left

@@ -12,7 +12,7 @@ use super::{
     scripts::{self, Script},
     subscriber::{Subscriber, Tellers},
 };
-use crate::{Env, Held, NewClaim, StorageError, Token};
+use crate::{Env, Held, NewClaim, StorageError, StorageErrorKind, Token};
 
 /// What Redis is asked through; clones share it.
 #[derive(Clone)]
@@ -102,7 +102,19 @@ impl Server {
         let mut set = redis::cmd("SET");
         set.arg(name).arg(layout::claim(claim)).arg("NX").arg("GET");
         set.arg("PX").arg(milliseconds(claim.lease));
-        match bytes_of(self.ask(&set).await?)? {
+        let answer = match self.ask(&set).await {
+            // For want of memory it is refused before it is looked whether something is there.
+            Err(full) if full.kind() == StorageErrorKind::Full => {
+                let mut get = redis::cmd("GET");
+                get.arg(name);
+                match self.ask(&get).await? {
+                    Value::Nil => return Err(full),
+                    found => found,
+                }
+            }
+            answer => answer?,
+        };
+        match bytes_of(answer)? {
             Some(bytes) => layout::read(bytes).map(Some),
             None => Ok(None),
         }

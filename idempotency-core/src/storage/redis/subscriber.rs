@@ -34,8 +34,11 @@ const LINGER: Duration = Duration::from_secs(2);
 /// How often those who wait see to it that the task runs, and how late it may be.
 const LATE: Duration = Duration::from_secs(1);
 
-/// The keys that are waited for in this process.
-pub(super) struct Subscriber {
+/// The keys that are waited for through a storage and its clones. With it goes the task.
+pub(super) struct Subscriber(Arc<Shared>);
+
+/// What the task has of it too.
+struct Shared {
     link: Link,
     tellers: Tellers,
     env: Env,
@@ -47,6 +50,8 @@ pub(super) struct Subscriber {
 
 #[derive(Default)]
 struct State {
+    /// Nobody can wait any more.
+    is_over: bool,
     slots: HashMap<String, Slot>,
     /// When the task is to attend to which key.
     due: BTreeSet<(Duration, String)>,
@@ -54,6 +59,8 @@ struct State {
     attendant: Option<u64>,
     /// How many there were.
     attendants: u64,
+    /// When the task ran last.
+    attended: Duration,
 }
 
 /// A key that somebody waits for, or did a moment ago.
@@ -83,32 +90,41 @@ enum Subscription {
 
 /// One who waits.
 struct Waiter<'a> {
-    subscriber: &'a Subscriber,
+    shared: &'a Shared,
     name: &'a str,
     failures: u64,
 }
 
 impl Subscriber {
     pub(super) fn new(link: Link, tellers: Tellers) -> Self {
-        Self {
+        Self(Arc::new(Shared {
             env: link.env.clone(),
             link,
             tellers,
             state: Mutex::default(),
             news: Notify::new(),
-        }
+        }))
     }
 
     pub(super) fn tellers(&self) -> &Tellers {
-        &self.tellers
+        &self.0.tellers
     }
 
     /// Returns when the claim of the key `name` has ended, or perhaps has, or when `timeout` is over.
-    pub(super) async fn wait(
-        self: &Arc<Self>,
-        name: &str,
-        timeout: Duration,
-    ) -> Result<(), StorageError> {
+    pub(super) async fn wait(&self, name: &str, timeout: Duration) -> Result<(), StorageError> {
+        self.0.wait(name, timeout).await
+    }
+}
+
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        self.0.state().is_over = true;
+        self.0.news.notify_one();
+    }
+}
+
+impl Shared {
+    async fn wait(self: &Arc<Self>, name: &str, timeout: Duration) -> Result<(), StorageError> {
         if timeout.is_zero() {
             return Ok(());
         }
@@ -145,7 +161,7 @@ impl Subscriber {
         // Told of all that happens from here on, polled or not.
         let ended = slot.ended.clone().notified_owned();
         let waiter = Waiter {
-            subscriber: self,
+            shared: self,
             name,
             failures: slot.failures,
         };
@@ -188,7 +204,7 @@ impl Subscriber {
 impl Waiter<'_> {
     /// What came of it.
     fn result(&self) -> Result<(), StorageError> {
-        match self.subscriber.state().slots.get(self.name) {
+        match self.shared.state().slots.get(self.name) {
             Some(slot) if slot.failures != self.failures => Err(StorageError::new(
                 slot.failure.unwrap_or(StorageErrorKind::Unavailable),
                 "the key that is waited for could not be looked at",
@@ -200,8 +216,8 @@ impl Waiter<'_> {
 
 impl Drop for Waiter<'_> {
     fn drop(&mut self) {
-        let now = self.subscriber.env.now();
-        let mut state = self.subscriber.state();
+        let now = self.shared.env.now();
+        let mut state = self.shared.state();
         let Some(slot) = state.slots.get_mut(self.name) else {
             return;
         };
@@ -213,7 +229,7 @@ impl Drop for Waiter<'_> {
         slot.ended = Arc::default();
         state.attend(self.name, now.saturating_add(LINGER));
         drop(state);
-        self.subscriber.news.notify_one();
+        self.shared.news.notify_one();
     }
 }
 
@@ -244,7 +260,8 @@ impl State {
     /// Whether something was due a while ago and nobody has attended to it.
     fn is_late(&self, now: Duration) -> bool {
         let due = self.due.first();
-        due.is_some_and(|(at, _)| now.saturating_sub(*at) > LATE)
+        let since = due.map(|(at, _)| self.attended.max(*at));
+        since.is_some_and(|since| now.saturating_sub(since) > LATE)
     }
 
     /// No subscription is left. All that are waited for are due.

@@ -18,7 +18,7 @@ use redis::{
 
 use super::{
     super::{link::Repeatable, scripts},
-    Subscriber, Subscription,
+    Shared, Subscription,
 };
 use crate::{Env, StorageError};
 
@@ -29,6 +29,9 @@ const UNTOLD: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(
 /// How long a look is put off for a subscription that is asked for, so that one look is enough; and the pauses after that.
 const ASKING: Duration = Duration::from_millis(300);
 const SOON_TOLD: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
+
+/// How many looks may be under way. More would not be answered in time where Redis is far away or busy.
+const LOOKS: usize = 256;
 
 /// How long the connection outlives the last subscription.
 const IDLE: Duration = Duration::from_secs(30);
@@ -41,7 +44,7 @@ const FORBIDDEN: Duration = Duration::from_secs(60);
 
 /// The task.
 pub(super) struct Attendant {
-    subscriber: Arc<Subscriber>,
+    shared: Arc<Shared>,
     number: u64,
     ear: Ear,
     /// Which connection it is.
@@ -52,6 +55,8 @@ pub(super) struct Attendant {
     /// How long to wait before the connection is tried again, should that fail.
     backoff: Duration,
     jobs: FuturesUnordered<BoxFuture<'static, Done>>,
+    /// How many of these are looks.
+    looks: usize,
     idle_since: Option<Duration>,
     leaving: bool,
 }
@@ -85,9 +90,9 @@ enum Woken {
 }
 
 impl Attendant {
-    pub(super) fn new(subscriber: Arc<Subscriber>, number: u64) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, number: u64) -> Self {
         Self {
-            subscriber,
+            shared,
             number,
             ear: Ear::Closed {
                 retry_at: Duration::ZERO,
@@ -96,6 +101,7 @@ impl Attendant {
             age: 0,
             backoff: RECONNECT[0],
             jobs: FuturesUnordered::new(),
+            looks: 0,
             idle_since: None,
             leaving: false,
         }
@@ -119,20 +125,21 @@ impl Attendant {
 
     /// Whether another task was started, because this one was late.
     fn is_superseded(&self) -> bool {
-        self.subscriber.state().attendant != Some(self.number)
+        self.shared.state().attendant != Some(self.number)
     }
 
     /// Starts what is due, and says how long there is nothing more to do; `None` when there never will be.
     fn attend_to_what_is_due(&mut self) -> Option<Duration> {
-        let subscriber = self.subscriber.clone();
-        let now = subscriber.env.now();
-        if matches!(self.ear, Ear::Open(..)) && self.age != subscriber.link.age() {
+        let shared = self.shared.clone();
+        let now = shared.env.now();
+        if matches!(self.ear, Ear::Open(..)) && self.age != shared.link.age() {
             self.close(now);
         }
-        let mut state = subscriber.state();
-        if state.attendant != Some(self.number) {
+        let mut state = shared.state();
+        if state.is_over || state.attendant != Some(self.number) {
             return None;
         }
+        state.attended = now;
         if state.slots.is_empty() {
             let since = *self.idle_since.get_or_insert(now);
             let left = since.saturating_add(IDLE).saturating_sub(now);
@@ -145,12 +152,14 @@ impl Attendant {
         self.idle_since = None;
 
         let can_retry = matches!(self.ear, Ear::Closed { retry_at } if retry_at <= now);
-        if can_retry && !subscriber.tellers.is_none() {
+        if can_retry && !shared.tellers.is_none() {
             self.ear = Ear::Opening;
-            self.jobs.push(open(subscriber.clone()).boxed());
+            self.jobs.push(open(shared.clone()).boxed());
         }
         let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
-        while let Some(name) = state.next_due(now) {
+        while self.looks < LOOKS
+            && let Some(name) = state.next_due(now)
+        {
             let Some(slot) = state.slots.get_mut(&name) else {
                 continue;
             };
@@ -176,24 +185,27 @@ impl Attendant {
             } else if !slot.is_looked_at {
                 slot.is_looked_at = true;
                 slot.is_stale = false;
-                self.jobs.push(look(subscriber.clone(), name).boxed());
+                self.looks += 1;
+                self.jobs.push(look(shared.clone(), name).boxed());
             }
         }
-        let mut wake_at = state.due.first().map_or(Duration::MAX, |(at, _)| *at);
+        // Where no more looks may be under way, one of them has to end first.
+        let due = state.due.first().filter(|_| self.looks < LOOKS);
+        let mut wake_at = due.map_or(Duration::MAX, |(at, _)| *at);
         drop(state);
         match &self.ear {
             Ear::Open(sink, _) => {
                 if !unsubscribe.is_empty() {
-                    let (sink, subscriber) = (sink.clone(), subscriber.clone());
-                    self.jobs.push(leave(subscriber, sink, unsubscribe).boxed());
+                    let (sink, shared) = (sink.clone(), shared.clone());
+                    self.jobs.push(leave(shared, sink, unsubscribe).boxed());
                 }
                 if !subscribe.is_empty() {
-                    let (sink, subscriber) = (sink.clone(), subscriber.clone());
-                    let subscription = hear(subscriber, sink, self.generation, subscribe);
+                    let (sink, shared) = (sink.clone(), shared.clone());
+                    let subscription = hear(shared, sink, self.generation, subscribe);
                     self.jobs.push(subscription.boxed());
                 }
             }
-            Ear::Closed { retry_at } if !subscriber.tellers.is_none() => {
+            Ear::Closed { retry_at } if !shared.tellers.is_none() => {
                 wake_at = wake_at.min(*retry_at);
             }
             Ear::Closed { .. } | Ear::Opening => {}
@@ -202,9 +214,9 @@ impl Attendant {
     }
 
     async fn wake_up(&mut self, sleep: Duration) -> Woken {
-        let subscriber = self.subscriber.clone();
-        let news = pin!(subscriber.news.notified());
-        let sleep = pin!(subscriber.env.sleep(sleep));
+        let shared = self.shared.clone();
+        let news = pin!(shared.news.notified());
+        let sleep = pin!(shared.env.sleep(sleep));
         let (jobs, ear) = (&mut self.jobs, &mut self.ear);
         let happened = std::future::poll_fn(|cx| {
             // What was told goes first: it may make a look needless.
@@ -225,7 +237,7 @@ impl Attendant {
     }
 
     fn told(&mut self, message: &Msg) {
-        let state = self.subscriber.state();
+        let state = self.shared.state();
         let Some(slot) = state.slots.get(message.get_channel_name()) else {
             return;
         };
@@ -240,7 +252,7 @@ impl Attendant {
 
     /// The connection is lost, and with it what was told meanwhile.
     fn lost(&mut self) {
-        let now = self.subscriber.env.now();
+        let now = self.shared.env.now();
         self.close(now.saturating_add(self.backoff));
         self.backoff = (self.backoff * 2).min(RECONNECT[1]);
     }
@@ -248,24 +260,24 @@ impl Attendant {
     fn close(&mut self, retry_at: Duration) {
         self.ear = Ear::Closed { retry_at };
         self.generation += 1;
-        self.subscriber.state().deaf(self.subscriber.env.now());
+        self.shared.state().deaf(self.shared.env.now());
     }
 
     fn done(&mut self, done: Done) {
-        let now = self.subscriber.env.now();
+        let now = self.shared.env.now();
         match done {
             Done::Unsubscribed => {}
             // What became of an earlier connection is known already.
             Done::Subscribed(generation, ..) if generation != self.generation => {}
             Done::Opened(Some((sink, stream))) => {
                 self.ear = Ear::Open(sink, stream);
-                self.age = self.subscriber.link.age();
-                self.subscriber.state().deaf(now);
+                self.age = self.shared.link.age();
+                self.shared.state().deaf(now);
             }
             Done::Opened(None) => self.lost(),
             Done::Subscribed(_, names, Ok(())) => {
                 self.backoff = RECONNECT[0];
-                let mut state = self.subscriber.state();
+                let mut state = self.shared.state();
                 for name in names {
                     if let Some(slot) = state.slots.get_mut(&name)
                         && slot.subscription == Subscription::Asked
@@ -288,12 +300,15 @@ impl Attendant {
                 self.close(now.saturating_add(FORBIDDEN));
             }
             Done::Subscribed(_, _, Err(Unheard::Lost)) => self.lost(),
-            Done::Looked(name, looked) => self.looked(&name, looked, now),
+            Done::Looked(name, looked) => {
+                self.looks -= 1;
+                self.looked(&name, looked, now);
+            }
         }
     }
 
     fn looked(&mut self, name: &str, looked: Result<i64, StorageError>, now: Duration) {
-        let mut state = self.subscriber.state();
+        let mut state = self.shared.state();
         let Some(slot) = state.slots.get_mut(name) else {
             return;
         };
@@ -307,7 +322,7 @@ impl Attendant {
             return;
         }
         slot.pause = (slot.pause * 2).clamp(first, longest);
-        let mut next = jittered(&self.subscriber.env, slot.pause);
+        let mut next = jittered(&self.shared.env, slot.pause);
         match looked {
             Ok(left) if left >= 0 => {
                 // A little later than its end.
@@ -317,6 +332,12 @@ impl Attendant {
                     next = Duration::ZERO;
                 }
             }
+            Ok(scripts::FREE) => {
+                // For one, who ends what it begins or passes the wake on. Should it fail to begin, it is the next one's turn soon.
+                slot.ended.notify_one();
+                next = UNTOLD[0];
+            }
+            // A record, for all.
             Ok(_) => slot.ended.notify_waiters(),
             Err(error) => {
                 slot.failures += 1;
@@ -334,7 +355,7 @@ impl Drop for Attendant {
         if self.leaving || self.is_superseded() {
             return;
         }
-        let mut state = self.subscriber.state();
+        let mut state = self.shared.state();
         state.attendant = None;
         state.due.clear();
         state.slots.retain(|_, slot| {
@@ -347,20 +368,20 @@ impl Drop for Attendant {
     }
 }
 
-async fn open(subscriber: Arc<Subscriber>) -> Done {
-    let Subscriber {
+async fn open(shared: Arc<Shared>) -> Done {
+    let Shared {
         tellers, env, link, ..
-    } = &*subscriber;
+    } = &*shared;
     Done::Opened(tellers.open(env, link.limit).await)
 }
 
 async fn hear(
-    subscriber: Arc<Subscriber>,
+    shared: Arc<Shared>,
     mut sink: PubSubSink,
     generation: u64,
     names: Vec<String>,
 ) -> Done {
-    let Subscriber { env, link, .. } = &*subscriber;
+    let Shared { env, link, .. } = &*shared;
     let asked = match env.within(link.limit, sink.subscribe(&names)).await {
         Some(Ok(())) => Ok(()),
         Some(Err(error)) if error.kind() == redis::ErrorKind::Server(ServerErrorKind::NoPerm) => {
@@ -371,19 +392,16 @@ async fn hear(
     Done::Subscribed(generation, names, asked)
 }
 
-async fn leave(subscriber: Arc<Subscriber>, mut sink: PubSubSink, names: Vec<String>) -> Done {
-    let Subscriber { env, link, .. } = &*subscriber;
+async fn leave(shared: Arc<Shared>, mut sink: PubSubSink, names: Vec<String>) -> Done {
+    let Shared { env, link, .. } = &*shared;
     // Where it fails the connection is lost, which is noticed elsewhere.
     let _ = env.within(link.limit, sink.unsubscribe(&names)).await;
     Done::Unsubscribed
 }
 
-async fn look(subscriber: Arc<Subscriber>, name: String) -> Done {
+async fn look(shared: Arc<Shared>, name: String) -> Done {
     let script = &scripts::LEASE_LEFT;
-    let left = subscriber
-        .link
-        .run(script, &name, &[], Repeatable::Yes)
-        .await;
+    let left = shared.link.run(script, &name, &[], Repeatable::Yes).await;
     Done::Looked(name, left)
 }
 
