@@ -191,7 +191,8 @@ where
 /// Asks cargo for the example, so that it is there and up to date whichever way the tests were started. Where the whole
 /// workspace was built for the tests, as `tests/run` does, it is there already.
 fn executable(example: &str) -> PathBuf {
-    let output = std::process::Command::new(env!("CARGO"))
+    let mut cargo = std::process::Command::new(env!("CARGO"));
+    cargo
         .args([
             "build",
             "--workspace",
@@ -200,9 +201,9 @@ fn executable(example: &str) -> PathBuf {
             "--message-format=json",
         ])
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stderr(Stdio::inherit())
-        .output()
-        .expect("cargo runs");
+        .stderr(Stdio::inherit());
+    as_a_reader(&mut cargo);
+    let output = cargo.output().expect("cargo runs");
     assert!(output.status.success(), "the examples do not build");
     let messages = String::from_utf8(output.stdout).expect("cargo's messages are JSON");
     messages
@@ -213,6 +214,24 @@ fn executable(example: &str) -> PathBuf {
         })
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
         .expect("cargo names the example's executable")
+}
+
+/// Takes away what cargo tells a test of its package. Build scripts that ask for it (that of `ring` does) would take all for changed
+/// that was built without.
+pub fn as_a_reader(command: &mut std::process::Command) {
+    for (name, _) in std::env::vars_os() {
+        let is_of_the_test = [
+            "CARGO_PKG_",
+            "CARGO_MANIFEST_",
+            "CARGO_CRATE_",
+            "CARGO_BIN_",
+        ]
+        .iter()
+        .any(|prefix| name.to_string_lossy().starts_with(prefix));
+        if is_of_the_test {
+            command.env_remove(name);
+        }
+    }
 }
 
 fn is_curl(line: &str) -> bool {

@@ -9,7 +9,7 @@ use std::{path::Path, process::Stdio, time::Duration};
 
 use idempotency_tests::{
     Answer, Example,
-    example::{command, refused},
+    example::{as_a_reader, command, refused},
     redis::Redis,
 };
 use tokio::{process::Command, time::timeout};
@@ -58,6 +58,7 @@ async fn the_script_shows_one_execution_of_each_order() {
         .env("CARGO", env!("CARGO"))
         .stdin(Stdio::null())
         .kill_on_drop(true);
+    as_a_reader(script.as_std_mut());
     let output = timeout(Duration::from_secs(50), script.output()).await;
     let output = output.expect("an end").expect("bash runs");
     let shown = String::from_utf8(output.stdout).expect("UTF-8");
