@@ -119,7 +119,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `storage.name` | prefix of the storage's keys, for these classes | `idempotency` | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
-/// | `storage.require_noeviction` | whether a Redis that may evict records is refused, for class `redis` | false: warned of | |
+/// | `storage.require_noeviction` | whether a Redis that may evict is refused, for class `redis` and for its lock | false: warned of | |
 /// | `storages.<name>` | a cache for `cache_name = "<name>"`: as `storage`, without `cache_name` and `store_on` | | |
 ///
 /// * A **duration** is text with units (`"30s"`, `"100ms"`, `"1h30m"`; `ms`, `s`, `m`, `h`, `d`) or a number of seconds.

@@ -113,7 +113,7 @@ impl Lock for RedisLock {
         self.server.release(&self.key(key), token).await
     }
 
-    /// Returns when the key is free.
+    /// Returns when the key is free: first for one of those who wait, and soon for the others if that one leaves it free.
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         self.server.wait(&self.key(key), timeout).await
     }

@@ -197,8 +197,8 @@ impl StorageSettings {
         location: &str,
         name: String,
     ) -> Result<AnyStorage, SettingsError> {
-        let connecting = crate::RedisLock::connect(location).time_limit(place.time_limit);
-        let lock = connecting.await;
+        let connecting = crate::RedisLock::connect(location);
+        let lock = self.terms(connecting, place.time_limit).await;
         let lock = lock.map_err(|error| not_connected(&lock_path(), error))?;
         if class == StorageKind::Memory {
             tracing::warn!(

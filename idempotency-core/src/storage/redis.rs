@@ -120,6 +120,8 @@ impl RedisStorage {
     /// # }
     /// ```
     ///
+    /// One task at a time asks the sentinels, so on several tokio runtimes none may stand still.
+    ///
     /// A failover can lose what the replica had not heard of yet: see [`wait_replicas`](Self::wait_replicas).
     pub fn sentinel(client: redis::sentinel::SentinelClient) -> Self {
         Self::of(Server::behind_sentinels(client))
@@ -205,30 +207,41 @@ impl RedisStorage {
         }
     }
 
-    /// Waits for the replicas, if that is wanted, to have the claim that was made over the connection of this age. `false` if it is
-    /// another connection now: that one has written nothing, so it would wait for nothing.
-    async fn is_replicated(
+    /// Waits for the replicas, if that is wanted, to have the claim that was made over the connection of this age. Where they have it
+    /// not, it is given back.
+    async fn wait_for_replicas(
         &self,
         key: &EncodedKey,
         token: Token,
         age: u64,
-    ) -> Result<bool, StorageError> {
+    ) -> Result<Replicated, StorageError> {
         let Some((count, timeout)) = self.replicas else {
-            return Ok(true);
+            return Ok(Replicated::Yes);
         };
         let mut wait = redis::cmd("WAIT");
         wait.arg(count).arg(milliseconds(timeout));
         let failed = match self.server.ask_once(&wait).await {
             Ok(redis::Value::Int(reached)) if reached >= i64::from(count) => {
-                return Ok(self.server.age() == age);
+                return Ok(match self.server.age() == age {
+                    true => Replicated::Yes,
+                    false => Replicated::OverAnotherConnection,
+                });
             }
             Ok(_) => StorageError::unavailable("too few replicas have the claim"),
             Err(error) => error,
         };
         // Where this fails too, the claim ends with its lease.
-        let _ = self.release(key, token).await?;
+        let _ = self.release(key, token).await;
         Err(failed)
     }
+}
+
+/// Whether a claim has reached the replicas.
+#[must_use]
+enum Replicated {
+    Yes,
+    /// The connection that claimed is gone. This one has written nothing, so it waits for nothing.
+    OverAnotherConnection,
 }
 
 impl Storage for RedisStorage {
@@ -257,8 +270,9 @@ impl Storage for RedisStorage {
                     }
                 }
             }
-            if self.is_replicated(key, claim.token, age).await? {
-                return Ok(Begin::Acquired);
+            match self.wait_for_replicas(key, claim.token, age).await? {
+                Replicated::Yes => return Ok(Begin::Acquired),
+                Replicated::OverAnotherConnection => {}
             }
         }
         Err(StorageError::unavailable(

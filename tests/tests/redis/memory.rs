@@ -243,19 +243,29 @@ async fn who_waits_behind_sentinels_is_told() {
     let storage = RedisStorage::sentinel(client.unwrap());
     let claim = claim();
     assert_eq!(storage.begin(&KEY, &claim).await.unwrap(), Begin::Acquired);
-    let released = async {
+
+    let mut monitor = redis.monitor().await;
+    let completed = async {
+        let subscribe = format!("\"SUBSCRIBE\" \"idempotency:{KEY}\"");
+        let mut commands = Vec::new();
         until(async || {
-            let channels: Vec<String> = redis.ask(&["PUBSUB", "CHANNELS"]).await;
-            channels
-                .contains(&format!("idempotency:{KEY}"))
-                .then_some(())
+            commands.extend(monitor.commands().await);
+            // It looks once more after that, and then much later.
+            let mut since = commands.iter().skip_while(|command| **command != subscribe);
+            let has_looked = since.any(|command| command.starts_with("\"EVALSHA\""));
+            has_looked.then_some(())
         })
         .await;
-        storage.release(&KEY, claim.token).await.unwrap()
+        storage.complete(&KEY, claim.token, &large(), TTL).await
     };
-    let (waited, held) = tokio::join!(storage.wait(&KEY, PATIENCE), released);
+    let (waited, held) = tokio::join!(storage.wait(&KEY, PATIENCE), completed);
     waited.unwrap();
-    assert_eq!(held, Held::Yes);
+    assert_eq!(held.unwrap(), Held::Yes);
+    let commands = monitor.commands().await;
+    let scripts = commands
+        .iter()
+        .filter(|command| command.starts_with("\"EVALSHA\""));
+    assert_eq!(scripts.count(), 1, "it looked: {commands:#?}");
 }
 
 #[tokio::test]

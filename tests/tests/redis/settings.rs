@@ -95,6 +95,18 @@ async fn a_redis_that_may_evict_is_refused_on_demand() {
         assert!(error.starts_with("`storage.location`: "), "{error}");
         assert!(error.contains("maxmemory-policy noeviction"), "{error}");
     }
+    // A lock that is forgotten lets a second one in.
+    let records = Redis::start();
+    let storage =
+        json!({ "class": "redis", "location": records.url(), "require_noeviction": true });
+    let settings =
+        json!({ "storage": storage, "lock": { "class": "redis", "location": redis.url() } });
+    let settings = serde_json::from_value(settings).unwrap();
+    let error = IdempotencyLayer::from_settings(settings).await.unwrap_err();
+    assert!(
+        error.to_string().starts_with("`lock.location`: "),
+        "{error}"
+    );
 }
 
 /// `LOCK.CLASS`, `LOCK.LOCATION` and `LOCK.NAME`, with the records where they are told to be.

@@ -65,7 +65,7 @@ async fn a_release_wakes_one() {
         .and_then(|line| line.split(',').next()?.parse::<usize>().ok());
     let sets = sets.expect("SET was called");
     // One to see that somebody else runs, one to run, and some that come between a release and the one that it woke.
-    assert!(sets < 15 * MANY, "{sets} claims of {MANY}");
+    assert!(sets < 30 * MANY, "{sets} claims of {MANY}");
 }
 
 /// A duplicate that has waited for a second, in another process than the running original.

@@ -50,7 +50,7 @@ impl<T> RedisConnect<T> {
         self
     }
 
-    /// How long a command may take, and each step of connecting. Default: 1 s.
+    /// How long a command may take. Default: 1 s. Each step of connecting may take as long, and a second in any case.
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
@@ -86,6 +86,7 @@ async fn open(
     limit: Duration,
 ) -> Result<Server, RedisConnectError> {
     let nodes = nodes(location, limit)?;
+    let patience = limit.max(Server::DEFAULT_LIMIT);
     let env = Env::system();
     if env.spawner().is_none() {
         let error = "there is no tokio runtime to connect on";
@@ -96,14 +97,24 @@ async fn open(
     let tellers = nodes.iter().map(subscribing).collect::<Result<_, _>>();
     let tellers = Tellers::Any(tellers.map_err(RedisConnectError::url)?);
 
-    let (mut connection, client) = first_that_answers(&nodes, limit).await?;
-    let about = within(limit, About::server(&mut connection)).await?;
+    let (mut connection, client) = first_that_answers(&nodes, patience).await?;
+    let about = within(patience, About::server(&mut connection)).await?;
     let link = if about.is_cluster() {
         let nodes = Remade::new(Nodes(cluster(nodes, limit)?), env);
-        let connected = within(limit.saturating_mul(2), nodes.connected()).await?;
+        let connected = within(patience.saturating_mul(2), nodes.connected()).await?;
         let (_, mut masters) = connected.map_err(RedisConnectError::unreachable)?;
-        for about in within(limit, about.masters(&mut masters)).await? {
-            about.check(require_noeviction)?;
+        match within(patience, about.masters(&mut masters)).await? {
+            Ok(masters) => {
+                for about in masters {
+                    about.check(require_noeviction)?;
+                }
+            }
+            Err(error) if require_noeviction => return Err(RedisConnectError::unreachable(error)),
+            Err(error) => tracing::warn!(
+                target: "idempotency",
+                %error,
+                "not every master of the Cluster could be asked whether it evicts records"
+            ),
         }
         Link::new(nodes, limit)
     } else {
@@ -112,7 +123,7 @@ async fn open(
             // Whichever answers first would have the records.
             return Err(RedisConnectError::new(Reason::NotACluster));
         }
-        Link::new(Remade::new(One::new(client, limit), env), limit)
+        Link::new(Remade::new(One::new(client, patience), env), limit)
     };
     link.load(&scripts::all()).await;
     Ok(Server::new(link, tellers))
@@ -123,7 +134,7 @@ fn cluster(
     limit: Duration,
 ) -> Result<ClusterClient, RedisConnectError> {
     ClusterClient::builder(nodes)
-        .connection_timeout(limit)
+        .connection_timeout(limit.max(Server::DEFAULT_LIMIT))
         .response_timeout(limit)
         .retries(3)
         .min_retry_wait(10)

@@ -22,8 +22,12 @@ use crate::Env;
 /// How long a connection may take that is made anew, whatever its maker does. Its maker has shorter limits of its own.
 const MAKING: Duration = Duration::from_secs(30);
 
-/// The pauses between attempts to connect.
-const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(100)];
+/// The pauses after attempts to connect that failed. The last one keeps those who need a connection from trying without a pause.
+const PAUSES: [Duration; 3] = [
+    Duration::from_millis(20),
+    Duration::from_millis(100),
+    Duration::from_millis(100),
+];
 
 /// How old a connection to a replica is at least when it is given up: where only a replica is to be found, it is asked for no more
 /// often than that.
@@ -155,7 +159,8 @@ impl<M: Maker> Remade<M> {
         drop(state);
         let (maker, env, state) = (self.maker.clone(), self.env.clone(), self.state.clone());
         spawner.spawn(async move {
-            let made = attempts(&*maker, &env).await;
+            let made = env.within(MAKING, attempts(&*maker, &env)).await;
+            let made = made.unwrap_or_else(|| Err(gone("it takes too long to connect")));
             drop(maker);
             let runtime = Arc::new(());
             let (end, ended) = oneshot::channel();
@@ -247,13 +252,20 @@ impl<C: Clone> Making<C> {
 }
 
 async fn attempts<M: Maker>(maker: &M, env: &Env) -> RedisResult<M::Connection> {
+    let mut failure = None;
     for pause in PAUSES {
         match maker.make().await {
-            Err(error) if error.is_io_error() => env.sleep(pause).await,
-            made => return made,
+            Ok(connection) => return Ok(connection),
+            // A password that is refused, say: that does not change so soon.
+            Err(error) if !error.is_io_error() => {
+                env.sleep(PAUSES[2]).await;
+                return Err(error);
+            }
+            Err(error) => failure = Some(error),
         }
+        env.sleep(pause).await;
     }
-    maker.make().await
+    Err(failure.unwrap_or_else(|| gone("there was no attempt to connect")))
 }
 
 /// Nothing under this lock panics, so a poisoned one is whole.
@@ -270,6 +282,7 @@ fn is_of_a_replica(error: &RedisError) -> bool {
         .contains(&error.kind())
 }
 
+/// Nothing was sent.
 fn gone(what: &'static str) -> RedisError {
-    std::io::Error::new(std::io::ErrorKind::NotConnected, what).into()
+    std::io::Error::new(std::io::ErrorKind::ConnectionRefused, what).into()
 }

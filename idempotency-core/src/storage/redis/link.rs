@@ -58,7 +58,7 @@ impl Link {
         command: &Cmd,
         repeatable: Repeatable,
     ) -> Result<Value, StorageError> {
-        self.within_limit(self.send(command, repeatable))
+        self.within_limit(self.send(command, repeatable), Dropped::Unanswered)
             .await
             .map_err(|failure| failure.into_error())
     }
@@ -71,21 +71,14 @@ impl Link {
         arguments: &[&[u8]],
         repeatable: Repeatable,
     ) -> Result<i64, StorageError> {
-        let calls = async {
-            let known = script_command("EVALSHA", &script.hash, key, arguments);
-            match self.send(&known, repeatable).await {
-                Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                    let whole = script_command("EVAL", &script.code, key, arguments);
-                    self.send(&whole, repeatable).await
-                }
-                answer => answer,
-            }
-        };
-        match self.within_limit(calls).await {
-            Ok(Value::Int(answer)) => Ok(answer),
-            Ok(_) => Err(unexpected()),
-            Err(failure) => Err(failure.into_error()),
-        }
+        let calls = self.call(script, key, arguments, repeatable);
+        integer(self.within_limit(calls, Dropped::Unanswered).await)
+    }
+
+    /// The same for a script that only looks, on behalf of many. Such calls are dropped together, which says nothing of Redis.
+    pub(super) async fn look(&self, script: &Script, key: &str) -> Result<i64, StorageError> {
+        let calls = self.call(script, key, &[], Repeatable::Yes);
+        integer(self.within_limit(calls, Dropped::Unasked).await)
     }
 
     /// Tells Redis of the scripts before they are needed. Where that fails it is told when they are.
@@ -96,6 +89,23 @@ impl Link {
             if self.ask(&command, Repeatable::Yes).await.is_err() {
                 return;
             }
+        }
+    }
+
+    async fn call(
+        &self,
+        script: &Script,
+        key: &str,
+        arguments: &[&[u8]],
+        repeatable: Repeatable,
+    ) -> RedisResult<Value> {
+        let known = script_command("EVALSHA", &script.hash, key, arguments);
+        match self.send(&known, repeatable).await {
+            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                let whole = script_command("EVAL", &script.code, key, arguments);
+                self.send(&whole, repeatable).await
+            }
+            answer => answer,
         }
     }
 
@@ -112,16 +122,21 @@ impl Link {
     async fn within_limit<T>(
         &self,
         work: impl Future<Output = RedisResult<T>>,
+        dropped: Dropped,
     ) -> Result<T, Failure> {
-        let question = Question {
+        let mut question = Question {
             link: self,
             age: self.connection.age(),
-            has_ended: false,
+            is_unanswered: dropped == Dropped::Unanswered,
         };
         let Some(answer) = self.env.within(self.limit, work).await else {
+            question.is_unanswered = true;
             return Err(Failure::Timeout);
         };
-        question.ended(answer.as_ref().err());
+        question.is_unanswered = false;
+        if answer.as_ref().map_or_else(|e| !e.is_io_error(), |_| true) {
+            self.silence().unanswered = 0;
+        }
         answer.map_err(Failure::Redis)
     }
 
@@ -136,27 +151,25 @@ impl Link {
     }
 }
 
-/// A command that was sent when the connection was of this age. If it is dropped, whoever's limit it was that is over, it got no
-/// answer.
+/// What it means that a call is dropped before it has come to an end.
+#[derive(Clone, Copy, PartialEq)]
+enum Dropped {
+    /// Somebody's limit, shorter than ours, was over.
+    Unanswered,
+    /// Nothing.
+    Unasked,
+}
+
+/// A command that was sent when the connection was of this age.
 struct Question<'a> {
     link: &'a Link,
     age: u64,
-    has_ended: bool,
-}
-
-impl Question<'_> {
-    /// It has come to an end: with an answer, if what came is of the server.
-    fn ended(mut self, error: Option<&RedisError>) {
-        if error.is_none_or(|error| !error.is_io_error()) {
-            self.link.silence().unanswered = 0;
-        }
-        self.has_ended = true;
-    }
+    is_unanswered: bool,
 }
 
 impl Drop for Question<'_> {
     fn drop(&mut self) {
-        if self.has_ended {
+        if !self.is_unanswered {
             return;
         }
         let mut silence = self.link.silence();
@@ -171,6 +184,14 @@ impl Drop for Question<'_> {
         if silence.unanswered >= UNANSWERED {
             self.link.connection.discard(self.age);
         }
+    }
+}
+
+fn integer(answer: Result<Value, Failure>) -> Result<i64, StorageError> {
+    match answer {
+        Ok(Value::Int(answer)) => Ok(answer),
+        Ok(_) => Err(unexpected()),
+        Err(failure) => Err(failure.into_error()),
     }
 }
 

@@ -68,7 +68,7 @@ impl Sentinels {
         Self(Arc::new(tokio::sync::Mutex::new(client)))
     }
 
-    /// Who is master. A sentinel that is silent takes the driver a second before it asks the next.
+    /// Who is master. Sentinels that are silent take the driver a second.
     pub(super) async fn master(&self) -> RedisResult<Client> {
         self.0.lock().await.async_get_client().await
     }

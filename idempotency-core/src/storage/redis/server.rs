@@ -93,7 +93,7 @@ impl Server {
         self.link.run(script, name, arguments, repeatable).await
     }
 
-    /// Puts `claim` under `name` where nothing is, and says what is there otherwise: one command.
+    /// Puts `claim` under `name` where nothing is, and says what is there otherwise: one command, but two where memory is full.
     pub(crate) async fn claim(
         &self,
         name: &str,
@@ -138,7 +138,8 @@ impl Server {
         Ok(held_if(released.await?))
     }
 
-    /// Returns when no claim is under `name`, or when `timeout` is over.
+    /// Returns when no claim is under `name`, or when `timeout` is over. Of those who wait for one that was released, it returns for
+    /// one first, and soon for the others if that one leaves it free.
     pub(crate) async fn wait(&self, name: &str, timeout: Duration) -> Result<(), StorageError> {
         self.subscriber.wait(name, timeout).await
     }

@@ -78,6 +78,8 @@ struct Slot {
     is_stale: bool,
     /// It was to be looked at, which waits a little for the subscription.
     is_put_off: bool,
+    /// How many are woken when it is found free.
+    wakes: usize,
     pause: Duration,
 }
 
@@ -193,8 +195,10 @@ impl Shared {
         }
         state.attendants += 1;
         let number = state.attendants;
-        state.attendant = Some(number);
+        (state.attendant, state.attended) = (Some(number), now);
         drop(state);
+        // What is news from here on is not for the one that is late.
+        self.news.notify_waiters();
         // A runtime that shuts down drops the task at once, which then sees to the state.
         spawner.spawn(Attendant::new(self.clone(), number).run());
         Ok(())
@@ -294,6 +298,7 @@ impl Slot {
             is_looked_at: false,
             is_stale: false,
             is_put_off: false,
+            wakes: 1,
             pause: Duration::ZERO,
         }
     }

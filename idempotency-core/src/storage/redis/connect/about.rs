@@ -35,24 +35,31 @@ impl About {
     }
 
     /// Asks every master of the Cluster that this server is a part of.
-    pub(super) async fn masters(self, connection: &mut ClusterConnection) -> Vec<Self> {
-        let info = of_masters(connection, redis::cmd("INFO")).await;
+    ///
+    /// # Errors
+    ///
+    /// If one of them does not answer.
+    pub(super) async fn masters(
+        self,
+        connection: &mut ClusterConnection,
+    ) -> Result<Vec<Self>, RedisError> {
+        let info = of_masters(connection, redis::cmd("INFO")).await?;
         let mut masters: BTreeMap<_, _> = info
             .into_iter()
             .map(|(master, info)| (master, (lines(Ok(info)), Told::default())))
             .collect();
         let is_told = |(info, _): &(Told, Told)| info.of("maxmemory_policy").is_some();
         if masters.is_empty() || !masters.values().all(is_told) {
-            for (master, config) in of_masters(connection, memory_settings()).await {
+            for (master, config) in of_masters(connection, memory_settings()).await? {
                 masters.entry(master).or_default().1 = pairs(Ok(config));
             }
         }
         if masters.is_empty() {
             // They tell nothing.
-            return vec![Self {
+            return Ok(vec![Self {
                 version: self.version,
                 ..Self::default()
-            }];
+            }]);
         }
         let masters = masters.into_values().map(|(info, config)| {
             let mut about = Self::read(&Told::default(), &info, &config);
@@ -60,7 +67,7 @@ impl About {
             about.mode.clone_from(&self.mode);
             about
         });
-        masters.collect()
+        Ok(masters.collect())
     }
 
     fn read(hello: &Told, info: &Told, config: &Told) -> Self {
@@ -151,17 +158,21 @@ fn memory_settings() -> Cmd {
     config
 }
 
-/// What every master answers, by its address; nothing if one of them does not.
-async fn of_masters(connection: &mut ClusterConnection, command: Cmd) -> Vec<(String, Value)> {
+/// What every master answers, by its address; nothing if one of them refuses.
+async fn of_masters(
+    connection: &mut ClusterConnection,
+    command: Cmd,
+) -> Result<Vec<(String, Value)>, RedisError> {
     let masters = RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None));
     match connection.route_command(command, masters).await {
         Ok(Value::Map(answers)) => {
             let answers = answers
                 .into_iter()
                 .filter_map(|(master, answer)| Some((text(master)?, answer)));
-            answers.collect()
+            Ok(answers.collect())
         }
-        _ => Vec::new(),
+        Err(error) if error.is_io_error() => Err(error),
+        _ => Ok(Vec::new()),
     }
 }
 

@@ -16,10 +16,7 @@ use redis::{
     aio::{PubSubSink, PubSubStream},
 };
 
-use super::{
-    super::{link::Repeatable, scripts},
-    Shared, Subscription,
-};
+use super::{super::scripts, LATE, Shared, Subscription};
 use crate::{Env, StorageError};
 
 /// The first pause between two looks at a key, and the longest: where the end is told, and where it is not.
@@ -49,7 +46,7 @@ pub(super) struct Attendant {
     ear: Ear,
     /// Which connection it is.
     generation: u64,
-    /// How often the connection for commands had been made when it was opened. One that was made anew since then may lead to
+    /// How often the connection for commands had been made when it began to open. One that was made anew since then may lead to
     /// another server.
     age: u64,
     /// How long to wait before the connection is tried again, should that fail.
@@ -154,6 +151,7 @@ impl Attendant {
         let can_retry = matches!(self.ear, Ear::Closed { retry_at } if retry_at <= now);
         if can_retry && !shared.tellers.is_none() {
             self.ear = Ear::Opening;
+            self.age = shared.link.age();
             self.jobs.push(open(shared.clone()).boxed());
         }
         let (mut subscribe, mut unsubscribe) = (Vec::new(), Vec::new());
@@ -189,9 +187,11 @@ impl Attendant {
                 self.jobs.push(look(shared.clone(), name).boxed());
             }
         }
-        // Where no more looks may be under way, one of them has to end first.
-        let due = state.due.first().filter(|_| self.looks < LOOKS);
-        let mut wake_at = due.map_or(Duration::MAX, |(at, _)| *at);
+        let mut wake_at = match state.due.first() {
+            // One of the looks has to end first. Whoever waits is to know that this task is alive.
+            Some(_) if self.looks >= LOOKS => now.saturating_add(LATE / 2),
+            due => due.map_or(Duration::MAX, |(at, _)| *at),
+        };
         drop(state);
         match &self.ear {
             Ear::Open(sink, _) => {
@@ -237,17 +237,23 @@ impl Attendant {
     }
 
     fn told(&mut self, message: &Msg) {
-        let state = self.shared.state();
-        let Some(slot) = state.slots.get(message.get_channel_name()) else {
+        let mut state = self.shared.state();
+        let Some(slot) = state.slots.get_mut(message.get_channel_name()) else {
             return;
         };
         if slot.waiting == 0 {
             return;
         }
-        match message.get_payload_bytes() {
-            scripts::WAKE_ALL => slot.ended.notify_waiters(),
-            _ => slot.ended.notify_one(),
+        slot.wakes = 1;
+        if message.get_payload_bytes() == scripts::WAKE_ALL {
+            slot.ended.notify_waiters();
+            return;
         }
+        slot.ended.notify_one();
+        // Who was woken has taken the key by then, or others are woken.
+        let soon = self.shared.env.now().saturating_add(UNTOLD[0]);
+        let at = slot.due.map_or(soon, |at| at.min(soon));
+        state.attend(message.get_channel_name(), at);
     }
 
     /// The connection is lost, and with it what was told meanwhile.
@@ -271,7 +277,6 @@ impl Attendant {
             Done::Subscribed(generation, ..) if generation != self.generation => {}
             Done::Opened(Some((sink, stream))) => {
                 self.ear = Ear::Open(sink, stream);
-                self.age = self.shared.link.age();
                 self.shared.state().deaf(now);
             }
             Done::Opened(None) => self.lost(),
@@ -325,6 +330,7 @@ impl Attendant {
         let mut next = jittered(&self.shared.env, slot.pause);
         match looked {
             Ok(left) if left >= 0 => {
+                slot.wakes = 1;
                 // A little later than its end.
                 let left = Duration::from_millis(left.unsigned_abs()) + Duration::from_millis(2);
                 next = next.min(left);
@@ -333,11 +339,15 @@ impl Attendant {
                 }
             }
             Ok(scripts::FREE) => {
-                // For one, who ends what it begins or passes the wake on. Should it fail to begin, it is the next one's turn soon.
-                slot.ended.notify_one();
+                // For one, who ends what it begins or passes the wake on. If it is free still, soon after, that one did not want
+                // it, and then it is for two, and so on.
+                for _ in 0..slot.wakes.min(slot.waiting) {
+                    slot.ended.notify_one();
+                }
+                slot.wakes = slot.wakes.saturating_mul(2);
                 next = UNTOLD[0];
             }
-            // A record, for all.
+            // An answer is for all.
             Ok(_) => slot.ended.notify_waiters(),
             Err(error) => {
                 slot.failures += 1;
@@ -401,7 +411,7 @@ async fn leave(shared: Arc<Shared>, mut sink: PubSubSink, names: Vec<String>) ->
 
 async fn look(shared: Arc<Shared>, name: String) -> Done {
     let script = &scripts::LEASE_LEFT;
-    let left = shared.link.run(script, &name, &[], Repeatable::Yes).await;
+    let left = shared.link.look(script, &name).await;
     Done::Looked(name, left)
 }
 
