@@ -39,7 +39,7 @@ async fn an_answer_for_which_there_is_no_room_is_a_tombstone() {
     let storage = RedisStorage::connect(redis.url()).await.unwrap();
     let claim = claim();
     assert_eq!(storage.begin(&KEY, &claim).await.unwrap(), Begin::Acquired);
-    let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+    let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", "1"]).await;
 
     let held = storage.complete(&KEY, claim.token, &large(), TTL).await;
     assert_eq!(held.unwrap(), Held::Yes);
@@ -79,7 +79,7 @@ async fn a_full_memory_keeps_no_retry_from_its_answer() {
     assert_eq!(shop.order("done").await.code(), 201);
     let running = shop.server.post("/orders").key("running").start();
     gate.arrived(2).await;
-    let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", "1mb"]).await;
+    let _: String = redis.ask(&["CONFIG", "SET", "maxmemory", "1"]).await;
 
     assert_replays(&shop.order("done").await, "done 1");
     let other = Shop::open(RedisStorage::connect(redis.url()).await.unwrap()).await;
