@@ -5,8 +5,8 @@ use std::{fmt, sync::Arc, time::Duration};
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 
 use crate::{
-    BasicKeyEncoder, Env, Event, FingerprintKeyEncoder, KeyEncoder, KeyFormat, KeyOnlyEncoder,
-    LockPolicy, Observer, event::Observers,
+    BasicKeyEncoder, Budget, Env, Event, FingerprintKeyEncoder, KeyEncoder, KeyFormat,
+    KeyOnlyEncoder, LockPolicy, Observer, event::Observers,
 };
 
 mod scope;
@@ -72,6 +72,10 @@ pub struct Config {
     pub max_running: usize,
     /// See [`Config::max_waiting`].
     pub max_waiting: usize,
+    /// See [`Config::max_buffered`].
+    pub budget: Budget,
+    /// See [`Config::body_timeout`].
+    pub body_timeout: Duration,
     /// See [`Config::replay_header`].
     pub replay_header: Option<HeaderName>,
     /// See [`Config::strip_header`].
@@ -258,6 +262,22 @@ impl Config {
         self
     }
 
+    /// How many bytes this process may hold at once: request bodies that arrive, run or wait, answers that are being recorded, and
+    /// outcomes that are still to be stored. A request above the limit is refused with 503. Default: 256 MiB.
+    ///
+    /// Clones of this configuration share the limit, so all caches of a layer are under one.
+    pub fn max_buffered(mut self, bytes: usize) -> Self {
+        self.budget = Budget::new(bytes);
+        self
+    }
+
+    /// How long a request body may be silent while it is read for the encoder; then the request is refused with 408, and gives back
+    /// the memory that it held. Default: 30 s.
+    pub fn body_timeout(mut self, limit: Duration) -> Self {
+        self.body_timeout = limit;
+        self
+    }
+
     /// The header that a replayed answer carries with the value `true`; `None` is no header. Default:
     /// `idempotency-replayed`.
     pub fn replay_header(mut self, header: impl Into<Option<HeaderName>>) -> Self {
@@ -358,6 +378,8 @@ impl Default for Config {
             max_response_body: 1 << 20,
             max_running: 16_384,
             max_waiting: 16_384,
+            budget: Budget::new(256 << 20),
+            body_timeout: Duration::from_secs(30),
             replay_header: Some(HeaderName::from_static("idempotency-replayed")),
             stripped_headers: vec![header::DATE, header::SET_COOKIE],
             documentation: None,
@@ -387,6 +409,8 @@ impl fmt::Debug for Config {
             .field("max_response_body", &self.max_response_body)
             .field("max_running", &self.max_running)
             .field("max_waiting", &self.max_waiting)
+            .field("max_buffered", &self.budget.limit())
+            .field("body_timeout", &self.body_timeout)
             .field("replay_header", &self.replay_header)
             .field("stripped_headers", &self.stripped_headers)
             .field("documentation", &self.documentation)

@@ -7,10 +7,10 @@ use std::{fmt, future::Future, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use futures_util::future::{BoxFuture, Either, select};
 
+mod background;
 #[cfg(any(test, feature = "conformance"))]
 mod simulated;
 mod system;
-mod watch;
 
 #[cfg(any(test, feature = "conformance"))]
 pub use self::simulated::SimulatedClock;
@@ -43,11 +43,10 @@ pub trait Environment: Send + Sync + 'static {
     /// What spawns tasks from here on, or `None` where there is no runtime.
     fn spawner(&self) -> Option<Spawner>;
 
-    /// Sees to it that timers fire at most `every` late, whatever blocks the runtime's threads, until the result is dropped.
-    /// Default: nothing has to be done.
-    fn watch(&self, every: Duration) -> Watch {
-        let _ = every;
-        Watch::default()
+    /// What spawns tasks that must go on when the runtime of the caller is blocked, is not driven any more or has ended: the renewal
+    /// of claims. Default: [`spawner`](Self::spawner).
+    fn background(&self) -> Option<Spawner> {
+        self.spawner()
     }
 
     /// Whether `now` passes at the pace of the wall clock. Storages then leave expiry to their backend's own clock.
@@ -116,9 +115,21 @@ impl Env {
         self.0.spawner()
     }
 
-    /// Sees to it that timers fire at most `every` late, whatever blocks the runtime's threads, until the result is dropped.
-    pub(crate) fn watch(&self, every: Duration) -> Watch {
-        self.0.watch(every)
+    /// What spawns tasks that must go on when the runtime of the caller is blocked, is not driven any more or has ended. Claims are
+    /// renewed by such a task.
+    ///
+    /// [`Env::system`] has one thread for the process, with a tokio runtime of its own, which the first call starts. Where the
+    /// caller's time is not the real one (`tokio::time::pause`) it spawns on the caller's runtime.
+    #[must_use]
+    pub fn background(&self) -> Option<Spawner> {
+        self.0.background()
+    }
+
+    /// Whether the caller runs on the background thread of [`Env::system`]. A connection whose I/O is driven by another runtime may
+    /// stand still with that runtime, so a storage can keep one of its own for these calls.
+    #[must_use]
+    pub fn in_background() -> bool {
+        background::is_current()
     }
 
     /// Whether this environment's time is the wall clock's.
@@ -141,11 +152,6 @@ impl fmt::Debug for Env {
             .finish_non_exhaustive()
     }
 }
-
-/// Keeps an eye on a runtime for as long as it lives; see [`Environment::watch`].
-#[derive(Clone, Debug, Default)]
-#[must_use = "the watch ends when this is dropped"]
-pub struct Watch(#[expect(dead_code, reason = "what counts is that it is alive")] Option<Arc<()>>);
 
 /// Spawns background tasks; captured where a runtime is entered, usable anywhere.
 #[derive(Clone)]

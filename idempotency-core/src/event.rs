@@ -184,11 +184,13 @@ pub enum Refusal {
     NotReplayable,
     /// The request's body is over the limit.
     BodyTooLarge,
+    /// The request's body could not be read to its end.
+    BodyUnreadable,
     /// The request carries nothing that says whose key it is.
     ScopeRequired,
     /// The storage failed.
     StorageUnavailable,
-    /// Too many operations are running or waiting.
+    /// Too many operations are running or waiting, or too many bytes are held in memory.
     Overloaded,
 }
 
@@ -203,6 +205,7 @@ impl Refusal {
             Self::KeyReused => "key-reused",
             Self::NotReplayable => "not-replayable",
             Self::BodyTooLarge => "body-too-large",
+            Self::BodyUnreadable => "body-unreadable",
             Self::ScopeRequired => "scope-required",
             Self::StorageUnavailable => "storage-unavailable",
             Self::Overloaded => "overloaded",

@@ -62,6 +62,7 @@
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 
+mod budget;
 mod codec;
 mod config;
 mod encoder;
@@ -76,6 +77,7 @@ mod settings;
 pub mod storage;
 
 pub use self::{
+    budget::{Budget, Reservation},
     codec::{DecodeError, DecodeErrorKind},
     config::{Config, OnStorageError, OnUnreadable, Scope, StoreOn},
     encoder::{

@@ -102,10 +102,14 @@ pub enum TombstoneReason {
     MaxHold,
     /// The handler panicked, or the service around it failed.
     HandlerFailed,
+    /// There was no memory left for the answer, in this process or in the storage.
+    NoRoom,
+    /// The storage refused the answer again and again, while it answered other calls for the key.
+    Unstorable,
 }
 
 impl TombstoneReason {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::ResponseTooLarge,
         Self::StreamBroken,
         Self::EventStream,
@@ -113,6 +117,8 @@ impl TombstoneReason {
         Self::Streaming,
         Self::MaxHold,
         Self::HandlerFailed,
+        Self::NoRoom,
+        Self::Unstorable,
     ];
 
     /// A short code for logs and metrics. Records keep it, so it never changes.
@@ -126,6 +132,8 @@ impl TombstoneReason {
             Self::Streaming => "streaming",
             Self::MaxHold => "max-hold",
             Self::HandlerFailed => "handler-failed",
+            Self::NoRoom => "no-room",
+            Self::Unstorable => "unstorable",
         }
     }
 
@@ -144,6 +152,8 @@ impl fmt::Display for TombstoneReason {
             Self::Streaming => "the original response was a stream that could not be stored",
             Self::MaxHold => "the original request ran for too long, and its outcome is not known",
             Self::HandlerFailed => "the original request failed inside the server",
+            Self::NoRoom => "there was no memory left to store the original response",
+            Self::Unstorable => "the original response could not be stored",
         })
     }
 }

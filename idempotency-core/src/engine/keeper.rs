@@ -143,7 +143,7 @@ impl Keeper {
         let slack = config.lock.lease() / 12;
         // A keeper before this one may have been dropped while it gave up.
         shared.ledger.give_up_again();
-        let _watch = config.env.watch(config.lock.lease() / 6);
+
         while let Some(kept) = shared.ledger.kept() {
             let now = config.env.now();
             // A new claim does not wake us, and is due in a third of the lease: we never sleep longer. An outcome that could not

@@ -17,6 +17,7 @@ use std::{
 };
 
 use futures_util::future::select;
+use tokio::sync::Notify;
 
 use self::ledger::{Found, Ledger};
 use crate::{
@@ -118,7 +119,14 @@ impl Refused {
 ///
 /// From the moment that a claim may have been taken the future, and what follows it, should be run to its end.
 #[derive(Clone, Debug, Default)]
-pub struct Progress(Arc<AtomicBool>);
+pub struct Progress(Arc<ProgressState>);
+
+#[derive(Debug, Default)]
+struct ProgressState {
+    committed: AtomicBool,
+    given_up: AtomicBool,
+    gave_up: Notify,
+}
 
 impl Progress {
     /// Nothing has begun.
@@ -130,12 +138,34 @@ impl Progress {
     /// Whether a claim is, or may have been, taken.
     #[must_use]
     pub fn is_committed(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.committed.load(Ordering::Relaxed)
     }
 
     fn set(&self, committed: bool) {
         // Read by whoever drops the future, never while it is polled, so no order has to be kept.
-        self.0.store(committed, Ordering::Relaxed);
+        self.0.committed.store(committed, Ordering::Relaxed);
+    }
+
+    /// Whether the claim was held longer than [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) and has been given up: its key
+    /// has a tombstone, and an operation whose client is gone is of no use any more.
+    #[must_use]
+    pub fn is_given_up(&self) -> bool {
+        self.0.given_up.load(Ordering::Acquire)
+    }
+
+    /// Returns once the claim has been [given up](Self::is_given_up); never, if it ends before.
+    pub async fn given_up(&self) {
+        let mut gave_up = pin!(self.0.gave_up.notified());
+        // Enabled before the look, so that a claim that is given up in between is not missed.
+        gave_up.as_mut().enable();
+        if !self.is_given_up() {
+            gave_up.await;
+        }
+    }
+
+    fn give_up(&self) {
+        self.0.given_up.store(true, Ordering::Release);
+        self.0.gave_up.notify_waiters();
     }
 }
 

@@ -6,12 +6,9 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use tokio::{
-    runtime::{Handle, RuntimeFlavor},
-    time::Instant,
-};
+use tokio::{runtime::Handle, time::Instant};
 
-use super::{Environment, Spawner, Watch, watch};
+use super::{Environment, Spawner, background};
 
 /// One for the process: all its users then count from the same origin.
 pub(super) fn shared() -> Arc<dyn Environment> {
@@ -68,17 +65,26 @@ impl Environment for System {
         Some(Spawner::new(move |task| drop(handle.spawn(task))))
     }
 
-    fn watch(&self, every: Duration) -> Watch {
-        match Handle::try_current() {
-            Ok(handle) if handle.runtime_flavor() == RuntimeFlavor::MultiThread => {
-                Watch(Some(watch::watch(handle, every)))
-            }
-            // A runtime of one thread that is blocked can't be helped.
-            _ => Watch::default(),
+    fn background(&self) -> Option<Spawner> {
+        match is_real_time() {
+            true => background::spawner().or_else(|| self.spawner()),
+            false => self.spawner(),
         }
     }
 
     fn is_real_time(&self) -> bool {
         true
     }
+}
+
+/// Whether the time of this runtime passes as that of the machine does: it does not where `tokio::time::pause` was called, and
+/// another runtime's sleeps would then be of another length.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the two clocks are compared here and nowhere else"
+)]
+fn is_real_time() -> bool {
+    let before = std::time::Instant::now();
+    let now = Instant::now().into_std();
+    before <= now && now <= std::time::Instant::now()
 }
