@@ -18,7 +18,7 @@ use pin_project_lite::pin_project;
 
 use crate::{
     discovery::{Seat, Suspended},
-    policy::{KeyPolicy, Requirement},
+    policy::{KeyPolicy, Requirement, can_use_keys},
     request::{Acknowledgement, Decided, Protection, WithoutKey},
 };
 
@@ -176,7 +176,7 @@ fn admit(seat: &Seat, policy: &KeyPolicy, request: &Request) -> Result<Entry, Mi
         return Err(Misplaced::OtherPolicy);
     }
     let without_key = request.extensions().get::<WithoutKey>().is_some();
-    let unprotected = protection.is_none() && !decided && !request.method().is_safe();
+    let unprotected = protection.is_none() && !decided && can_use_keys(request.method());
     match policy.requirement {
         Requirement::Required if unprotected => Err(Misplaced::NoLayer),
         Requirement::Optional if unprotected && !seat.is_taken() && !without_key => {

@@ -32,7 +32,7 @@
 //! # The way of a request
 //!
 //! ```text
-//! request ─ safe method, exempt, or optional without a key ──────────► handler
+//! request ─ safe method, CONNECT, exempt, or optional without a key ─► handler
 //!    │ key read (400 if missing or invalid), body buffered (413 over the limit)
 //!    │ encoded: SHA-256 over key, method, original path and query, caller, body
 //!    ▼ one atomic step at the storage
@@ -48,7 +48,7 @@
 //!
 //! # Modes and policies
 //!
-//! [`IdempotencyLayer::enforce`] requires a key for every unsafe method, [`IdempotencyLayer::exempt`] for none. A handler says
+//! [`IdempotencyLayer::enforce`] requires a key for every unsafe method except CONNECT, [`IdempotencyLayer::exempt`] for none. A handler says
 //! otherwise by [`#[idempotency_key]`](macro@idempotency_key), `#[idempotency_key(optional)]`,
 //! `#[idempotency_key(cache_name = "…")]` or [`#[idempotency_exempt]`](macro@idempotency_exempt); closures, generic and
 //! associated functions by the combinators of [`IdempotencyHandler`]. The outermost policy wins; of two layers the one nearest

@@ -26,7 +26,7 @@ use crate::{
     discovery::{self, Suspended},
     future::ResponseFuture,
     plan::{Applied, Plan, Shared},
-    policy::Requirement,
+    policy::{Requirement, can_use_keys},
     problem::Problem,
     receipt::Receipt,
     record::record,
@@ -108,7 +108,7 @@ where
             }
             Plan::Apply(applied) => applied,
         };
-        if request.method().is_safe() {
+        if !can_use_keys(request.method()) {
             return self.pass(request);
         }
         match applied.relies_on {

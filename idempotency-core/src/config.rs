@@ -159,7 +159,7 @@ impl Config {
         self
     }
 
-    /// The methods that use keys. Default: all except GET, HEAD, OPTIONS and TRACE, which never do, listed or not.
+    /// The methods that use keys. Default: all except GET, HEAD, OPTIONS, TRACE and CONNECT, which never do, listed or not.
     pub fn methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         self.methods = Some(methods.into_iter().collect());
         self
@@ -323,7 +323,8 @@ impl Config {
     /// Whether requests of `method` use keys.
     #[must_use]
     pub fn checks(&self, method: &Method) -> bool {
-        if method.is_safe() {
+        // What CONNECT opens is a tunnel, also a WebSocket over HTTP/2: its 200 is no answer that could be replayed.
+        if method.is_safe() || method == Method::CONNECT {
             return false;
         }
         self.methods
@@ -425,9 +426,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn safe_methods_are_never_checked() {
-        let config = Config::default().methods([Method::GET, Method::POST]);
+    fn safe_methods_and_connect_are_never_checked() {
+        let config = Config::default().methods([Method::GET, Method::CONNECT, Method::POST]);
         assert!(!config.checks(&Method::GET));
+        assert!(!config.checks(&Method::CONNECT));
+        assert!(!Config::default().checks(&Method::CONNECT));
         assert!(config.checks(&Method::POST));
         assert!(!config.checks(&Method::PUT));
     }
