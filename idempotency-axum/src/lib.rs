@@ -92,12 +92,15 @@
 //! | `RequestBodyLimitLayer` | **413 before the key is taken** | 413 is an answer that may be stored; [`Config::max_request_body`] comes first |
 //! | `NormalizePathLayer` | **around the router that is served: both spellings are one operation** | behind another router the original path counts: two operations |
 //! | `CatchPanicLayer` | where 500 is stored a retry gets 409, else it runs | where 500 is stored a retry gets this 500, else it runs |
-//! | `GlobalConcurrencyLimitLayer` | counts clients, also for replays; not an operation whose client left | counts operations; one that waits for its place holds its key, and to be shed is an answer |
+//! | `GlobalConcurrencyLimitLayer` | counts clients, also for replays; not an operation whose client left | counts operations; one that waits for its place holds its key, and to be shed is an answer. Replays and refusals need no place |
 //! | a task-local, say a tenant | not there once the client has left; a request extension is | **there to the end of the handler** |
 //! | a tracing span | **there to the end of the recording, whether the client is or not** | there to the end of the handler |
 //! | a transaction per request | rolled back when the client leaves, though the answer is recorded | **ends once, with the handler, before the record** |
 //!
 //! A transaction inside, and any timeout but those of bodies, end with the head of an answer that streams.
+//!
+//! The layer itself is always ready. It asks what stands inside once the key is claimed, so a `LoadShedLayer` that is to shed
+//! operations belongs inside too.
 //!
 //! # Scope
 //!

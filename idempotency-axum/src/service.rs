@@ -2,9 +2,10 @@
 
 use std::{
     fmt,
+    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use axum::{
@@ -90,10 +91,12 @@ where
 {
     type Response = Response;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future, S::Error>;
+    type Future = ResponseFuture<S>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
+    /// Always ready. The inner service is asked once it is known that the request goes there, and after the key is claimed: a
+    /// replay or a refusal must not wait for a place among those that run.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
@@ -128,16 +131,33 @@ where
     R: http_body::Body<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
-    fn pass(&mut self, request: Request) -> ResponseFuture<S::Future, S::Error> {
-        ResponseFuture::passed(self.inner.call(request), None)
+    /// Lets a request through as it is.
+    fn pass(&mut self, request: Request) -> ResponseFuture<S> {
+        self.call_when_ready(request, None)
+    }
+
+    /// Calls the inner service, at once if it is ready.
+    ///
+    /// A service on which nothing waits is ready when it is asked, so it is asked here, without anybody to wake, and called without
+    /// a clone: that of a route is an allocation. Any other goes with the request, with the place that it may have in a queue, and
+    /// is asked again by whoever polls the future; a clone of it takes the next request.
+    fn call_when_ready(&mut self, request: Request, receipt: Option<Receipt>) -> ResponseFuture<S> {
+        let asked = self
+            .inner
+            .poll_ready(&mut Context::from_waker(Waker::noop()));
+        if let Poll::Ready(Ok(())) = asked {
+            return ResponseFuture::called(self.inner.call(request), receipt);
+        }
+        let clone = self.inner.clone();
+        let inner = std::mem::replace(&mut self.inner, clone);
+        match asked {
+            Poll::Ready(Err(error)) => ResponseFuture::failed(error),
+            _ => ResponseFuture::waiting(inner, request, receipt),
+        }
     }
 
     /// Lets a request with an unsafe method through without protection.
-    fn pass_unprotected(
-        &mut self,
-        applied: &Applied,
-        mut request: Request,
-    ) -> ResponseFuture<S::Future, S::Error> {
+    fn pass_unprotected(&mut self, applied: &Applied, mut request: Request) -> ResponseFuture<S> {
         if applied.is_fixed && applied.policy.requirement == Requirement::Optional {
             request.extensions_mut().insert(WithoutKey);
         }
@@ -146,14 +166,10 @@ where
             request.extensions_mut().insert(acknowledgement.clone());
             Receipt::new(acknowledgement, handler, request.extensions(), &self.shared)
         });
-        ResponseFuture::passed(self.inner.call(request), receipt)
+        self.call_when_ready(request, receipt)
     }
 
-    fn apply(
-        &mut self,
-        applied: &Applied,
-        mut request: Request,
-    ) -> ResponseFuture<S::Future, S::Error> {
+    fn apply(&mut self, applied: &Applied, mut request: Request) -> ResponseFuture<S> {
         let config = applied.engine.config();
         let policy = &applied.policy;
         if policy.requirement == Requirement::Exempt {
@@ -189,9 +205,6 @@ where
             self.shared.warn_of_cookie(&parts.extensions);
         }
 
-        // The service that is ready goes with the request; its clone waits for the next one.
-        let clone = self.inner.clone();
-        let inner = std::mem::replace(&mut self.inner, clone);
         let progress = Progress::new();
         let exchange = Exchange {
             shared: self.shared.clone(),
@@ -203,13 +216,13 @@ where
             progress: progress.clone(),
         };
         ResponseFuture::protected(Detachable::new(
-            exchange.run(inner, parts, body).boxed(),
+            exchange.run(self.inner.clone(), parts, body).boxed(),
             progress,
             applied.engine.clone(),
         ))
     }
 
-    fn refuse(&self, problem: Problem) -> ResponseFuture<S::Future, S::Error> {
+    fn refuse(&self, problem: Problem) -> ResponseFuture<S> {
         ResponseFuture::refused(refusal(&self.shared, problem))
     }
 }
@@ -235,7 +248,7 @@ struct Exchange {
 }
 
 impl Exchange {
-    async fn run<S, R>(self, mut inner: S, parts: Parts, body: Body) -> Result<Response, S::Error>
+    async fn run<S, R>(self, inner: S, parts: Parts, body: Body) -> Result<Response, S::Error>
     where
         S: Service<Request, Response = http::Response<R>>,
         R: http_body::Body<Data = Bytes> + Send + 'static,
@@ -250,7 +263,7 @@ impl Exchange {
             Begun::Answered(response) => return Ok(response),
             Begun::Unprotected => {
                 let request = self.request(&encoded, Conflict::default(), parts, body);
-                let response = inner.call(request.into_inner()).await?;
+                let response = call(inner, request.into_inner()).await?;
                 return Ok(response.map(Body::new));
             }
         };
@@ -366,7 +379,7 @@ impl Exchange {
     /// Runs the handler and records what it answers.
     async fn execute<S, R>(
         self,
-        mut inner: S,
+        inner: S,
         run: Run,
         request: Protected,
     ) -> Result<Response, S::Error>
@@ -377,7 +390,7 @@ impl Exchange {
     {
         let protection = request.protection.clone();
         // A panic goes on to whoever catches it outside, once the run is ended.
-        let answered = AssertUnwindSafe(async { inner.call(request.into_inner()).await })
+        let answered = AssertUnwindSafe(call(inner, request.into_inner()))
             .catch_unwind()
             .await;
         let response = match answered {
@@ -432,6 +445,15 @@ impl Exchange {
             && store_on.stores(status)
             && (store_on.stores_rejections() || !protection.was_rejected())
     }
+}
+
+/// Calls `inner` once it is ready.
+async fn call<S>(mut inner: S, request: Request) -> Result<S::Response, S::Error>
+where
+    S: Service<Request>,
+{
+    poll_fn(|cx| inner.poll_ready(cx)).await?;
+    inner.call(request).await
 }
 
 /// What came of asking the engine.
