@@ -393,13 +393,18 @@ impl Exchange {
         let answered = AssertUnwindSafe(call(inner, request.into_inner()))
             .catch_unwind()
             .await;
+        let status = match &answered {
+            Ok(Ok(response)) => response.status(),
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        // A user's function may say which statuses are stored, and panic. What the handler did must not be done again then.
+        let stores = catch_unwind(AssertUnwindSafe(|| self.stores(status, &protection)));
         let response = match answered {
             Ok(Ok(response)) => response.map(Body::new),
             failed => {
-                if self.stores(StatusCode::INTERNAL_SERVER_ERROR, &protection) {
-                    run.store_none(TombstoneReason::HandlerFailed).await;
-                } else {
-                    run.release().await;
+                match stores {
+                    Ok(false) => run.release().await,
+                    Ok(true) | Err(_) => run.store_none(TombstoneReason::HandlerFailed).await,
                 }
                 match failed {
                     Ok(result) => return result.map(|response| response.map(Body::new)),
@@ -407,16 +412,13 @@ impl Exchange {
                 }
             }
         };
-        // A user's function may say which statuses are stored, and panic.
-        let status = response.status();
-        match catch_unwind(AssertUnwindSafe(|| self.stores(status, &protection))) {
+        match stores {
             Ok(true) => Ok(record(run, response, &self.engine).await),
             Ok(false) => {
                 run.release().await;
                 Ok(response)
             }
             Err(panic) => {
-                // The handler is done: what it did must not be done again.
                 run.store_none(TombstoneReason::HandlerFailed).await;
                 resume_unwind(panic);
             }
