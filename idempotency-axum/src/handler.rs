@@ -114,10 +114,17 @@ where
             policy,
             seat,
         } = self;
-        admitted(&seat, Self::name(), &policy, request, |mut request, _| {
-            request.extensions_mut().insert(Decided);
-            handler.call(request, state)
-        })
+        admitted(
+            &seat,
+            Self::name(),
+            &policy,
+            request,
+            |mut request, entry| {
+                entry.call();
+                request.extensions_mut().insert(Decided);
+                handler.call(request, state)
+            },
+        )
     }
 }
 
@@ -226,6 +233,13 @@ impl fmt::Display for Misplaced {
 pub struct Entry(Option<Protection>);
 
 impl Entry {
+    /// A handler is called that does not say when it is entered.
+    fn call(&self) {
+        if let Some(protection) = &self.0 {
+            protection.call();
+        }
+    }
+
     /// From here on it counts whether the handler is entered.
     fn track(&self) {
         if let Some(protection) = &self.0 {

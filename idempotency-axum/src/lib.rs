@@ -73,8 +73,16 @@
 //! | `Handler::layer` with our layer, inside a router that has one too | the router's layer decides and the inner one passes the request through; a cache that only the inner one has is unknown |
 //! | an unknown `cache_name` | the route answers 500; [`IdempotencyLayer::check`] finds it before the server listens |
 //!
+//! ## 404 and 405
+//!
 //! `MethodRouter::route_layer` leaves a wrong method 405, and `Router::route_layer` an unmatched path 404. `Router::layer` wraps
 //! those answers too, so in `enforce` they are 400 for an unsafe method without a key; so does `Router::route_layer` with 405.
+//!
+//! With a key these answers are never recorded, whatever [`StoreOn`] says: another release may have the route, and a retry runs
+//! there. The layer takes for a router's answer any 405, and a 404 where no route matched, unless a handler with an attribute or a
+//! combinator was entered. That no route matched is known by a missing [`MatchedPath`](axum::extract::MatchedPath). A layer around a
+//! `nest_service`, a whole `Router` or any other service never sees one, so there a 404 is recorded only if such a handler gave it.
+//! A router that is itself the service of a route (`route_service`) answers for that route.
 //!
 //! # Order of layers
 //!

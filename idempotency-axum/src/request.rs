@@ -34,10 +34,12 @@ pub(crate) struct Conflict(pub(crate) Option<Record>);
 
 /// The handler is not one of ours, so nobody says when it is entered.
 const ENTRY_UNKNOWN: u8 = 0;
-const ENTRY_EXPECTED: u8 = 1;
-const ENTERED: u8 = 2;
+/// A handler with a combinator was called, and does not say whether its extractors are done: it counts as entered.
+const CALLED: u8 = 1;
+const ENTRY_EXPECTED: u8 = 2;
+const ENTERED: u8 = 3;
 /// The handler was not asked: the layer applied another policy than its own.
-const REFUSED: u8 = 3;
+const REFUSED: u8 = 4;
 
 impl Protection {
     pub(crate) fn new(key: Key, encoded: EncodedKey, terms: Terms, conflict: Conflict) -> Self {
@@ -67,6 +69,10 @@ impl Protection {
         policy.requirement != Requirement::Exempt && self.0.terms == policy.terms
     }
 
+    pub(crate) fn call(&self) {
+        self.0.entry.fetch_max(CALLED, Ordering::Relaxed);
+    }
+
     pub(crate) fn expect_entry(&self) {
         self.0.entry.fetch_max(ENTRY_EXPECTED, Ordering::Relaxed);
     }
@@ -82,6 +88,11 @@ impl Protection {
     /// Whether the answer is our own 500 in the place of the handler's, which nothing may record.
     pub(crate) fn was_refused(&self) -> bool {
         self.0.entry.load(Ordering::Relaxed) == REFUSED
+    }
+
+    /// Whether a handler of ours was entered, as far as it says so.
+    pub(crate) fn was_entered(&self) -> bool {
+        matches!(self.0.entry.load(Ordering::Relaxed), CALLED | ENTERED)
     }
 
     /// Whether extractors answered for a handler that was never entered. The answer itself orders this after `enter`.

@@ -10,7 +10,7 @@ use std::{
 
 use axum::{
     body::Body,
-    extract::Request,
+    extract::{MatchedPath, Request},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -213,6 +213,7 @@ where
             is_fixed: applied.is_fixed,
             key,
             owner,
+            is_routed: parts.extensions.get::<MatchedPath>().is_some(),
             progress: progress.clone(),
         };
         ResponseFuture::protected(Detachable::new(
@@ -244,6 +245,8 @@ struct Exchange {
     is_fixed: bool,
     key: Key,
     owner: Option<Vec<u8>>,
+    /// Whether a route matched, as far as this layer sees.
+    is_routed: bool,
     progress: Progress,
 }
 
@@ -444,8 +447,18 @@ impl Exchange {
         let store_on = self.store_on();
         status != StatusCode::SWITCHING_PROTOCOLS
             && !protection.was_refused()
+            && (protection.was_entered() || !self.is_of_the_router(status))
             && store_on.stores(status)
             && (store_on.stores_rejections() || !protection.was_rejected())
+    }
+
+    /// Whether an answer of `status` may come from a router that has no handler for the request. Another release may have one.
+    fn is_of_the_router(&self, status: StatusCode) -> bool {
+        match status {
+            StatusCode::METHOD_NOT_ALLOWED => true,
+            StatusCode::NOT_FOUND => !self.is_routed,
+            _ => false,
+        }
     }
 }
 

@@ -202,6 +202,8 @@ impl Config {
     }
 
     /// Which answers are recorded; after any other a retry runs again. Default: [`StoreOn::success`].
+    ///
+    /// The axum layer never records what a router answers in the place of a handler: a 405, and a 404 where no route matched.
     pub fn store_on(mut self, store_on: StoreOn) -> Self {
         self.store_on = store_on;
         self
