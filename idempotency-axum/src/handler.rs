@@ -19,7 +19,8 @@ use pin_project_lite::pin_project;
 use crate::{
     discovery::{Seat, Suspended},
     policy::{KeyPolicy, Requirement, can_use_keys},
-    request::{Acknowledgement, Decided, Protection, WithoutKey},
+    receipt::Acknowledgement,
+    request::{Decided, Protection, WithoutKey},
 };
 
 /// Gives a handler a policy where an attribute can't: closures, generic functions, associated functions, handlers from other
@@ -149,12 +150,10 @@ fn admitted<F>(
     seat: &Seat,
     name: &'static str,
     policy: &KeyPolicy,
-    request: Request,
+    mut request: Request,
     handler: impl FnOnce(Request, Entry) -> F,
 ) -> HandlerFuture<F> {
-    if let Some(acknowledgement) = request.extensions().get::<Acknowledgement>() {
-        acknowledgement.give();
-    }
+    acknowledge(policy, &mut request);
     match admit(seat, policy, &request) {
         Ok(entry) => HandlerFuture::running(handler(request, entry)),
         Err(misplaced) => {
@@ -169,6 +168,20 @@ fn admitted<F>(
                 "{misplaced}; the request was refused"
             );
             HandlerFuture::refused(StatusCode::INTERNAL_SERVER_ERROR.into_response())
+        }
+    }
+}
+
+/// Tells the layer that relied on `policy` that a handler which has it answers.
+fn acknowledge(policy: &KeyPolicy, request: &mut Request) {
+    let Some(acknowledgement) = request.extensions().get::<Acknowledgement>() else {
+        return;
+    };
+    let was_wronged = acknowledgement.give(policy, request.method(), request.extensions());
+    if was_wronged && policy.requirement == Requirement::Exempt {
+        // The layer has taken a key that this handler does not want. It runs all the same, and leaves no record.
+        if let Some(protection) = request.extensions_mut().remove::<Protection>() {
+            protection.refuse();
         }
     }
 }

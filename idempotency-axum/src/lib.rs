@@ -68,10 +68,20 @@
 //! | placement | what happens |
 //! |---|---|
 //! | `nest_service(Router)`, a layer around a whole `Router`, `BufferLayer` | the mode's default policy applies. A handler that asked for more answers 500 and logs its name, its policy and the cure; it never runs unprotected. In `enforce` an exempt handler there gets 400 for a missing key |
-//! | `route_service(MethodRouter)`, a closure that calls an annotated handler | the announced policy applies. If it let a request through and another handler answered it with success, that is logged as an error and the route (known by its matched path) falls back to the mode's default |
+//! | `route_service(MethodRouter)`, a closure or a state that holds an annotated handler | the announced policy applies. In `enforce`, one that needs no key is watched [until its handler has answered](#before-a-handler-has-answered) |
 //! | [`IdempotencyLayer::policy`] | that policy, no questions asked |
 //! | `Handler::layer` with our layer, inside a router that has one too | the router's layer decides and the inner one passes the request through; a cache that only the inner one has is unknown |
 //! | an unknown `cache_name` | the route answers 500; [`IdempotencyLayer::check`] finds it before the server listens |
+//!
+//! ## Before a handler has answered
+//!
+//! A clone may show an exempt or optional handler that is not the one that answers. So in `enforce` the layer watches the answers
+//! of a route (known by its matched path) and method until a handler with that policy has answered once. A success that comes from
+//! elsewhere before that is logged as an error with the handler's name; this route and method then have the mode's default policy
+//! until the handler does answer a request, which needs a key.
+//!
+//! Before the first answer, a middleware between the layer and the handler that answers by itself, say a cache, can't be told from
+//! another handler. Put it outside of the layer. After the first answer it changes nothing.
 //!
 //! ## 404 and 405
 //!

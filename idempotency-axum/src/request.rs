@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
 };
 
@@ -38,7 +38,7 @@ const ENTRY_UNKNOWN: u8 = 0;
 const CALLED: u8 = 1;
 const ENTRY_EXPECTED: u8 = 2;
 const ENTERED: u8 = 3;
-/// The handler was not asked: the layer applied another policy than its own.
+/// Nothing may be recorded: the layer applied another policy than the handler's own.
 const REFUSED: u8 = 4;
 
 impl Protection {
@@ -85,7 +85,7 @@ impl Protection {
         self.0.entry.store(REFUSED, Ordering::Relaxed);
     }
 
-    /// Whether the answer is our own 500 in the place of the handler's, which nothing may record.
+    /// Whether nothing may be recorded: the answer is our own 500, or that of a handler which wants no key.
     pub(crate) fn was_refused(&self) -> bool {
         self.0.entry.load(Ordering::Relaxed) == REFUSED
     }
@@ -117,29 +117,6 @@ pub(crate) struct Decided;
 /// Request extension: a layer with a fixed policy has seen that there is no key, which optional handlers accept.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WithoutKey;
-
-/// Request extension: the layer let this request through because of what a handler announced, and waits for that handler to
-/// say that it is the one that answers.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Acknowledgement(Arc<AtomicBool>);
-
-impl Acknowledgement {
-    /// The handler that announced its policy is the one that answers.
-    pub(crate) fn give(&self) {
-        // The answer itself orders this before the layer's look.
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    pub(crate) fn was_given(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// Ready for the next request, if nobody holds a clone any more.
-    pub(crate) fn recycle(mut self) -> Option<Self> {
-        *Arc::get_mut(&mut self.0)? = AtomicBool::new(false);
-        Some(self)
-    }
-}
 
 /// The URI that the client sent: `nest` strips the prefix from the one that an inner layer sees.
 pub(crate) fn original_uri(parts: &Parts) -> &Uri {

@@ -26,10 +26,10 @@ use crate::{
     detach::Detachable,
     discovery::{self, Suspended},
     future::ResponseFuture,
-    plan::{Applied, Plan, Shared},
+    plan::{Applied, Plan, Shared, matched_path},
     policy::{Requirement, can_use_keys},
     problem::Problem,
-    receipt::Receipt,
+    receipt::{Acknowledgement, Receipt},
     record::record,
     request::{
         Conflict, Decided, Protection, Unbuffered, WithoutKey, buffer, original_uri, path_and_query,
@@ -114,12 +114,10 @@ where
         if !can_use_keys(request.method()) {
             return self.pass(request);
         }
-        match applied.relies_on {
-            Some(handler) if self.shared.distrusts(handler, request.extensions()) => {
-                self.apply(&self.shared.default_applied(), request)
-            }
-            _ => self.apply(applied, request),
-        }
+        let Some(handler) = applied.relies_on else {
+            return self.apply(applied, request, None);
+        };
+        self.apply_announced(handler, &plan, applied, request)
     }
 }
 
@@ -156,24 +154,60 @@ where
         }
     }
 
+    /// Applies a policy that is more lenient than the mode's default because `handler` announced it: see
+    /// [`receipt`](crate::receipt).
+    fn apply_announced(
+        &mut self,
+        handler: &'static str,
+        plan: &Arc<Plan>,
+        applied: &Applied,
+        mut request: Request,
+    ) -> ResponseFuture<S> {
+        let path = matched_path(request.extensions());
+        let route = self.shared.routes.find(handler, path);
+        let method = request.method().clone();
+        if route.is_acknowledged(&method) {
+            return self.apply(applied, request, None);
+        }
+        let is_distrusted = route.is_distrusted(&method);
+        let acknowledgement = Acknowledgement::new(route, plan.clone(), request.extensions());
+        if is_distrusted {
+            let acknowledgement = acknowledgement.fallen_back();
+            request.extensions_mut().insert(acknowledgement);
+            return self.apply(&self.shared.default_applied(), request, None);
+        }
+        request.extensions_mut().insert(acknowledgement.clone());
+        self.apply(
+            applied,
+            request,
+            Some(Receipt::new(acknowledgement, method)),
+        )
+    }
+
     /// Lets a request with an unsafe method through without protection.
-    fn pass_unprotected(&mut self, applied: &Applied, mut request: Request) -> ResponseFuture<S> {
+    fn pass_unprotected(
+        &mut self,
+        applied: &Applied,
+        mut request: Request,
+        receipt: Option<Receipt>,
+    ) -> ResponseFuture<S> {
         if applied.is_fixed && applied.policy.requirement == Requirement::Optional {
             request.extensions_mut().insert(WithoutKey);
         }
-        let receipt = applied.relies_on.map(|handler| {
-            let acknowledgement = self.shared.acknowledgement();
-            request.extensions_mut().insert(acknowledgement.clone());
-            Receipt::new(acknowledgement, handler, request.extensions(), &self.shared)
-        });
         self.call_when_ready(request, receipt)
     }
 
-    fn apply(&mut self, applied: &Applied, mut request: Request) -> ResponseFuture<S> {
+    /// Applies a policy. `receipt` is for a request that it lets through unprotected.
+    fn apply(
+        &mut self,
+        applied: &Applied,
+        mut request: Request,
+        receipt: Option<Receipt>,
+    ) -> ResponseFuture<S> {
         let config = applied.engine.config();
         let policy = &applied.policy;
         if policy.requirement == Requirement::Exempt {
-            return self.pass_unprotected(applied, request);
+            return self.pass_unprotected(applied, request, receipt);
         }
         // A layer outside could not see this one and has taken the key already.
         if request.extensions().get::<Protection>().is_some() {
@@ -185,7 +219,7 @@ where
         }
         let key = match Key::from_headers(request.headers(), &config.header) {
             Ok(None) if policy.requirement == Requirement::Optional => {
-                return self.pass_unprotected(applied, request);
+                return self.pass_unprotected(applied, request, receipt);
             }
             Ok(None) => return self.refuse(Problem::new(Refusal::MissingKey, config)),
             Ok(Some(key)) => config.key_format.check(&key).map(|()| key),
