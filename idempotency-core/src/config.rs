@@ -134,7 +134,8 @@ impl Config {
 
     /// Like Stripe's API: a key belongs to one request only (400 for another path, method or body), the original status is
     /// replayed with `idempotent-replayed: true`, and every outcome is stored, 500 too, except 401, 403, 408, 425, 429 and
-    /// what extractors reject before the handler is entered.
+    /// what extractors reject before a handler with an attribute is entered. Any other handler counts as entered, so what its
+    /// extractors reject is stored too; see [`StoreOn::except_rejections`].
     pub fn stripe() -> Self {
         Self::ietf()
             .encoder(KeyOnlyEncoder)
