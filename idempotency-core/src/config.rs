@@ -12,7 +12,10 @@ use crate::{
 mod scope;
 mod store_on;
 
-pub use self::{scope::Scope, store_on::StoreOn};
+pub use self::{
+    scope::{Scope, UnknownCaller},
+    store_on::StoreOn,
+};
 
 /// Everything that can be set, with safe defaults.
 ///
@@ -177,7 +180,8 @@ impl Config {
         self
     }
 
-    /// Whose key it is: the same key of another caller is another operation. Default: [`Scope::authorization`].
+    /// Whose key it is: the same key of another caller is another operation. Default: [`Scope::default`], which is
+    /// `Authorization` and the usual headers of API keys, and refuses a request that has a cookie alone.
     pub fn scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
         self
@@ -364,7 +368,7 @@ impl Default for Config {
             methods: None,
             key_format: KeyFormat::any(),
             encoder: Arc::new(BasicKeyEncoder),
-            scope: Scope::authorization(),
+            scope: Scope::default(),
             conflict_status: Some(StatusCode::CONFLICT),
             in_flight_status: StatusCode::LOCKED,
             mismatch_status: StatusCode::UNPROCESSABLE_ENTITY,
