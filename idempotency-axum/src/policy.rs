@@ -74,7 +74,8 @@ impl KeyPolicy {
         self
     }
 
-    /// How long records are kept. Default: [`Config::ttl`](crate::Config::ttl).
+    /// How long records are kept. Zero keeps none: a retry after the answer runs again. Default:
+    /// [`Config::ttl`](crate::Config::ttl).
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.terms.ttl = Some(ttl);
         self

@@ -212,6 +212,9 @@ impl Config {
     }
 
     /// How long a record is kept. Default: 24 hours.
+    ///
+    /// Zero keeps nothing: the operation still runs in one place at a time, but a retry after its answer runs it again. Settings
+    /// and attributes refuse zero.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = ttl;
         self
