@@ -310,7 +310,12 @@ impl Inner {
             Some(running) if running.token != token => return Held::Lost,
             Some(_) => {}
             None => match self.records.get(key, now) {
-                Some(found) if found.by == token => return Held::Yes,
+                Some(found) if found.by == token => {
+                    // Repeated: the first record stays, and its TTL starts anew.
+                    self.records.remove(key);
+                    self.insert(key, found.record, token, now.saturating_add(ttl));
+                    return Held::Yes;
+                }
                 Some(_) => return Held::Lost,
                 None => {}
             },

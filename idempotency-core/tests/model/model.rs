@@ -193,7 +193,13 @@ impl Model {
         match self.what(key) {
             Some(What::Claim(holder, _)) if holder != token => return Held::Lost,
             Some(What::Record(_, by)) if by != token => return Held::Lost,
-            Some(What::Record(..)) => {}
+            Some(What::Record(..)) => {
+                // The first record stays.
+                let until = self.now.saturating_add(ttl);
+                self.under
+                    .entry(*key)
+                    .and_modify(|under| under.until = until);
+            }
             Some(What::Claim(..)) | None => self.store(key, token, content, ttl),
         }
         Held::Yes
