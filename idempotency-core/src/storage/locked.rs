@@ -103,7 +103,7 @@ const REPLACING: Duration = Duration::from_secs(5);
 /// [`env`](Self::env) should run at the lock's pace.
 ///
 /// A record that the cache has no room for ([`StorageErrorKind::Full`]) is stored as a tombstone
-/// ([`ResponseTooLarge`](crate::TombstoneReason::ResponseTooLarge)), with a warning in the log.
+/// ([`NoRoom`](crate::TombstoneReason::NoRoom)), with a warning in the log.
 #[must_use]
 pub struct LockedStorage<C, L> {
     parts: Arc<Parts<C, L>>,
@@ -383,7 +383,7 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         {
             return Err(error);
         }
-        tracing::warn!(target: "idempotency", %key, "the cache has no room for the answer: its key gets a tombstone");
+        tracing::warn!(target: "idempotency", %key, cause = ?std::error::Error::source(&error), "the cache has no room for the answer: its key gets a tombstone");
         self.set_whole(key, token, &record.without_answer(), ttl)
             .await
     }

@@ -402,7 +402,7 @@ fn a_record_that_finds_no_room_becomes_a_tombstone() {
     let node = Node::with(10_000);
     let tombstone = Record {
         fingerprint: None,
-        outcome: Outcome::Tombstone(TombstoneReason::ResponseTooLarge),
+        outcome: Outcome::Tombstone(TombstoneReason::NoRoom),
     };
     assert_eq!(node.begin(1), Begin::Acquired);
     assert_eq!(node.complete(1, &response(vec![0; 20_000])), Held::Yes);
