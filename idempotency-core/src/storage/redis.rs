@@ -1,6 +1,6 @@
 //! Claims and records in Redis, for any number of processes.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use redis::aio::ConnectionLike;
@@ -8,6 +8,7 @@ use redis::aio::ConnectionLike;
 use self::{
     connect::RedisConnect,
     link::{Repeatable, bytes_of, milliseconds, unexpected},
+    prefix::Prefix,
     scripts::Script,
     server::Server,
 };
@@ -22,6 +23,7 @@ mod layout;
 pub(crate) mod link;
 mod maker;
 mod scripts;
+pub(crate) mod prefix;
 pub(crate) mod server;
 mod subscriber;
 
@@ -44,7 +46,7 @@ mod subscriber;
 #[must_use]
 pub struct RedisStorage {
     server: Server,
-    prefix: Arc<str>,
+    prefix: Prefix,
     replicas: Option<(u32, Duration)>,
 }
 
@@ -130,16 +132,18 @@ impl RedisStorage {
     fn of(server: Server) -> Self {
         Self {
             server,
-            prefix: "idempotency".into(),
+            prefix: Prefix::default(),
             replicas: None,
         }
     }
 
-    /// What the keys begin with: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`.
+    /// What the keys begin with: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`, of
+    /// which the log warns at the first claim.
     ///
-    /// Storages of different prefixes share nothing.
+    /// Storages of different prefixes share nothing. Two services that share a Redis need different ones: with the same prefix a key
+    /// that a client sent to one may be answered by the other.
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.prefix = prefix.as_ref().into();
+        self.prefix = Prefix::chosen(prefix.as_ref());
         self
     }
 
@@ -245,6 +249,7 @@ enum Replicated {
 }
 
 impl Storage for RedisStorage {
+        self.prefix.warn_if_default("RedisStorage::prefix");
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
         let name = self.name(key);
         // A claim of this token may end between the steps, or the connection, so there is a second try.
@@ -375,7 +380,7 @@ impl Storage for RedisStorage {
 impl fmt::Debug for RedisStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisStorage")
-            .field("prefix", &self.prefix)
+            .field("prefix", &format_args!("{}", self.prefix))
             .field("time_limit", &self.server.limit())
             .field("wait_replicas", &self.replicas)
             .finish_non_exhaustive()
@@ -388,7 +393,7 @@ mod tests {
 
     use std::{
         collections::VecDeque,
-        sync::{Mutex, atomic::AtomicU64, atomic::Ordering::SeqCst},
+        sync::{Arc, Mutex, atomic::AtomicU64, atomic::Ordering::SeqCst},
     };
 
     use futures_util::future::{BoxFuture, ready};
