@@ -201,7 +201,7 @@ where
     fn apply(
         &mut self,
         applied: &Applied,
-        mut request: Request,
+        request: Request,
         receipt: Option<Receipt>,
     ) -> ResponseFuture<S> {
         let config = applied.engine.config();
@@ -213,12 +213,10 @@ where
         if request.extensions().get::<Protection>().is_some() {
             return self.pass(request);
         }
-        if !config.checks(request.method()) {
-            request.extensions_mut().insert(Decided);
-            return self.pass(request);
-        }
+        let is_asked = policy.requirement == Requirement::Required
+            && (!applied.is_default || config.asks(request.method()));
         let key = match Key::from_headers(request.headers(), &config.header) {
-            Ok(None) if policy.requirement == Requirement::Optional => {
+            Ok(None) if !is_asked => {
                 return self.pass_unprotected(applied, request, receipt);
             }
             Ok(None) => return self.refuse(Problem::new(Refusal::MissingKey, config)),

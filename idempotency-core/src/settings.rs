@@ -152,15 +152,17 @@ pub struct Settings {
     storages: BTreeMap<String, StorageSettings>,
 }
 
-// Not `#[non_exhaustive]`: a middleware does the one or the other.
+// Not `#[non_exhaustive]`: a middleware does one of these.
 /// What becomes of a request whose handler says nothing about keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// One with an unsafe method needs a key.
+    /// It needs a key, if its method is one of [`Config::methods`](crate::Config::methods).
     #[default]
     Enforce,
     /// It runs unprotected.
     Exempt,
+    /// It is protected if it has a key, and runs unprotected if it has none.
+    Optional,
 }
 
 /// What differs from the preset.

@@ -92,8 +92,12 @@ impl Terms {
 
 fn read_mode(field: &Field) -> Result<Mode> {
     field.one_of(
-        "\"enforce\" or \"exempt\"",
-        &[("enforce", Mode::Enforce), ("exempt", Mode::Exempt)],
+        "\"enforce\", \"exempt\" or \"optional\"",
+        &[
+            ("enforce", Mode::Enforce),
+            ("exempt", Mode::Exempt),
+            ("optional", Mode::Optional),
+        ],
     )
 }
 

@@ -127,7 +127,7 @@ async fn a_running_operation_is_known_under_both_names_of_its_cache() {
         .start();
     app.kitchen.gate.arrived(1).await;
     assert_eq!(app.layer.engine().running(), 1);
-    assert_eq!(app.layer.engine_of("default").running(), 1);
+    assert_eq!(app.layer.engine_of("default").unwrap().running(), 1);
     app.kitchen.gate.open(1);
     assert_eq!(running.await.unwrap().code(), 201);
 }
@@ -360,6 +360,7 @@ async fn mode() {
         (json!("enforce"), 400),
         (json!("exempt"), 201),
         (json!("EXEMPT"), 201),
+        (json!("optional"), 201),
     ] {
         let app = App::new(json!({ "mode": mode })).await;
         assert_eq!(app.post("/orders").code().await, code, "{mode}");

@@ -89,7 +89,7 @@ async fn wrong_types_and_values() {
         (
             json!({ "mode": "strict" }),
             "mode",
-            "expected \"enforce\" or \"exempt\", found \"strict\"",
+            "expected \"enforce\", \"exempt\" or \"optional\", found \"strict\"",
         ),
         (json!({ "mode": null }), "mode", "found null"),
         (
