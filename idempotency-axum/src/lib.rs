@@ -121,6 +121,7 @@
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod detach;
 mod discovery;
 mod extract;

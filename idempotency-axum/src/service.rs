@@ -17,11 +17,12 @@ use futures_util::FutureExt;
 use http::{StatusCode, request::Parts};
 use idempotency_core::{
     BoxError, Config, Decision, Encoded, Event, Key, ManualDecision, Outcome, Progress, Record,
-    Refusal, RequestView, StoreOn, TombstoneReason,
+    Refusal, RequestView, Reservation, StoreOn, TombstoneReason,
 };
 use tower_service::Service;
 
 use crate::{
+    buffer::request::{Buffered, buffer},
     detach::Detachable,
     discovery::{self, Suspended},
     future::ResponseFuture,
@@ -30,9 +31,7 @@ use crate::{
     problem::Problem,
     receipt::Receipt,
     record::record,
-    request::{
-        Conflict, Decided, Protection, Unbuffered, WithoutKey, buffer, original_uri, path_and_query,
-    },
+    request::{Conflict, Decided, Protection, WithoutKey, original_uri, path_and_query},
     response,
     run::Run,
 };
@@ -241,7 +240,8 @@ impl Exchange {
         R: http_body::Body<Data = Bytes> + Send + 'static,
         R::Error: Into<BoxError>,
     {
-        let (encoded, body) = match self.encode(&parts, body).await {
+        // The reservation is for the whole exchange: whoever waits or runs holds the body.
+        let (encoded, body, _reservation) = match self.encode(&parts, body).await {
             Ok(encoded) => encoded,
             Err(refusal) => return Ok(refusal),
         };
@@ -305,30 +305,30 @@ impl Exchange {
     }
 
     /// Reads the body if the encoder wants it, and encodes. An error is the answer to the client.
-    async fn encode(&self, parts: &Parts, body: Body) -> Result<(Encoded, Body), Response> {
+    async fn encode(
+        &self,
+        parts: &Parts,
+        body: Body,
+    ) -> Result<(Encoded, Body, Option<Reservation>), Response> {
         let config = self.config();
-        let (bytes, body) = if config.encoder.reads_body() {
+        let (bytes, body, reservation) = if config.encoder.reads_body() {
             let limit = self
                 .terms
                 .max_request_body
                 .unwrap_or(config.max_request_body);
-            match buffer(parts, body, limit).await {
-                Ok(buffered) => buffered,
-                Err(Unbuffered::TooLarge) => {
-                    let problem = Problem::body_too_large(limit, config);
+            match buffer(parts, body, limit, config).await {
+                Ok(Buffered {
+                    bytes,
+                    body,
+                    reservation,
+                }) => (bytes, body, Some(reservation)),
+                Err(unbuffered) => {
+                    let problem = unbuffered.into_problem(limit, config);
                     return Err(refusal(&self.shared, problem));
-                }
-                Err(Unbuffered::TooLargeOutside) => {
-                    let problem = Problem::new(Refusal::BodyTooLarge, config);
-                    return Err(refusal(&self.shared, problem));
-                }
-                Err(Unbuffered::Broken(error)) => {
-                    tracing::debug!(target: "idempotency", %error, "the request's body broke off; nothing was run");
-                    return Err(StatusCode::BAD_REQUEST.into_response());
                 }
             }
         } else {
-            (Bytes::new(), body)
+            (Bytes::new(), body, None)
         };
         let encoded = config.encoder.encode(
             &self.key,
@@ -340,7 +340,7 @@ impl Exchange {
                 scope: self.owner.as_deref(),
             },
         );
-        Ok((encoded, body))
+        Ok((encoded, body, reservation))
     }
 
     /// The request for the handler, with what protects it.

@@ -1010,6 +1010,50 @@ mod body_limits {
     }
 }
 
+/// A body that a layer outside can't give whole, and says so only while we read.
+mod broken_bodies {
+    use tower_http::{decompression::RequestDecompressionLayer, timeout::RequestBodyTimeoutLayer};
+
+    use super::*;
+
+    /// `order` in gzip.
+    const GZIP: [u8; 25] = [
+        0x1f, 0x8b, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0xff, 0xcb, 0x2f, 0x4a, 0x49, 0x2d,
+        0x02, 0x00, 0x98, 0x93, 0x29, 0xf5, 0x05, 0x00, 0x00, 0x00,
+    ];
+
+    #[tokio::test]
+    async fn what_can_not_be_decompressed_is_refused() {
+        let runs = Runs::new();
+        let around = |it: Router| it.layer(RequestDecompressionLayer::new());
+        let shop = Shop::open(counted(&runs), around).await;
+        let zipped = |body| shop.call().header("content-encoding", "gzip").body(body);
+        let mut corrupt = GZIP;
+        corrupt[12] ^= 0xff;
+        for corrupt in [corrupt.to_vec(), GZIP[..20].to_vec(), b"not gzip".to_vec()] {
+            let refused = zipped(corrupt).send().await;
+            assert_refused(&refused, 400, "body-unreadable");
+        }
+        assert_eq!((runs.count(), shop.events.count("executing")), (0, 0));
+        assert_eq!(shop.events.count("refused"), 3);
+        assert_ran(&zipped(GZIP.to_vec()).send().await, 1);
+        // However it was sent, it is the same body.
+        assert_replay(&shop.call().body("order").send().await, "order 1");
+    }
+
+    #[tokio::test]
+    async fn a_timeout_of_the_request_body_is_408() {
+        let runs = Runs::new();
+        let around = |it: Router| it.layer(RequestBodyTimeoutLayer::new(super::timeouts::SHORT));
+        let shop = Shop::open(counted(&runs), around).await;
+        let request = "POST /order HTTP/1.1\r\nhost: shop\r\nconnection: close\r\nidempotency-key: abc\r\n\
+                       content-length: 5\r\n\r\nor";
+        assert_refused(&shop.server.raw(request).await, 408, "body-unreadable");
+        assert_eq!((runs.count(), shop.events.count("executing")), (0, 0));
+        assert_ran(&shop.call().body("order").send().await, 1);
+    }
+}
+
 mod paths {
     use tower::Layer;
     use tower_http::normalize_path::NormalizePathLayer;
