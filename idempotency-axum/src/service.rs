@@ -23,7 +23,7 @@ use tower_service::Service;
 
 use crate::{
     buffer::request::{Buffered, buffer},
-    detach::Detachable,
+    detach::{Detachable, Route},
     discovery::{self, Suspended},
     future::ResponseFuture,
     plan::{Applied, Plan, Shared},
@@ -192,6 +192,7 @@ where
         let clone = self.inner.clone();
         let inner = std::mem::replace(&mut self.inner, clone);
         let progress = Progress::new();
+        let route = Route::of(&parts);
         let exchange = Exchange {
             shared: self.shared.clone(),
             engine: applied.engine.clone(),
@@ -200,11 +201,13 @@ where
             key,
             owner,
             progress: progress.clone(),
+            route: route.clone(),
         };
         ResponseFuture::protected(Detachable::new(
             exchange.run(inner, parts, body).boxed(),
             progress,
             applied.engine.clone(),
+            route,
         ))
     }
 
@@ -231,6 +234,7 @@ struct Exchange {
     key: Key,
     owner: Option<Vec<u8>>,
     progress: Progress,
+    route: Route,
 }
 
 impl Exchange {
@@ -397,7 +401,15 @@ impl Exchange {
         // A user's function may say which statuses are stored, and panic.
         let status = response.status();
         match catch_unwind(AssertUnwindSafe(|| self.stores(status, &protection))) {
-            Ok(true) => Ok(record(run, response, &self.engine).await),
+            Ok(true) => {
+                let Self {
+                    engine,
+                    progress,
+                    route,
+                    ..
+                } = &self;
+                Ok(record(run, response, engine, progress, route).await)
+            }
             Ok(false) => {
                 run.release().await;
                 Ok(response)
