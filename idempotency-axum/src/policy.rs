@@ -56,15 +56,14 @@ impl KeyPolicy {
         Self::new(Requirement::Required)
     }
 
+    /// A request without a key runs unprotected; one with a key is protected.
+    pub fn optional() -> Self {
+        Self::new(Requirement::Optional)
+    }
+
     /// Keys are ignored: every request runs.
     pub fn exempt() -> Self {
         Self::new(Requirement::Exempt)
-    }
-
-    /// A request without a key runs unprotected; one with a key is protected.
-    pub fn optional(mut self) -> Self {
-        self.requirement = Requirement::Optional;
-        self
     }
 
     /// Keeps claims and records in the cache of this name, see

@@ -136,7 +136,11 @@ fn inherent_impl(policy: &Policy, handler: &HandlerFn, hidden: &Ident) -> TokenS
 
 fn key_policy(args: &KeyArgs, handler: &HandlerFn) -> TokenStream {
     let private = private();
-    let optional = args.optional.then(|| quote!(.optional()));
+    let constructor = if args.optional {
+        quote!(optional)
+    } else {
+        quote!(required)
+    };
     let cache_name = args
         .cache_name
         .as_ref()
@@ -145,7 +149,7 @@ fn key_policy(args: &KeyArgs, handler: &HandlerFn) -> TokenStream {
         let (seconds, nanos) = (ttl.as_secs(), ttl.subsec_nanos());
         quote!(.ttl(::core::time::Duration::new(#seconds, #nanos)))
     });
-    let policy = quote!(#private::KeyPolicy::required() #optional #cache_name #ttl);
+    let policy = quote!(#private::KeyPolicy::#constructor() #cache_name #ttl);
     if handler.parameters.is_empty() {
         return policy;
     }

@@ -43,7 +43,7 @@ async fn cached_order(key: Option<IdempotencyKey>) -> String {
 }
 
 fn optional() -> KeyPolicy {
-    KeyPolicy::required().optional()
+    KeyPolicy::optional()
 }
 
 fn cached() -> KeyPolicy {

@@ -43,7 +43,7 @@ async fn record(layer: &IdempotencyLayer, answer: &Answer) -> Option<Outcome> {
 }
 
 fn routes() -> Router {
-    let optional = KeyPolicy::required().optional();
+    let optional = KeyPolicy::optional();
     Router::new()
         .route("/plain", routing::post(run))
         .route("/exempt", routing::post(run.idempotency_exempt()))
@@ -137,7 +137,7 @@ mod two_layers {
     #[tokio::test]
     async fn one_on_a_handler_with_a_policy_takes_the_key_once() {
         for (inner, outer) in [(exempt(), enforce()), (enforce(), exempt())] {
-            let optional = run.idempotency_key(KeyPolicy::required().optional());
+            let optional = run.idempotency_key(KeyPolicy::optional());
             let exempt = run.idempotency_exempt();
             let app = Router::new()
                 .route("/optional", routing::post(optional.layer(inner.clone())))

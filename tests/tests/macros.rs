@@ -226,7 +226,7 @@ async fn the_policy_is_the_one_that_the_arguments_and_the_parameters_give() {
     let orders = || KeyPolicy::required().cache_name("orders");
     for (line, policy) in [
         (logged(required).await, KeyPolicy::required()),
-        (logged(optional).await, KeyPolicy::required().optional()),
+        (logged(optional).await, KeyPolicy::optional()),
         (
             logged(in_a_cache).await,
             orders().ttl(Duration::from_millis(250)),
@@ -234,14 +234,16 @@ async fn the_policy_is_the_one_that_the_arguments_and_the_parameters_give() {
         (logged(manual).await, KeyPolicy::required().manual()),
         (
             logged(all_arguments).await,
-            orders().optional().ttl(Duration::from_secs(86_400)),
+            KeyPolicy::optional()
+                .cache_name("orders")
+                .ttl(Duration::from_secs(86_400)),
         ),
         (
             logged(seconds).await,
             KeyPolicy::required().ttl(Duration::from_secs(90)),
         ),
         (logged(alias).await, KeyPolicy::required().manual()),
-        (logged(no_needs).await, KeyPolicy::required().optional()),
+        (logged(no_needs).await, KeyPolicy::optional()),
     ] {
         assert!(
             line.contains(&format!("policy={policy:?} ")),

@@ -292,9 +292,9 @@ async fn exempt_handlers_run_without_a_layer() {
 async fn required_optional_and_manual_handlers_answer_500_without_a_layer() {
     for policy in [
         KeyPolicy::required(),
-        KeyPolicy::required().optional(),
+        KeyPolicy::optional(),
         KeyPolicy::required().manual(),
-        KeyPolicy::required().optional().manual(),
+        KeyPolicy::optional().manual(),
         KeyPolicy::required().cache_name("orders"),
     ] {
         let (logs, _guard) = Logs::install();
@@ -346,7 +346,7 @@ async fn a_fixed_policy_needs_no_handler_of_ours() {
     );
 
     let runs = Runs::new();
-    let server = serve(enforce().policy(KeyPolicy::required().optional()), &runs).await;
+    let server = serve(enforce().policy(KeyPolicy::optional()), &runs).await;
     assert_eq!(server.post("/orders").send().await.text(), "order 1");
     assert_eq!(
         server.post("/orders").key("abc").send().await.text(),
@@ -385,7 +385,7 @@ async fn a_fixed_policy_holds_for_handlers_of_ours() {
 async fn one_layer_for_routes_of_every_policy() {
     for (layer, plain) in [(enforce(), 400), (exempt(), 201)] {
         let runs = Runs::new();
-        let optional = KeyPolicy::required().optional();
+        let optional = KeyPolicy::optional();
         let router = Router::new()
             .route("/plain", post(runs.handler()))
             .route("/exempt", post(runs.handler().idempotency_exempt()))

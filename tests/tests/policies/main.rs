@@ -25,7 +25,7 @@ fn exempt() -> IdempotencyLayer {
 }
 
 fn optional() -> KeyPolicy {
-    KeyPolicy::required().optional()
+    KeyPolicy::optional()
 }
 
 /// Serves `handler` at `/orders`, for every method.
