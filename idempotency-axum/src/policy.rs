@@ -221,11 +221,11 @@ pub trait ExtractorNeeds {
 }
 
 impl<T: ExtractorNeeds> ExtractorNeeds for Option<T> {
-    const NEEDS: Needs = T::NEEDS;
+    const NEEDS: Needs = T::NEEDS.without_key();
 }
 
 impl<T: ExtractorNeeds, E> ExtractorNeeds for Result<T, E> {
-    const NEEDS: Needs = T::NEEDS;
+    const NEEDS: Needs = T::NEEDS.without_key();
 }
 
 /// What extractors can need; see [`ExtractorNeeds`].
@@ -233,26 +233,52 @@ impl<T: ExtractorNeeds, E> ExtractorNeeds for Result<T, E> {
 #[must_use]
 pub struct Needs {
     manual: bool,
+    key: bool,
 }
 
 impl Needs {
     /// Nothing.
-    pub const NONE: Self = Self { manual: false };
+    pub const NONE: Self = Self {
+        manual: false,
+        key: false,
+    };
 
     /// The handler runs on conflicts too, as with [`KeyPolicy::manual`].
-    pub const MANUAL: Self = Self { manual: true };
+    pub const MANUAL: Self = Self {
+        manual: true,
+        ..Self::NONE
+    };
+
+    /// Each request has a key: the extractor rejects one without. On a handler that is optional or exempt an attribute makes
+    /// this a compile error. An `Option` or a `Result` of the extractor does not need it.
+    pub const KEY: Self = Self {
+        key: true,
+        ..Self::NONE
+    };
 
     /// What either needs.
     pub const fn and(self, other: Self) -> Self {
         Self {
             manual: self.manual || other.manual,
+            key: self.key || other.key,
         }
+    }
+
+    /// What is left for an extractor that may fail.
+    const fn without_key(self) -> Self {
+        Self { key: false, ..self }
     }
 
     /// Whether the handler runs on conflicts too.
     #[must_use]
     pub const fn is_manual(self) -> bool {
         self.manual
+    }
+
+    /// Whether each request must have a key.
+    #[must_use]
+    pub const fn is_key(self) -> bool {
+        self.key
     }
 
     pub(crate) fn apply(self, policy: KeyPolicy) -> KeyPolicy {
