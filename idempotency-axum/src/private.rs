@@ -5,8 +5,11 @@ use std::marker::PhantomData;
 pub use axum::{
     extract::{FromRequest, FromRequestParts, Request},
     handler::Handler,
-    response::Response,
+    response::{IntoResponse, Response},
 };
+
+pub use http::HeaderName;
+pub use idempotency_core::{Scope, StoreOn};
 
 pub use crate::{
     discovery::Seat,

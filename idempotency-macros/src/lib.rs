@@ -51,9 +51,38 @@ use proc_macro::TokenStream;
 /// | `optional`, `optional = true`, `optional = false` | `false` | a request without a key runs unprotected, instead of being refused with 400 |
 /// | `cache_name = "orders"` | the storage that the layer was made with | the layer's cache of this name. `IdempotencyLayer::check` finds an unknown one at start-up |
 /// | `ttl = "24h"` | `Config::ttl` | how long records are kept: digits and one of `ms`, `s`, `m`, `h`, `d`; seconds without a unit. Not zero |
+/// | `max_request_body = "10MiB"` | `Config::max_request_body` | the longest request body that is buffered, as in the settings: digits and one of `B`, `KB`, `MB`, `GB` (powers of 1000), `KiB`, `MiB`, `GiB` (powers of 1024); bytes without a unit |
+/// | `header = "X-GitHub-Delivery"` | `Config::header` | the request header that has the key, for webhooks that name their deliveries themselves. A request without it is refused with 400, which names it |
+/// | `store_on = path` | `Config::store_on` | which answers are recorded: the path of a `fn() -> StoreOn` |
+/// | `scope = path` | `Config::scope` | whose key it is: the path of a `fn() -> Scope` |
+///
+/// The functions are called once in a process, when a layer first sees the handler or a request first reaches it.
+///
+/// ```
+/// use axum::{Router, body::Bytes, http::StatusCode, routing::post};
+/// use idempotency_axum::{IdempotencyLayer, MemoryStorage, Scope, StoreOn, idempotency_key};
+///
+/// /// A refusal is as final as a success.
+/// fn settled() -> StoreOn {
+///     StoreOn::below(500)
+/// }
+///
+/// #[idempotency_key(header = "X-GitHub-Delivery", max_request_body = "10MiB", store_on = settled, scope = Scope::none)]
+/// async fn delivered(_event: Bytes) -> StatusCode {
+///     StatusCode::NO_CONTENT
+/// }
+///
+/// let app: Router = Router::new()
+///     .route("/github", post(delivered))
+///     .layer(IdempotencyLayer::exempt(MemoryStorage::new()));
+/// # let _ = app;
+/// ```
+///
+/// For a key in the body there is `KeyPolicy::key_from`.
 ///
 /// A parameter of type `ManualIdempotency`, also behind an alias or in an `Option`, makes the policy *manual*: the handler runs
-/// on a retry too, and answers it.
+/// on a retry too, and answers it. An `IdempotencyKey` needs a request with a key, so with `optional` it must be an
+/// `Option<IdempotencyKey>`; anything else is a compile error.
 ///
 /// # In unit tests
 ///
@@ -83,7 +112,7 @@ use proc_macro::TokenStream;
 /// | a module of the same name | works | a constant lives among the values only |
 /// | `pub use`, `use handlers::create_order` | works | |
 /// | `#[tracing::instrument]` | works | above or below |
-/// | `#[axum::debug_handler]` | below only | it calls the function, so it must find it: put it below |
+/// | `#[axum::debug_handler]` | below only | it calls the function, so it must find it: put it below. Above, the compiler's error says `debug_handler_goes_below` |
 /// | `#[utoipa::path]` | above only | it must see the function as it is written; error with the cure |
 /// | other attributes that change the function | below | where they find the function as it is written |
 /// | both attributes on one function | error | a handler uses keys or is exempt: remove one |
@@ -122,7 +151,8 @@ pub fn idempotency_key(args: TokenStream, item: TokenStream) -> TokenStream {
 /// ```
 ///
 /// What works, and what to do instead, is as for [`#[idempotency_key]`](macro@idempotency_key); the combinator is
-/// `.idempotency_exempt()`. A `ManualIdempotency` parameter is an error: an exempt handler has no conflicts to handle.
+/// `.idempotency_exempt()`. A `ManualIdempotency` parameter is an error: an exempt handler has no conflicts to handle. So is an
+/// `IdempotencyKey`, but not an `Option` of it.
 #[proc_macro_attribute]
 pub fn idempotency_exempt(args: TokenStream, item: TokenStream) -> TokenStream {
     expand::expand(Attribute::Exempt, args.into(), item.into()).into()

@@ -11,14 +11,14 @@ use axum::{
     body::Body,
     extract::{Path, State},
     handler::Handler,
-    http::{Method, Request, StatusCode, Uri, header},
+    http::{HeaderName, Method, Request, StatusCode, Uri, header},
     response::{IntoResponse, Response},
     routing::{any, post},
 };
 use http_body_util::BodyExt;
 use idempotency_axum::{
     Config, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, ManualIdempotency,
-    MemoryStorage, idempotency_exempt, idempotency_key,
+    MemoryStorage, Scope, StoreOn, idempotency_exempt, idempotency_key,
 };
 use idempotency_tests::Logs;
 use tower::ServiceExt;
@@ -212,6 +212,14 @@ async fn the_policy_is_the_one_that_the_arguments_and_the_parameters_give() {
     #[idempotency_key(ttl = "24h", cache_name = "orders", optional = true)]
     async fn all_arguments() {}
 
+    #[idempotency_key(
+        header = "X-GitHub-Delivery",
+        max_request_body = "2MiB",
+        store_on = StoreOn::all,
+        scope = Scope::none
+    )]
+    async fn terms() {}
+
     #[idempotency_key(ttl = "90", optional = false)]
     async fn seconds() {}
 
@@ -237,6 +245,14 @@ async fn the_policy_is_the_one_that_the_arguments_and_the_parameters_give() {
             KeyPolicy::optional()
                 .cache_name("orders")
                 .ttl(Duration::from_secs(86_400)),
+        ),
+        (
+            logged(terms).await,
+            KeyPolicy::required()
+                .header(HeaderName::from_static("x-github-delivery"))
+                .max_request_body(2 << 20)
+                .store_on(StoreOn::all())
+                .scope(Scope::none()),
         ),
         (
             logged(seconds).await,
