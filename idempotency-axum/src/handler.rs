@@ -27,8 +27,10 @@ use crate::{
 /// crates.
 ///
 /// The **outermost** policy wins, also over an attribute on the function itself. A combinator says all that an attribute can, and
-/// what it can't: [`store_on`](KeyPolicy::store_on), [`scope`](KeyPolicy::scope) and
-/// [`max_request_body`](KeyPolicy::max_request_body) for one route.
+/// takes the key from the body besides: [`key_from`](KeyPolicy::key_from).
+///
+/// It goes on the handler, inside of `post(…)`. What `post(…)` returns is no handler but a `MethodRouter`, and a policy around
+/// that is no route any more: the compiler finds a `WithPolicy<MethodRouter>` where it expects a `MethodRouter`.
 ///
 /// ```
 /// use axum::{Router, routing::post};

@@ -5,7 +5,7 @@
 //! pub struct Hidden { seat: Seat }
 //! const _: () = {
 //!     async fn create_order(…) -> … { … }                         // all other attributes
-//!     impl Hidden { NAME, policy(), pub invoke(…) }
+//!     impl Hidden { NAME, policy(), pub invoke(…), or(…) }         // `or`: an error
 //!     impl Clone for Hidden { … }                                 // announces the policy
 //!     impl Handler<(M, …), S> for Hidden { … }                    // axum's own bounds
 //! };
@@ -48,7 +48,7 @@ fn handler_with_policy(policy: &Policy, handler: &HandlerFn) -> TokenStream {
         ..
     } = handler;
     let name = &signature.ident;
-    let hidden = format_ident!("__idempotency_{}", name.unraw());
+    let hidden = hidden(name);
 
     let private = private();
     let everywhere = &attributes.everywhere;
@@ -97,6 +97,15 @@ fn handler_with_policy(policy: &Policy, handler: &HandlerFn) -> TokenStream {
     }
 }
 
+/// The name of the hidden type. It is all that we can say in the compiler's error where the handler is called as a function (`expected
+/// function, found …`), by the user or by an attribute above ours. So it says what to do instead.
+fn hidden(name: &Ident) -> Ident {
+    format_ident!(
+        "{}__call_it_by_invoke__debug_handler_goes_below",
+        name.unraw()
+    )
+}
+
 /// What the handler is called, what it wants, and how a test calls it.
 fn inherent_impl(policy: &Policy, handler: &HandlerFn, hidden: &Ident) -> TokenStream {
     let private = private();
@@ -135,6 +144,11 @@ fn inherent_impl(policy: &Policy, handler: &HandlerFn, hidden: &Ident) -> TokenS
             #[allow(clippy::too_many_arguments, clippy::type_complexity)]
             #visibility async fn invoke(self, #(#arguments: #parameters),*) #output {
                 #ident(#(#arguments),*).await
+            }
+
+            #[doc(hidden)]
+            pub fn or<__IdempotencyH: #private::CombinedWithoutAttribute>(self, _: __IdempotencyH) -> Self {
+                self
             }
         }
     }
@@ -226,16 +240,28 @@ fn handler_impl(handler: &HandlerFn, hidden: &Ident) -> TokenStream {
 
     let (generics, marker, bounds) = match parameters.split_last() {
         None => (quote!(__IdempotencyS), quote!(((),)), TokenStream::new()),
-        Some((last, parts)) => (
-            quote!(__IdempotencyS, __IdempotencyM),
-            quote!((__IdempotencyM, #(#parts,)* #last,)),
-            quote! {
-                where
-                    __IdempotencyS: ::core::marker::Send + ::core::marker::Sync + 'static,
-                    #(#parts: #private::FromRequestParts<__IdempotencyS> + ::core::marker::Send,)*
-                    #last: #private::FromRequest<__IdempotencyS, __IdempotencyM> + ::core::marker::Send,
-            },
-        ),
+        Some((last, parts)) => {
+            let parts_bounds = parts.iter().map(|part| {
+                bound(
+                    part,
+                    |span| quote_spanned!(span=> FromRequestParts<__IdempotencyS>),
+                )
+            });
+            let last_bound = bound(
+                last,
+                |span| quote_spanned!(span=> FromRequest<__IdempotencyS, __IdempotencyM>),
+            );
+            (
+                quote!(__IdempotencyS, __IdempotencyM),
+                quote!((__IdempotencyM, #(#parts,)* #last,)),
+                quote! {
+                    where
+                        __IdempotencyS: ::core::marker::Send + ::core::marker::Sync + 'static,
+                        #(#parts_bounds,)*
+                        #last_bound,
+                },
+            )
+        }
     };
 
     // The compiler finds here that the future is not `Send`, or its output no answer.
@@ -244,10 +270,11 @@ fn handler_impl(handler: &HandlerFn, hidden: &Ident) -> TokenStream {
         ReturnType::Default => name.span(),
     };
     let span = Span::call_site().located_at(output);
+    let respond = private_at(span);
     let function = quote_spanned! {span=>
         move |#(#arguments: #parameters),*| {
             __idempotency_entry.mark();
-            #name(#(#arguments),*)
+            #respond::respond(#name(#(#arguments),*))
         }
     };
 

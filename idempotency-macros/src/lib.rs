@@ -116,13 +116,19 @@ use proc_macro::TokenStream;
 /// | `#[utoipa::path]` | above only | it must see the function as it is written; error with the cure |
 /// | other attributes that change the function | below | where they find the function as it is written |
 /// | both attributes on one function | error | a handler uses keys or is exempt: remove one |
-/// | closures, generic functions, `impl Trait` parameters, functions that return a future | error | the combinator: `post(create::<Order>.idempotency_key(KeyPolicy::required()))` |
-/// | methods and associated functions | error | the combinator: `post(Orders::create.idempotency_key(KeyPolicy::required()))`. Without a `self` the attribute can't tell where the function stands, and the compiler says that a `struct` is not supported there |
+/// | closures, generic functions, functions that return a future | error | the combinator: `post(create::<Order>.idempotency_key(KeyPolicy::required()))` |
+/// | `impl Trait` parameters | error | name the type; or a type parameter and the combinator, as above |
+/// | methods and associated functions | error | the combinator: `post(Orders::create.idempotency_key(KeyPolicy::required()))`. Without a `self` or `Self` the attribute can't tell where the function stands, and the compiler says that a `struct` is not supported there |
+/// | a parameter that is no extractor, or a body before the last parameter | the compiler's error where the route is made | it names the type (`Order: FromRequestParts<()>` is not satisfied) and points at the parameter: wrap it, as in `Json<Order>`, or move it to the end |
+/// | a return type that is no answer, a future that is not `Send` | error | it points at the return type, or at what is held across an `.await` |
 /// | `const`, `unsafe`, `extern` functions | error | call them from a handler |
 /// | `&T` and `'_` in a parameter's type | error | handlers own what they take: use an owned type, or `'static` |
 /// | `Foo` for a `Foo<'_>` as a parameter's type | the compiler's error | as above |
 /// | `#[cfg]` on a parameter | error | put it on two versions of the function |
-/// | a call, `create_order(…)` | the compiler's error | `create_order.invoke(…)` |
+/// | a call, `create_order(…)` | the compiler's error, which says `call_it_by_invoke` | `create_order.invoke(…)` |
+/// | `post(create_order).idempotency_key(…)`, a policy on a `MethodRouter` | the compiler's error, which finds a `WithPolicy<MethodRouter>` | put it on the handler: `post(create_order.idempotency_key(…))` |
+/// | `create_order.or(…)` of axum-extra | error | one policy for both, without attributes: `post(create_order.or(other).idempotency_key(KeyPolicy::required()))` |
+/// | `post` and its like of aide | the compiler's error: no `OperationHandler` | aide wants the function itself: remove the attribute and give the route a layer with the policy, `post(create_order).layer(layer.clone().policy(KeyPolicy::required()))` |
 /// | `let create_order = …`, where the handler is in scope | the compiler's error | a constant in a pattern is compared with: choose another name |
 /// | `idempotency-axum` under another name in `Cargo.toml` | the compiler's error | keep the name |
 #[proc_macro_attribute]
