@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
     task::{Context, Poll},
@@ -26,7 +27,7 @@ use crate::{
     discovery::{self, Suspended},
     future::ResponseFuture,
     plan::{Applied, Plan, Shared},
-    policy::Requirement,
+    policy::{Requirement, Terms},
     problem::Problem,
     receipt::Receipt,
     record::record,
@@ -138,15 +139,20 @@ where
         applied: &Applied,
         mut request: Request,
     ) -> ResponseFuture<S::Future, S::Error> {
+        let receipt = self.waive(applied, &mut request);
+        ResponseFuture::passed(self.inner.call(request), receipt)
+    }
+
+    /// Prepares a request that goes through without protection.
+    fn waive(&self, applied: &Applied, request: &mut Request) -> Option<Receipt> {
         if applied.is_fixed && applied.policy.requirement == Requirement::Optional {
             request.extensions_mut().insert(WithoutKey);
         }
-        let receipt = applied.relies_on.map(|handler| {
+        applied.relies_on.map(|handler| {
             let acknowledgement = self.shared.acknowledgement();
             request.extensions_mut().insert(acknowledgement.clone());
             Receipt::new(acknowledgement, handler, request.extensions(), &self.shared)
-        });
-        ResponseFuture::passed(self.inner.call(request), receipt)
+        })
     }
 
     fn apply(
@@ -167,27 +173,29 @@ where
             request.extensions_mut().insert(Decided);
             return self.pass(request);
         }
-        let key = match Key::from_headers(request.headers(), &config.header) {
-            Ok(None) if policy.requirement == Requirement::Optional => {
+        let key = match policy.terms.key.in_headers(request.headers(), config) {
+            Some(Ok(None)) if policy.requirement == Requirement::Optional => {
                 return self.pass_unprotected(applied, request);
             }
-            Ok(None) => return self.refuse(Problem::new(Refusal::MissingKey, config)),
-            Ok(Some(key)) => config.key_format.check(&key).map(|()| key),
-            Err(error) => Err(error),
+            Some(Ok(None)) => {
+                return self.refuse(Problem::missing_key(&policy.terms.key, config));
+            }
+            Some(Ok(Some(key))) => Some(key),
+            Some(Err(error)) => return self.refuse(Problem::invalid_key(error, config)),
+            None => None,
         };
-        let key = match key {
-            Ok(key) => key,
-            Err(error) => return self.refuse(Problem::invalid_key(error, config)),
+        // In case that the key, which is in the body, turns out to be missing.
+        let receipt = match key {
+            None => self.waive(applied, &mut request),
+            Some(_) => None,
         };
         let (parts, body) = request.into_parts();
-        let scope = policy.terms.scope.as_ref().unwrap_or(&config.scope);
-        let owner = scope.of(&parts);
-        if owner.is_none() && scope.is_required() {
-            return self.refuse(Problem::new(Refusal::ScopeRequired, config));
-        }
-        if scope.overlooks_cookie(&parts) {
-            self.shared.warn_of_cookie(&parts.extensions);
-        }
+        let caller =
+            match key.map(|key| Caller::of(key, &parts, &policy.terms, config, &self.shared)) {
+                None => None,
+                Some(Ok(caller)) => Some(caller),
+                Some(Err(problem)) => return self.refuse(problem),
+            };
 
         // The service that is ready goes with the request; its clone waits for the next one.
         let clone = self.inner.clone();
@@ -196,14 +204,14 @@ where
         let exchange = Exchange {
             shared: self.shared.clone(),
             engine: applied.engine.clone(),
-            terms: applied.policy.terms.clone(),
+            terms: policy.terms.clone(),
+            is_optional: policy.requirement == Requirement::Optional,
             is_fixed: applied.is_fixed,
-            key,
-            owner,
+            receipt,
             progress: progress.clone(),
         };
         ResponseFuture::protected(Detachable::new(
-            exchange.run(inner, parts, body).boxed(),
+            exchange.run(inner, caller, parts, body).boxed(),
             progress,
             applied.engine.clone(),
         ))
@@ -223,39 +231,95 @@ fn refusal(shared: &Shared, problem: Problem) -> Response {
     shared.respond(problem)
 }
 
-/// One request that has a key, from its body to its answer.
+/// A key and whose it is.
+struct Caller {
+    key: Key,
+    owner: Option<Vec<u8>>,
+}
+
+impl Caller {
+    /// An error is why the request is refused.
+    fn of(
+        key: Key,
+        parts: &Parts,
+        terms: &Terms,
+        config: &Config,
+        shared: &Shared,
+    ) -> Result<Self, Problem> {
+        let scope = terms.scope.as_ref().unwrap_or(&config.scope);
+        let owner = scope.of(parts);
+        if owner.is_none() && scope.is_required() {
+            return Err(Problem::new(Refusal::ScopeRequired, config));
+        }
+        if scope.overlooks_cookie(parts) {
+            shared.warn_of_cookie(&parts.extensions);
+        }
+        Ok(Self { key, owner })
+    }
+}
+
+/// One request that has a key, or may have one in its body, from its body to its answer.
 struct Exchange {
     shared: Arc<Shared>,
     engine: crate::Engine,
-    terms: crate::policy::Terms,
+    terms: Terms,
+    is_optional: bool,
     is_fixed: bool,
-    key: Key,
-    owner: Option<Vec<u8>>,
+    /// Of a request that may turn out to have no key.
+    receipt: Option<Receipt>,
     progress: Progress,
 }
 
 impl Exchange {
-    async fn run<S, R>(self, mut inner: S, parts: Parts, body: Body) -> Result<Response, S::Error>
+    async fn run<S, R>(
+        self,
+        mut inner: S,
+        caller: Option<Caller>,
+        parts: Parts,
+        body: Body,
+    ) -> Result<Response, S::Error>
     where
         S: Service<Request, Response = http::Response<R>>,
         R: http_body::Body<Data = Bytes> + Send + 'static,
         R::Error: Into<BoxError>,
     {
-        let (encoded, body) = match self.encode(&parts, body).await {
-            Ok(encoded) => encoded,
+        let (key, encoded, body) = match self.encode(caller, &parts, body).await {
+            Ok((Some((key, encoded)), body)) => (key, encoded, body),
+            Ok((None, body)) => return self.run_without_key(inner, parts, body).await,
             Err(refusal) => return Ok(refusal),
         };
         let (run, conflict) = match self.begin(&encoded).await {
             Begun::Run(run, conflict) => (run, conflict),
             Begun::Answered(response) => return Ok(response),
             Begun::Unprotected => {
-                let request = self.request(&encoded, Conflict::default(), parts, body);
+                let request = self.request(key, &encoded, Conflict::default(), parts, body);
                 let response = inner.call(request.into_inner()).await?;
                 return Ok(response.map(Body::new));
             }
         };
-        let request = self.request(&encoded, conflict, parts, body);
+        let request = self.request(key, &encoded, conflict, parts, body);
         self.execute(inner, run, request).await
+    }
+
+    /// Runs the handler for a request whose body has no key, as it may.
+    async fn run_without_key<S, R>(
+        self,
+        mut inner: S,
+        parts: Parts,
+        body: Body,
+    ) -> Result<Response, S::Error>
+    where
+        S: Service<Request, Response = http::Response<R>>,
+        R: http_body::Body<Data = Bytes> + Send + 'static,
+        R::Error: Into<BoxError>,
+    {
+        poll_fn(|cx| inner.poll_ready(cx)).await?;
+        let response = inner.call(Request::from_parts(parts, body)).await?;
+        let response = response.map(Body::new);
+        if let Some(receipt) = self.receipt {
+            receipt.check(&response);
+        }
+        Ok(response)
     }
 
     async fn begin(&self, encoded: &Encoded) -> Begun {
@@ -305,9 +369,17 @@ impl Exchange {
     }
 
     /// Reads the body if the encoder wants it, and encodes. An error is the answer to the client.
-    async fn encode(&self, parts: &Parts, body: Body) -> Result<(Encoded, Body), Response> {
+    ///
+    /// Without a `caller` the key is looked for in the body. If it is missing, and may be, nothing is encoded.
+    async fn encode(
+        &self,
+        caller: Option<Caller>,
+        parts: &Parts,
+        body: Body,
+    ) -> Result<(Option<(Key, Encoded)>, Body), Response> {
         let config = self.config();
-        let (bytes, body) = if config.encoder.reads_body() {
+        let reads_body = config.encoder.reads_body();
+        let (bytes, body) = if reads_body || caller.is_none() {
             let limit = self
                 .terms
                 .max_request_body
@@ -330,29 +402,49 @@ impl Exchange {
         } else {
             (Bytes::new(), body)
         };
+        let caller = match caller {
+            Some(caller) => Some(caller),
+            None => self
+                .find_caller(parts, &bytes)
+                .map_err(|problem| refusal(&self.shared, problem))?,
+        };
+        let Some(Caller { key, owner }) = caller else {
+            return Ok((None, body));
+        };
         let encoded = config.encoder.encode(
-            &self.key,
+            &key,
             &RequestView {
                 method: &parts.method,
                 path_and_query: path_and_query(original_uri(parts)),
                 headers: &parts.headers,
-                body: &bytes,
-                scope: self.owner.as_deref(),
+                body: if reads_body { &bytes } else { &[] },
+                scope: owner.as_deref(),
             },
         );
-        Ok((encoded, body))
+        Ok((Some((key, encoded)), body))
+    }
+
+    /// Looks for the key in the body too.
+    fn find_caller(&self, parts: &Parts, body: &[u8]) -> Result<Option<Caller>, Problem> {
+        let config = self.config();
+        match self.terms.key.find(parts, body, config) {
+            Ok(Some(key)) => Caller::of(key, parts, &self.terms, config, &self.shared).map(Some),
+            Ok(None) if self.is_optional => Ok(None),
+            Ok(None) => Err(Problem::missing_key(&self.terms.key, config)),
+            Err(error) => Err(Problem::invalid_key(error, config)),
+        }
     }
 
     /// The request for the handler, with what protects it.
     fn request(
         &self,
+        key: Key,
         encoded: &Encoded,
         conflict: Conflict,
         mut parts: Parts,
         body: Body,
     ) -> Protected {
-        let protection =
-            Protection::new(self.key.clone(), encoded.key, self.terms.clone(), conflict);
+        let protection = Protection::new(key, encoded.key, self.terms.clone(), conflict);
         parts.extensions.insert(protection.clone());
         if self.is_fixed {
             parts.extensions.insert(Decided);

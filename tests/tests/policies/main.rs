@@ -8,6 +8,7 @@ mod attributes;
 mod caches;
 mod combinators;
 mod extractors;
+mod keys;
 mod misuse;
 mod rows;
 mod terms;
