@@ -42,8 +42,8 @@ mod functions {
         super::StoreOn::below(500)
     }
 
-    pub(super) fn scope<T: Default>() -> super::Scope {
-        super::Scope::header("x-tenant")
+    pub(super) fn scope<T: ToString + Default>() -> super::Scope {
+        super::Scope::header(format!("x-tenant-{}", T::default().to_string()))
     }
 }
 
