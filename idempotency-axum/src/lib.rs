@@ -46,6 +46,8 @@
 //! The engine behind it, its claims, records and tombstones are described in [`Engine`] and [`Storage`]; the kinds of refusal
 //! in [`problem`].
 //!
+//! The [`guide`] answers questions from practice: scopes, uploads, CORS, streams, clients, webhooks, tests, operation.
+//!
 //! # Modes and policies
 //!
 //! [`IdempotencyLayer::enforce`] requires a key for every unsafe method except CONNECT, [`IdempotencyLayer::exempt`] for none. A handler says
@@ -153,6 +155,7 @@ mod detach;
 mod discovery;
 mod extract;
 mod future;
+pub mod guide;
 mod handler;
 mod layer;
 mod misuse;
