@@ -2,18 +2,18 @@
 //!
 //! | page | question |
 //! |---|---|
-//! | [policies](policies) | Which requests need a key, and how does a handler say otherwise? |
-//! | [scope](scope) | Whose key is it? |
-//! | [uploads](uploads) | How do large request bodies and uploads work? |
-//! | [cors](cors) | What do browsers need? |
-//! | [streams](streams) | What happens to streams, server-sent events and WebSockets? |
-//! | [clients](clients) | What should a client do? |
-//! | [webhooks](webhooks) | How are webhooks received and sent? |
-//! | [testing](testing) | How is a service with idempotency keys tested? |
-//! | [operating](operating) | What does an operator need to know? |
-//! | [settings](settings) | How is the layer configured from a file or the environment? |
-//! | [migrating](migrating) | How does a service move from django-idempotency-key? |
-//! | [coming from](coming_from) | What is called what, for users of other libraries? |
+//! | [`policies`] | Which requests need a key, and how does a handler say otherwise? |
+//! | [`scope`] | Whose key is it? |
+//! | [`uploads`] | How do large request bodies and uploads work? |
+//! | [`cors`] | What do browsers need? |
+//! | [`streams`] | What happens to streams, server-sent events and WebSockets? |
+//! | [`clients`] | What should a client do? |
+//! | [`webhooks`] | How are webhooks received and sent? |
+//! | [`testing`] | How is a service with idempotency keys tested? |
+//! | [`operating`] | What does an operator need to know? |
+//! | [`settings`] | How is the layer configured from a file or the environment? |
+//! | [`migrating`] | How does a service move from django-idempotency-key? |
+//! | [`coming_from`] | What is called what, for users of other libraries? |
 //!
 //! Every Rust block of the pages is compiled, and most of them run and assert as tests of this crate. The pages show the memory
 //! storage where the storage does not matter. The [crate docs](crate) describe the way of a request, and [`problem`](crate::problem) lists
