@@ -88,7 +88,9 @@ async fn run() -> Result<(), Box<dyn Error>> {
     print_what_to_try(listener.local_addr()?);
     let mut terminate = signal(SignalKind::terminate())?;
     axum::serve(listener, router)
-        .with_graceful_shutdown(async move { drop(terminate.recv().await) })
+        .with_graceful_shutdown(async move {
+            let _ = terminate.recv().await;
+        })
         .await?;
     // Orders of clients that have left may still run, and answers may still have to be stored.
     if tokio::time::timeout(Duration::from_secs(30), layer.drain())

@@ -168,7 +168,7 @@ impl IdempotencyLayer {
         if let Some(Announced { policy, handler }) = unprotected {
             return Err(Misuse::new(MisuseKind::NoLayer {
                 handler: handler.to_owned(),
-                policy,
+                policy: Box::new(policy),
             }));
         }
         if !self.shared.has_layered() {

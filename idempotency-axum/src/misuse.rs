@@ -31,7 +31,7 @@ pub enum MisuseKind {
         /// The handler.
         handler: String,
         /// Its policy.
-        policy: KeyPolicy,
+        policy: Box<KeyPolicy>,
     },
 }
 

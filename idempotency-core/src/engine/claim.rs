@@ -56,7 +56,7 @@ impl Claim {
         self.token
     }
 
-    /// How long the outcome will be kept. Default: [`Config::ttl`](crate::Config::ttl).
+    /// How long the outcome will be kept. Zero keeps none. Default: [`Config::ttl`](crate::Config::ttl).
     pub fn ttl(self, ttl: Duration) -> Self {
         // A run that is gone was removed by hand; it has no outcome to keep.
         let _ = self.shared.ledger.change(self.token, |run| run.ttl = ttl);
