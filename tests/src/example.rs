@@ -5,7 +5,6 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Output, Stdio},
-    time::Duration,
 };
 
 use http::Method;
@@ -15,10 +14,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::client::{Answer, Call};
-
-/// When something that has to come is given up. Only a failure takes so long.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::{
+    PATIENCE,
+    client::{Answer, Call},
+};
 
 /// An example that serves, until it is dropped.
 #[derive(Debug)]
@@ -144,9 +143,7 @@ pub fn command(example: &str) -> Command {
 pub async fn output(mut command: Command) -> Output {
     command.stderr(Stdio::piped());
     let output = timeout(PATIENCE, command.output()).await;
-    output
-        .expect("an end")
-        .expect("the example starts")
+    output.expect("an end").expect("the example starts")
 }
 
 /// What an example that can't start prints to stderr before it ends.
@@ -293,7 +290,7 @@ pub fn curl(line: &str, address: SocketAddr) -> Call {
 
 #[cfg(test)]
 mod tests {
-    use std::time::SystemTime;
+    use std::time::{Duration, SystemTime};
 
     use super::*;
 

@@ -16,7 +16,7 @@ use self::{
     judge::Judge,
     network::Link,
     people::{Node, Nodes, PlainEncoder, client},
-    world::{SERVER, Step, World},
+    world::{Chance, SERVER, Step, World},
 };
 
 mod judge;
@@ -26,11 +26,10 @@ mod world;
 
 const LEASE: Duration = Duration::from_secs(30);
 const WAIT: Duration = Duration::from_secs(40);
-const MAX_HOLD: Duration = Duration::from_secs(300);
 const LIMIT: usize = 64;
 
-/// Longer than a world lasts: what was recorded stays.
-const TTL: Duration = Duration::from_secs(1_000_000_000);
+/// As long as things go wrong.
+const TROUBLED: Duration = Duration::from_secs(900);
 
 /// What a world came to.
 #[derive(Debug)]
@@ -57,6 +56,57 @@ struct Rates {
     pause: usize,
     partition: usize,
     corrupt: usize,
+}
+
+/// How a world's service is configured, and what its handlers are like.
+#[derive(Clone, Copy, Debug)]
+struct Terms {
+    max_hold: Duration,
+    /// In every other world longer than the world lasts.
+    ttl: Duration,
+    max_running: usize,
+    /// Its handlers answer conflicts themselves.
+    manual: bool,
+    /// Out of a thousand handlers so many never return,
+    hung: usize,
+    /// and so many answer with a body that never ends.
+    endless: usize,
+}
+
+impl Terms {
+    const LONGEST_HOLD: Duration = Duration::from_secs(300);
+    const NO_LIMIT: usize = 1_000;
+    const FOR_EVER: Duration = Duration::from_secs(1_000_000_000);
+
+    fn draw(chance: &mut Chance) -> Self {
+        let mut rate = |most: usize| match chance.below(2) {
+            0 => 0,
+            _ => 1 + chance.below(most),
+        };
+        let (hung, endless) = (rate(200), rate(200));
+        Self {
+            max_hold: match chance.below(2) {
+                0 => Self::LONGEST_HOLD,
+                _ => chance.millis(45_000, 200_000),
+            },
+            ttl: match chance.below(2) {
+                0 => Self::FOR_EVER,
+                _ => chance.millis(20_000, 400_000),
+            },
+            max_running: match chance.below(3) {
+                0 => 2 + chance.below(4),
+                _ => Self::NO_LIMIT,
+            },
+            manual: chance.below(4) == 0,
+            hung,
+            endless,
+        }
+    }
+
+    /// How long a client stays at most.
+    fn stay(&self) -> Duration {
+        2 * self.max_hold + Duration::from_secs(100)
+    }
 }
 
 #[derive(Clone)]
@@ -99,11 +149,12 @@ impl Plan {
 /// Runs the world of `seed` to its end, or to its first finding.
 #[must_use]
 pub fn run(seed: u64, traces: bool) -> Report {
-    let size = World::new(seed, 1).chance(|chance| 1 + chance.below(4));
+    let (size, terms) =
+        World::new(seed, 1).chance(|chance| (1 + chance.below(4), Terms::draw(chance)));
     let world = World::new(seed, size);
-    let judge = Judge::new(world.clone(), size, traces);
+    let judge = Judge::new(world.clone(), size, terms, traces);
     let plan = Plan::draw(&world);
-    judge.note(|| format!("seed {seed}: {size} nodes, {:?}", plan.rates()));
+    judge.note(|| format!("seed {seed}: {size} nodes, {terms:?}, {:?}", plan.rates()));
     let server = MemoryStorage::builder()
         .env(world.env(world.home(SERVER)))
         .build();
@@ -111,6 +162,7 @@ pub fn run(seed: u64, traces: bool) -> Report {
         world,
         judge,
         plan,
+        terms,
         server,
         nodes: Nodes::default(),
         steps: 0,
@@ -217,6 +269,7 @@ struct Stage {
     world: World,
     judge: Judge,
     plan: Plan,
+    terms: Terms,
     server: MemoryStorage,
     nodes: Nodes,
     steps: u64,
@@ -232,7 +285,6 @@ impl Stage {
         self.invite();
         let troubles = self.world.clone();
         let plan = Plan(self.plan.0.clone());
-        let until = Duration::from_secs(900);
         let trouble = Trouble {
             judge: self.judge.clone(),
             nodes: self.nodes.clone(),
@@ -241,7 +293,7 @@ impl Stage {
             size,
         };
         self.world.spawn(self.world.home(SERVER), async move {
-            trouble.make(troubles, until).await
+            trouble.make(troubles, TROUBLED).await
         });
         self.go_on_until_still();
     }
@@ -258,6 +310,7 @@ impl Stage {
     fn starter(&self) -> Arc<dyn Fn(usize) -> Node + Send + Sync> {
         let (world, judge) = (self.world.clone(), self.judge.clone());
         let (server, plan) = (self.server.clone(), Plan(self.plan.0.clone()));
+        let terms = self.terms;
         Arc::new(move |node| {
             let home = world.home(node);
             let link = Link {
@@ -270,22 +323,28 @@ impl Stage {
             let lock = LockPolicy::default()
                 .ttl(LEASE)
                 .timeout(WAIT)
-                .max_hold(MAX_HOLD);
+                .max_hold(terms.max_hold);
             let config = Config::default()
                 .env(world.env(home))
                 .encoder(PlainEncoder)
                 .lock(lock)
-                .ttl(TTL)
+                .ttl(terms.ttl)
+                .max_running(terms.max_running)
                 .max_waiting(6)
                 .max_response_body(LIMIT)
                 .observer(judge.clone());
+            let policy = match terms.manual {
+                true => KeyPolicy::required().manual(),
+                false => KeyPolicy::required(),
+            };
             Node {
                 world: world.clone(),
                 home,
                 judge: judge.clone(),
+                terms,
                 layer: IdempotencyLayer::enforce(link)
                     .config(config)
-                    .policy(KeyPolicy::required()),
+                    .policy(policy),
             }
         })
     }
@@ -320,7 +379,8 @@ impl Stage {
 
     /// Until nothing will happen any more: every client was answered or is gone, and nobody waits, runs or holds a claim.
     fn go_on_until_still(&mut self) {
-        let deadline = Duration::from_secs(900) + 20 * MAX_HOLD;
+        let deadline = TROUBLED + 40 * Terms::LONGEST_HOLD;
+        let mut looked = Duration::ZERO;
         loop {
             match self.world.step() {
                 Step::Still => break,
@@ -328,6 +388,10 @@ impl Stage {
             }
             for what in self.world.panics() {
                 self.judge.find(format!("a task panicked: {what}"));
+            }
+            if self.world.now() > looked + LEASE / 3 {
+                looked = self.world.now();
+                self.judge.look();
             }
             if self.judge.has_found() {
                 return;

@@ -19,7 +19,7 @@ use idempotency_axum::{
 };
 
 use super::{
-    LEASE, MAX_HOLD, WAIT,
+    LEASE, Terms, WAIT,
     world::{Home, SERVER, World},
 };
 
@@ -32,10 +32,35 @@ pub(super) enum End {
     Failure,
     /// With one that can't be replayed.
     Unreplayable,
+    /// It was held too long, and its client has left.
+    Dropped,
+}
+
+/// The client of a request, for as long as it stays.
+#[derive(Clone, Default)]
+pub(super) struct Client(Arc<Mutex<Option<Duration>>>);
+
+impl Client {
+    pub(super) fn leaves(&self, now: Duration) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+    }
+
+    fn left(&self) -> Option<Duration> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request on a node, from its start to its end. Dropped, it has ended.
+pub(super) struct UnderWay(Judge, usize);
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.0.lock().nodes[self.1].under_way -= 1;
+    }
 }
 
 #[derive(Clone)]
-pub(super) struct Judge(Arc<Mutex<State>>, World);
+pub(super) struct Judge(Arc<Mutex<State>>, World, Terms);
 
 struct State {
     keys: BTreeMap<EncodedKey, Case>,
@@ -53,6 +78,9 @@ struct Troubles {
     /// Something it sent or was sent did not arrive in time.
     tampered: Option<Duration>,
     cut_off: bool,
+    /// How many requests it has, and when a client left one of them last.
+    under_way: usize,
+    was_left: Option<Duration>,
 }
 
 /// All that is known of a key.
@@ -61,31 +89,105 @@ struct Case {
     executions: Vec<Execution>,
     /// Granted by the server, and until when.
     claim: Option<(Token, Duration)>,
+    /// When the server granted it first.
+    granted: Option<(Token, Duration)>,
     /// Since when nobody holds it.
     free_since: Duration,
-    record: Option<(Token, Outcome)>,
+    /// The last record, perhaps expired.
+    record: Option<Stored>,
     /// What the server will not read.
     is_corrupt: bool,
-    /// The last claim that each node was told it has.
-    told: BTreeMap<Home, Token>,
+    /// At some time it was: what should have been stored then may be lost.
+    was_corrupt: bool,
+    /// The last claim that each node was told it has, and when it was granted.
+    told: BTreeMap<Home, (Token, Duration)>,
     /// Bodies of the replays that clients got.
     replays: BTreeSet<String>,
-    /// An outcome was lost with its node, or a node was overtaken: two answers may be about.
+    /// An outcome was lost with its node, or a node was overtaken, or a record expired: two answers may be about.
     may_differ: bool,
+    /// Until when a replacement may arrive that its sender has given up, or that another has overtaken.
+    late_replacement: Option<Duration>,
+}
+
+struct Stored {
+    /// Of the first run.
+    token: Token,
+    outcome: Outcome,
+    expires: Duration,
+}
+
+impl Stored {
+    fn body(&self) -> Option<&[u8]> {
+        match &self.outcome {
+            Outcome::Response(answer) => Some(answer.body()),
+            _ => None,
+        }
+    }
 }
 
 struct Execution {
     home: Home,
     /// Another was granted the key meanwhile, for which there was a reason: it is not the key's any more.
     is_overtaken: bool,
-    token: Token,
+    kind: Kind,
+    client: Client,
+    /// When its key was claimed.
+    claimed: Duration,
     since: Duration,
-    ended: Option<End>,
+    ended: Option<(End, Duration)>,
+    /// The server has a tombstone for it because it was held too long.
+    is_given_up: bool,
+    /// When the server will forget, or forgot, its answer.
+    expires: Option<Duration>,
     body: String,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Under this claim.
+    First(Token),
+    /// Of a manual handler on a conflict, in its turn.
+    Conflict,
+}
+
+impl Execution {
+    fn is_first(&self) -> bool {
+        matches!(self.kind, Kind::First(_))
+    }
+
+    fn end(&self) -> Option<End> {
+        self.ended.map(|(end, _)| end)
+    }
+
+    /// The time from which on nobody may say any more what it left, as far as its node's clock can be trusted.
+    fn over(&self, ttl: Duration) -> Duration {
+        let ended = self.ended.map_or(Duration::ZERO, |(_, ended)| ended);
+        let pending = ended.saturating_add(scaled(ttl, 102)) + Duration::from_secs(2);
+        pending.max(self.expires.unwrap_or_default())
+    }
+}
+
+fn scaled(duration: Duration, percent: u32) -> Duration {
+    duration / 100 * percent
+}
+
+impl Case {
+    fn live(&self, now: Duration) -> Option<&Stored> {
+        self.record.as_ref().filter(|it| now < it.expires)
+    }
+
+    fn by_token(&mut self, token: Token) -> Option<&mut Execution> {
+        let of_token = |it: &&mut Execution| it.kind == Kind::First(token);
+        self.executions.iter_mut().rev().find(of_token)
+    }
+
+    fn by_body(&self, body: &[u8]) -> Option<&Execution> {
+        self.executions.iter().find(|it| it.body.as_bytes() == body)
+    }
+}
+
 impl Judge {
-    pub(super) fn new(world: World, nodes: usize, traces: bool) -> Self {
+    pub(super) fn new(world: World, nodes: usize, terms: Terms, traces: bool) -> Self {
         let state = State {
             keys: BTreeMap::new(),
             nodes: vec![Troubles::default(); nodes + 1],
@@ -93,7 +195,7 @@ impl Judge {
             counts: BTreeMap::new(),
             trace: traces.then(String::new),
         };
-        Self(Arc::new(Mutex::new(state)), world)
+        Self(Arc::new(Mutex::new(state)), world, terms)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -165,6 +267,7 @@ impl Judge {
 
     /// Makes the record of some key unreadable, or all of them readable.
     pub(super) fn corrupt(&self, pick: Option<usize>) -> bool {
+        let now = self.1.now();
         let mut state = self.lock();
         let Some(pick) = pick else {
             state
@@ -173,10 +276,14 @@ impl Judge {
                 .for_each(|case| case.is_corrupt = false);
             return true;
         };
-        let mut recorded = state.keys.values_mut().filter(|case| case.record.is_some());
+        let mut recorded = state
+            .keys
+            .values_mut()
+            .filter(|case| case.live(now).is_some());
         match recorded.nth(pick) {
             Some(case) => {
                 case.is_corrupt = true;
+                case.was_corrupt = true;
                 true
             }
             None => false,
@@ -188,6 +295,12 @@ impl Judge {
             .keys
             .get(key)
             .is_some_and(|case| case.is_corrupt)
+    }
+
+    /// Something happened to a replacement on its way.
+    pub(super) fn replacement_is_late(&self, key: &EncodedKey) {
+        let until = self.1.now() + 3 * LEASE;
+        self.with(key, |case| case.late_replacement = Some(until));
     }
 
     fn is_disturbed(&self, home: Home) -> bool {
@@ -224,7 +337,7 @@ impl Judge {
                 home.node
             )
         });
-        let overtaken: Vec<Home> = {
+        let overtaken: Vec<(Home, bool)> = {
             let mut state = self.lock();
             let case = state.keys.entry(*key).or_default();
             if let Some((token, until)) = case.claim
@@ -234,20 +347,31 @@ impl Judge {
                 drop(state);
                 return self.find(format!("{} was granted to two tokens at once", short(key)));
             }
-            if let Some((token, _)) = case.record
-                && token != claim.token
+            if let Some(stored) = case.live(now)
+                && stored.token != claim.token
             {
                 drop(state);
                 return self.find(format!("{} was granted though it has a record", short(key)));
             }
             case.claim = Some((claim.token, now + claim.lease));
-            // What failed frees its key. What has an outcome, stored or not, keeps it as one that runs does.
-            let holds = |it: &&Execution| {
-                it.ended != Some(End::Failure) && it.token != claim.token && !it.is_overtaken
-            };
-            let others = case.executions.iter().filter(holds);
-            others.map(|it| it.home).collect()
+            if case.granted.is_none_or(|(token, _)| token != claim.token) {
+                case.granted = Some((claim.token, now));
+            }
+            let may_run_again = |it: &Execution| self.may_run_again(case, it, now);
+            let mut others = Vec::new();
+            for it in case.executions.iter().filter(|it| it.is_first()) {
+                if it.kind != Kind::First(claim.token) && !it.is_overtaken && !may_run_again(it) {
+                    others.push((it.home, it.is_given_up));
+                }
+            }
+            others
         };
+        let overtaken = overtaken.into_iter().filter_map(|(home, is_given_up)| {
+            // The tombstone has to be kept alive, which takes a message that arrives.
+            let is_excused = is_given_up && self.is_tampered(home.node, 2 * LEASE);
+            (!is_excused).then_some(home)
+        });
+        let overtaken: Vec<_> = overtaken.collect();
         for other in overtaken {
             if self.is_disturbed(other) {
                 self.count("state: a node was overtaken");
@@ -284,13 +408,22 @@ impl Judge {
         }
     }
 
-    pub(super) fn completed(&self, key: &EncodedKey, token: Token, record: &Record, held: Held) {
+    pub(super) fn completed(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+        held: Held,
+    ) {
         self.note(|| format!("server: {} completed by {token}: {held:?}", short(key)));
         if held == Held::Lost {
             self.count("state: a late completion was lost");
             return;
         }
         let now = self.1.now();
+        let expires = now.saturating_add(ttl);
+        let earliest = scaled(self.2.max_hold, 98).saturating_sub(Duration::from_secs(5));
         let finding = self.with(key, |case| {
             let mut finding = None;
             if let Some((holder, until)) = case.claim
@@ -299,17 +432,35 @@ impl Judge {
             {
                 finding = Some("was completed while another holds it");
             }
-            match &case.record {
-                None => case.record = Some((token, record.outcome.clone())),
-                Some((first, _)) if *first == token => {}
+            match case.live(now) {
+                None => {
+                    case.record = Some(Stored {
+                        token,
+                        outcome: record.outcome.clone(),
+                        expires,
+                    });
+                }
+                // What is there stays.
+                Some(first) if first.token == token => return finding,
                 Some(_) => finding = Some("was completed twice"),
             }
-            let execution = case.executions.iter().rfind(|it| it.token == token);
+            let granted = case.granted;
+            let execution = case.by_token(token);
             match (&record.outcome, execution) {
-                (Outcome::Tombstone(TombstoneReason::MaxHold), _) => {}
+                (Outcome::Tombstone(TombstoneReason::MaxHold), it) => {
+                    let granted = granted.filter(|(granted, _)| *granted == token);
+                    if granted.is_some_and(|(_, at)| now < at + earliest) {
+                        finding = Some("was given up too early");
+                    }
+                    if let Some(it) = it {
+                        it.is_given_up = true;
+                    }
+                }
                 (_, None) => finding = Some("was completed before its handler began"),
-                (Outcome::Response(answer), Some(it)) => match it.ended {
-                    Some(End::Answer) if answer.body() == it.body.as_bytes() => {}
+                (Outcome::Response(answer), Some(it)) => match it.end() {
+                    Some(End::Answer) if answer.body() == it.body.as_bytes() => {
+                        it.expires = Some(expires);
+                    }
                     Some(End::Answer) => finding = Some("has another answer than was given"),
                     Some(_) => finding = Some("has an answer that is none"),
                     None => finding = Some("was completed before its handler ended"),
@@ -325,42 +476,107 @@ impl Judge {
         }
     }
 
+    /// The server put a record in the place of the one that it had, if it had one.
+    pub(super) fn replaced(&self, key: &EncodedKey, record: &Record, ttl: Duration) {
+        let now = self.1.now();
+        let was_replaced = self.with(key, |case| {
+            let Some(stored) = case.live(now) else {
+                return Ok(None);
+            };
+            let was_answer = stored.body().is_some();
+            let body = match &record.outcome {
+                Outcome::Response(answer) => {
+                    let run = case
+                        .executions
+                        .iter_mut()
+                        .find(|it| it.body.as_bytes() == answer.body());
+                    match run {
+                        Some(it) if it.is_first() => return Err("an answer of no conflict"),
+                        Some(it) if it.end() != Some(End::Answer) => {
+                            return Err("an answer that is none");
+                        }
+                        None => return Err("an answer that nobody gave"),
+                        Some(it) => it.expires = Some(now.saturating_add(ttl)),
+                    }
+                    Some(answer.body().clone())
+                }
+                _ if was_answer => return Err("a tombstone in an answer's place"),
+                _ => None,
+            };
+            if let Some(stored) = &mut case.record {
+                stored.outcome = record.outcome.clone();
+                stored.expires = now.saturating_add(ttl);
+            }
+            Ok(Some(body))
+        });
+        match was_replaced {
+            Err(finding) => self.find(format!("{} has {finding}", short(key))),
+            Ok(None) => {}
+            Ok(Some(None)) => self.count("state: a tombstone was kept alive"),
+            Ok(Some(Some(body))) => {
+                self.count("state: a record was replaced");
+                let body = String::from_utf8_lossy(&body).into_owned();
+                self.note(|| format!("server: {} replaced by {body:?}", short(key)));
+            }
+        }
+    }
+
     // ---- what nodes do
 
     /// The node has been told that the claim is its own.
     pub(super) fn told(&self, home: Home, key: &EncodedKey, token: Token) {
+        let now = self.1.now();
         self.with(key, |case| {
-            case.told.insert(home, token);
+            let granted = case.granted.filter(|(granted, _)| *granted == token);
+            let at = granted.map_or(now, |(_, at)| at);
+            case.told.insert(home, (token, at));
         });
     }
 
+    /// Whether another execution may begin, as far as it goes by this one.
+    fn may_run_again(&self, case: &Case, it: &Execution, now: Duration) -> bool {
+        let Some((end, ended)) = it.ended else {
+            // It runs, or it has died with its node, which is disturbed then. A tombstone that nobody can read can't be kept alive.
+            return it.is_given_up && case.was_corrupt;
+        };
+        match end {
+            End::Failure if !it.is_given_up => true,
+            // By a clock that may be fast.
+            _ => ended.saturating_add(scaled(self.2.ttl, 98)) <= now,
+        }
+    }
+
     /// A handler begins. Returns the number of its execution, and what it will answer.
-    pub(super) fn started(&self, home: Home, key: &EncodedKey) -> (usize, String) {
-        let others: Vec<(Home, Option<End>)> = self.with(key, |case| {
-            let others = case.executions.iter().filter(|it| !it.is_overtaken);
-            others.map(|it| (it.home, it.ended)).collect()
+    pub(super) fn started(&self, home: Home, key: &EncodedKey, client: &Client) -> (usize, String) {
+        let now = self.1.now();
+        let mut expired = false;
+        let others: Vec<(Home, Option<End>, bool)> = self.with(key, |case| {
+            let firsts = case.executions.iter().filter(|it| it.is_first());
+            let others = firsts.filter(|it| !it.is_overtaken);
+            let mut holding = Vec::new();
+            for it in others {
+                match self.may_run_again(case, it, now) {
+                    true => expired |= it.end() != Some(End::Failure),
+                    false => holding.push((it.home, it.end(), it.is_given_up)),
+                }
+            }
+            holding
         });
-        let (number, recorded, token) = self.with(key, |case| {
-            (
-                case.executions.len(),
-                case.record.is_some(),
-                case.told.get(&home).copied(),
-            )
+        if expired {
+            self.count("state: ran again after the TTL");
+            self.with(key, |case| case.may_differ = true);
+        }
+        let (recorded, token) = self.with(key, |case| {
+            (case.live(now).is_some(), case.told.get(&home).copied())
         });
-        self.note(|| {
-            format!(
-                "node {}: execution {number} of {} starts",
-                home.node,
-                short(key)
-            )
-        });
+        let (number, body) = self.enter(home, key, client, token);
         if !self.is_disturbed(home) {
             if recorded {
                 self.find(format!("{} ran though it has a record", short(key)));
             }
-            for (other, ended) in others {
-                let is_over = ended == Some(End::Failure);
-                if !is_over && !self.is_disturbed(other) {
+            for (other, ended, is_given_up) in others {
+                let is_excused = is_given_up && self.is_tampered(other.node, 2 * LEASE);
+                if !is_excused && !self.is_disturbed(other) {
                     let how = if ended.is_some() { "after" } else { "while" };
                     let it_ran = format!("it ran on node {}", other.node);
                     self.find(format!("{} runs {how} {it_ran}, undisturbed", short(key)));
@@ -369,49 +585,211 @@ impl Judge {
         } else if !others.is_empty() {
             self.with(key, |case| case.may_differ = true);
         }
-        let Some(token) = token else {
+        if token.is_none() {
             self.find(format!("{} runs without a claim", short(key)));
-            return (number, String::new());
-        };
-        let (body, now) = (format!("{} {number}", short(key)), self.1.now());
-        self.with(key, |case| {
+        }
+        (number, body)
+    }
+
+    /// The same on a conflict, with the answer that the handler was shown, if there was one.
+    pub(super) fn started_on_conflict(
+        &self,
+        home: Home,
+        key: &EncodedKey,
+        client: &Client,
+        shown: Option<&[u8]>,
+    ) -> (usize, String) {
+        let now = self.1.now();
+        let (others, is_there, is_last) = self.with(key, |case| {
+            let mut others = Vec::new();
+            for it in case.executions.iter().filter(|it| !it.is_overtaken) {
+                // A first run that was held too long is a conflict for all others, also while it runs.
+                if it.ended.is_none() && (!it.is_first() || !it.is_given_up) {
+                    others.push((it.home, it.is_first()));
+                }
+            }
+            let pending = case
+                .executions
+                .iter()
+                .rev()
+                .find(|it| it.is_first() && now <= it.over(self.2.ttl));
+            let pending =
+                pending.filter(|it| matches!(it.end(), Some(End::Answer | End::Unreplayable)));
+            // It may have expired since it was read.
+            let recent = Duration::from_secs(10);
+            let stored = case
+                .record
+                .as_ref()
+                .filter(|it| now < it.expires.saturating_add(recent));
+            let is_last = match (stored, pending) {
+                (Some(stored), _) if stored.body() == shown => true,
+                (_, Some(it)) => shown.is_none_or(|shown| shown == it.body.as_bytes()),
+                _ => false,
+            };
+            (others, stored.is_some() || pending.is_some(), is_last)
+        });
+        let (number, body) = self.enter(home, key, client, None);
+        self.count("state: a conflict run");
+        let excused = self.is_disturbed(home);
+        for (other, is_first) in others {
+            if excused || self.is_disturbed(other) {
+                continue;
+            }
+            let what = if is_first { "the first run" } else { "another" };
+            let there = format!("{what} runs on node {}", other.node);
+            self.find(format!(
+                "{} runs on a conflict while {there}, undisturbed",
+                short(key)
+            ));
+        }
+        if !excused && !is_there {
+            self.find(format!("{} runs on a conflict with nothing", short(key)));
+        }
+        if !excused && is_there && !is_last {
+            let shown = shown.map(String::from_utf8_lossy);
+            self.find(format!(
+                "{} was shown {shown:?}, which is not the last answer",
+                short(key)
+            ));
+        }
+        (number, body)
+    }
+
+    fn enter(
+        &self,
+        home: Home,
+        key: &EncodedKey,
+        client: &Client,
+        claim: Option<(Token, Duration)>,
+    ) -> (usize, String) {
+        let now = self.1.now();
+        let (number, body) = self.with(key, |case| {
+            let number = case.executions.len();
+            let body = format!("{} {number}", short(key));
             case.executions.push(Execution {
                 home,
                 is_overtaken: false,
-                token,
+                kind: claim.map_or(Kind::Conflict, |(token, _)| Kind::First(token)),
+                client: client.clone(),
+                claimed: claim.map_or(now, |(_, at)| at),
                 since: now,
                 ended: None,
+                is_given_up: false,
+                expires: None,
                 body: body.clone(),
             });
+            (number, body)
+        });
+        self.note(|| {
+            let what = if claim.is_some() {
+                ""
+            } else {
+                ", on a conflict,"
+            };
+            format!(
+                "node {}: execution {number} of {}{what} starts",
+                home.node,
+                short(key)
+            )
         });
         (number, body)
     }
 
     pub(super) fn ended(&self, key: &EncodedKey, number: usize, end: End) {
         self.note(|| format!("execution {number} of {} ends: {end:?}", short(key)));
-        self.with(key, |case| {
-            case.executions[number].ended = Some(end);
+        let now = self.1.now();
+        let (outlived, kept) = self.with(key, |case| {
+            let it = &mut case.executions[number];
+            it.ended = Some((end, now));
+            let outlived =
+                it.is_given_up && it.claimed.saturating_add(self.2.max_hold + self.2.ttl) < now;
+            let kept = !it.is_first() && end == End::Failure;
             // What may run again may answer again.
             case.may_differ |= end == End::Failure;
+            (outlived, kept)
         });
+        if outlived {
+            self.count("state: a run outlived the TTL of its tombstone");
+        }
+        if kept {
+            self.count("state: a conflict run kept the record");
+        }
     }
 
-    /// A handler, or the body of its answer, was dropped before its end.
-    pub(super) fn cancelled(&self, home: Home, key: &EncodedKey) {
-        if self.1.is_alive(home) {
+    /// A handler, or the body of its answer, was dropped before its end. That is right if it was held too long and its client has
+    /// left.
+    pub(super) fn cancelled(&self, home: Home, key: &EncodedKey, number: usize) {
+        if !self.1.is_alive(home) {
+            return;
+        }
+        let now = self.1.now();
+        let earliest = scaled(self.2.max_hold, 98).saturating_sub(Duration::from_secs(5));
+        let is_right = self.with(key, |case| {
+            let it = &case.executions[number];
+            it.client.left().is_some() && it.claimed + earliest <= now
+        });
+        if is_right {
+            self.count("state: an operation without a client was dropped");
+            self.ended(key, number, End::Dropped);
+        } else {
             let finding = format!("{} was cancelled on node {}", short(key), home.node);
             self.find(finding);
         }
     }
 
+    pub(super) fn asked(&self, home: Home) -> UnderWay {
+        self.lock().nodes[home.node].under_way += 1;
+        UnderWay(self.clone(), home.node)
+    }
+
+    /// What ought to have happened by now.
+    pub(super) fn look(&self) {
+        let now = self.1.now();
+        let mut late = Vec::new();
+        for (key, case) in &self.lock().keys {
+            for it in case.executions.iter().filter(|it| it.ended.is_none()) {
+                let latest = it.since + scaled(self.2.max_hold, 102) + 2 * LEASE;
+                if now < latest || it.is_overtaken {
+                    continue;
+                }
+                let is_forgiven = case.was_corrupt || !it.is_first();
+                if !it.is_given_up && !is_forgiven {
+                    late.push((
+                        it.home,
+                        format!("{} runs on without a tombstone", short(key)),
+                    ));
+                }
+                if it.client.left().is_some_and(|left| left + 2 * LEASE < now) {
+                    late.push((it.home, format!("{} runs on for nobody", short(key))));
+                }
+            }
+        }
+        for (home, finding) in late {
+            if !self.is_disturbed(home) && !self.is_tampered(home.node, 2 * LEASE) {
+                self.find(format!("{finding} on node {}", home.node));
+            }
+        }
+    }
+
     // ---- what clients see
 
-    /// A replay of this body.
-    pub(super) fn replayed(&self, key: &EncodedKey, body: &str) {
+    pub(super) fn left(&self, home: Home, client: &Client) {
+        let now = self.1.now();
+        client.leaves(now);
+        self.lock().nodes[home.node].was_left = Some(now);
+    }
+
+    /// A replay of this body, for a request of `asked`.
+    pub(super) fn replayed(&self, key: &EncodedKey, body: &str, asked: Duration) {
         let finding = self.with(key, |case| {
-            let is_answer = |it: &Execution| it.body == body && it.ended == Some(End::Answer);
-            if !case.executions.iter().any(is_answer) {
+            let answer = case
+                .by_body(body.as_bytes())
+                .filter(|it| it.end() == Some(End::Answer));
+            let Some(answer) = answer else {
                 return Some(format!("replayed {body:?}, which nobody answered"));
+            };
+            if answer.over(self.2.ttl) < asked {
+                return Some(format!("replayed {body:?}, which had expired"));
             }
             case.replays.insert(body.to_owned());
             if case.replays.len() > 1 && !case.may_differ {
@@ -424,30 +802,105 @@ impl Judge {
         }
     }
 
-    /// The answer of the execution that the request was itself.
-    pub(super) fn answered(&self, key: &EncodedKey, body: &str) {
-        let is_known = self.with(key, |case| case.executions.iter().any(|it| it.body == body));
-        if !is_known {
-            self.find(format!("{} was answered with {body:?}", short(key)));
+    /// The answer of the execution that the request was itself, to its end.
+    pub(super) fn answered(&self, home: Home, key: &EncodedKey, body: &str) {
+        let now = self.1.now();
+        let is_sure = !self.is_disturbed(home) && !self.is_tampered(home.node, 2 * LEASE);
+        let longest = scaled(self.2.max_hold, 98).saturating_sub(Duration::from_secs(5));
+        let finding = self.with(key, |case| {
+            let found = case.executions.iter().position(|it| it.body == body);
+            let Some(number) = found else {
+                return Some(format!("was answered with {body:?}"));
+            };
+            let it = &case.executions[number];
+            let Some((End::Answer, ended)) = it.ended.filter(|_| !it.is_first()) else {
+                return None;
+            };
+            let is_late = case.late_replacement.is_some_and(|until| now < until);
+            let may_be_lost =
+                it.is_overtaken || is_late || case.was_corrupt || it.since + longest < ended;
+            if !is_sure || may_be_lost {
+                return None;
+            }
+            // It was gone before it could be replaced.
+            let stored = case.live(now).filter(|stored| ended < stored.expires)?;
+            let of = stored.body().and_then(|body| {
+                case.executions
+                    .iter()
+                    .position(|it| it.body.as_bytes() == body)
+            });
+            match of {
+                Some(of) if of >= number => None,
+                _ => Some(format!(
+                    "kept {of:?} although {number} answered the conflict"
+                )),
+            }
+        });
+        if let Some(finding) = finding {
+            self.find(format!("{} {finding}", short(key)));
         }
     }
 
     /// A 409 without an answer: there is a tombstone, or one that a node has still to store.
-    pub(super) fn not_replayable(&self, key: &EncodedKey) {
+    pub(super) fn not_replayable(&self, key: &EncodedKey, asked: Duration) {
         let now = self.1.now();
         let is_so = self.with(key, |case| {
-            let is_tombstone = matches!(case.record, Some((_, Outcome::Tombstone(_))));
-            // By a clock that may be fast.
-            let is_held_too_long = |it: &Execution| it.since + MAX_HOLD / 100 * 98 < now;
-            let mut executions = case.executions.iter();
-            is_tombstone
-                || executions.any(|it| it.ended == Some(End::Unreplayable) || is_held_too_long(it))
+            let stored = case.record.as_ref().filter(|it| asked <= it.expires);
+            let is_tombstone = stored.is_some_and(|it| it.body().is_none());
+            let is_one = |it: &Execution| {
+                // By a clock that may be fast.
+                let is_held_too_long =
+                    it.claimed + scaled(self.2.max_hold, 98) < now + Duration::from_secs(5);
+                match it.ended {
+                    None => is_held_too_long,
+                    Some((End::Unreplayable, _)) => asked <= it.over(self.2.ttl),
+                    Some((_, ended)) => {
+                        let was_held_too_long = it.claimed + scaled(self.2.max_hold, 98)
+                            < ended + Duration::from_secs(5);
+                        was_held_too_long && asked <= it.over(self.2.ttl)
+                    }
+                }
+            };
+            is_tombstone || case.executions.iter().any(is_one)
         });
         if !is_so {
             self.find(format!(
                 "{} has an answer that was not replayed",
                 short(key)
             ));
+        }
+    }
+
+    /// A 503 because too many run or wait: all the places must be taken.
+    pub(super) fn overloaded(&self, home: Home) {
+        let now = self.1.now();
+        let settled = Duration::from_secs(120);
+        let (finding, was_left) = {
+            let state = self.lock();
+            let node = &state.nodes[home.node];
+            let (mut free, mut taken) = (0, 0);
+            for it in state.keys.values().flat_map(|case| &case.executions) {
+                let is_given_up = it.since + scaled(self.2.max_hold, 102) + 2 * LEASE < now;
+                match it.ended {
+                    _ if it.home != home => {}
+                    // Counted among the requests.
+                    None if it.client.left().is_none() => free += usize::from(is_given_up),
+                    None => taken += usize::from(!is_given_up),
+                    Some((_, ended)) => taken += usize::from(now < ended + settled),
+                }
+            }
+            let places = node.under_way.saturating_sub(free) + taken;
+            let finding = format!("node {} refused, with {places} places taken", home.node);
+            let is_full = self.2.max_running <= places;
+            ((!is_full).then_some(finding), node.was_left)
+        };
+        let is_settled = was_left.is_none_or(|at| at + settled < now);
+        if let Some(finding) = finding
+            && is_settled
+            && !self.is_tampered(home.node, settled)
+            && !self.is_disturbed(home)
+        {
+            self.find(finding);
         }
     }
 
@@ -460,7 +913,12 @@ impl Judge {
                 Some((_, until)) => until,
                 None => case.free_since,
             };
-            free_since + slack < now && case.executions.iter().all(|it| it.ended.is_some())
+            // After a conflict run that was held too long, as long as after a crash.
+            let blocks = |it: &Execution| match it.ended {
+                None => true,
+                Some((_, ended)) => !it.is_first() && now < ended + slack + 2 * LEASE,
+            };
+            free_since + slack < now && !case.executions.iter().any(blocks)
         });
         let window = WAIT + LEASE;
         if is_free && !self.is_tampered(home.node, window) && !self.is_tampered(SERVER, window) {
@@ -489,9 +947,10 @@ impl Observer for Judge {
     }
 }
 
-/// The key as clients call it; see `PlainEncoder`.
+/// The key as clients call it; see `PlainEncoder`. Others are derived from one, for turns.
 fn short(key: &EncodedKey) -> String {
-    String::from_utf8_lossy(key.as_bytes())
-        .trim_end()
-        .to_owned()
+    match std::str::from_utf8(key.as_bytes()) {
+        Ok(key) if key.starts_with("key-") => key.trim_end().to_owned(),
+        _ => format!("turn {:.8}", key.to_string()),
+    }
 }

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use idempotency_axum::{Begin, Config, Entry, Held, RedisStorage, Storage, StorageErrorKind};
-use idempotency_tests::redis::{Cluster, Proxy, Redis};
+use idempotency_tests::{
+    PATIENCE,
+    redis::{Cluster, Proxy, Redis},
+};
 use tokio::runtime::{Builder, Runtime};
 
 use super::{KEY, Shop, assert_replays, claim, until};
@@ -88,7 +91,7 @@ async fn a_storage_that_is_dropped_closes_its_connections() {
         (clients.lines().count() == 2).then_some(())
     });
     // Much sooner than a connection that nobody needs for now.
-    let closed = tokio::time::timeout(Duration::from_secs(10), closed).await;
+    let closed = tokio::time::timeout(Duration::from_secs(20), closed).await;
     closed.expect("they are closed at once");
 }
 
@@ -158,8 +161,7 @@ fn who_waits_does_not_depend_on_another_runtime() {
     waited.unwrap();
 
     busy.block_on(async {
-        let patience = Duration::from_secs(30);
-        let waits = tokio::time::timeout(patience, storage.wait(&KEY, 2 * patience));
+        let waits = tokio::time::timeout(PATIENCE, storage.wait(&KEY, 2 * PATIENCE));
         let released = async {
             tokio::task::yield_now().await;
             assert_eq!(holder.release(&KEY, claim.token).await.unwrap(), Held::Yes);
@@ -210,8 +212,7 @@ async fn while_a_subscription_is_asked_for_the_key_is_looked_at() {
         .time_limit(Duration::from_secs(60));
     let claim = claim();
     assert_eq!(holder.begin(&KEY, &claim).await.unwrap(), Begin::Acquired);
-    let patience = Duration::from_secs(30);
-    let waits = tokio::time::timeout(patience, storage.wait(&KEY, 2 * patience));
+    let waits = tokio::time::timeout(PATIENCE, storage.wait(&KEY, 2 * PATIENCE));
     let released = async {
         let (_asked, _) = silent.accept().await.unwrap();
         assert_eq!(holder.release(&KEY, claim.token).await.unwrap(), Held::Yes);

@@ -7,7 +7,7 @@ use idempotency_axum::{
     Begin, Config, Held, LockPolicy, RedisStorage, Storage, StorageErrorKind, Token,
 };
 use idempotency_tests::{
-    Gate,
+    Gate, PATIENCE,
     redis::{Proxy, Redis},
 };
 
@@ -26,7 +26,7 @@ async fn a_stalled_redis_keeps_nobody_longer_than_the_limit() {
     }
     // The limit is 1 s; the rest is for a busy machine. Without a limit this would never end.
     assert!(
-        since.elapsed() < Duration::from_secs(10),
+        since.elapsed() < Duration::from_secs(30),
         "{:?}",
         since.elapsed()
     );
@@ -54,7 +54,8 @@ async fn a_connection_that_went_silent_is_replaced() {
         assert_eq!(error.kind(), StorageErrorKind::Timeout, "{error:?}");
     }
     silent.there().await;
-    assert_eq!(storage.get(&KEY).await.unwrap(), None);
+    let got = until(async || storage.get(&KEY).await.ok()).await;
+    assert_eq!(got, None);
 }
 
 #[tokio::test]
@@ -141,7 +142,7 @@ fn a_runtime_that_shuts_down_takes_its_waits_along() {
         // Sleeping on a runtime that is gone is a panic of tokio's, which is its business.
         done.send(waited.is_ok()).unwrap();
     });
-    let ended = waited.recv_timeout(Duration::from_secs(30));
+    let ended = waited.recv_timeout(PATIENCE);
     assert!(ended.is_ok(), "the wait never came back");
 }
 
