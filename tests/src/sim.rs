@@ -75,6 +75,7 @@ struct Terms {
 
 impl Terms {
     const LONGEST_HOLD: Duration = Duration::from_secs(300);
+    const MAX_WAITING: usize = 6;
     const NO_LIMIT: usize = 1_000;
     const FOR_EVER: Duration = Duration::from_secs(1_000_000_000);
 
@@ -330,7 +331,7 @@ impl Stage {
                 .lock(lock)
                 .ttl(terms.ttl)
                 .max_running(terms.max_running)
-                .max_waiting(6)
+                .max_waiting(Terms::MAX_WAITING)
                 .max_response_body(LIMIT)
                 .observer(judge.clone());
             let policy = match terms.manual {

@@ -89,8 +89,8 @@ struct Case {
     executions: Vec<Execution>,
     /// Granted by the server, and until when.
     claim: Option<(Token, Duration)>,
-    /// When the server granted it first.
-    granted: Option<(Token, Duration)>,
+    /// When the server granted it first, to each that it was granted to.
+    granted: Vec<(Token, Duration)>,
     /// Since when nobody holds it.
     free_since: Duration,
     /// The last record, perhaps expired.
@@ -174,6 +174,13 @@ fn scaled(duration: Duration, percent: u32) -> Duration {
 impl Case {
     fn live(&self, now: Duration) -> Option<&Stored> {
         self.record.as_ref().filter(|it| now < it.expires)
+    }
+
+    fn granted_at(&self, token: Token) -> Option<Duration> {
+        let mut granted = self.granted.iter().rev();
+        granted
+            .find(|(granted, _)| *granted == token)
+            .map(|(_, at)| *at)
     }
 
     fn by_token(&mut self, token: Token) -> Option<&mut Execution> {
@@ -354,8 +361,8 @@ impl Judge {
                 return self.find(format!("{} was granted though it has a record", short(key)));
             }
             case.claim = Some((claim.token, now + claim.lease));
-            if case.granted.is_none_or(|(token, _)| token != claim.token) {
-                case.granted = Some((claim.token, now));
+            if case.granted_at(claim.token).is_none() {
+                case.granted.push((claim.token, now));
             }
             let may_run_again = |it: &Execution| self.may_run_again(case, it, now);
             let mut others = Vec::new();
@@ -444,12 +451,11 @@ impl Judge {
                 Some(first) if first.token == token => return finding,
                 Some(_) => finding = Some("was completed twice"),
             }
-            let granted = case.granted;
+            let granted = case.granted_at(token);
             let execution = case.by_token(token);
             match (&record.outcome, execution) {
                 (Outcome::Tombstone(TombstoneReason::MaxHold), it) => {
-                    let granted = granted.filter(|(granted, _)| *granted == token);
-                    if granted.is_some_and(|(_, at)| now < at + earliest) {
+                    if granted.is_some_and(|at| now < at + earliest) {
                         finding = Some("was given up too early");
                     }
                     if let Some(it) = it {
@@ -527,9 +533,8 @@ impl Judge {
     pub(super) fn told(&self, home: Home, key: &EncodedKey, token: Token) {
         let now = self.1.now();
         self.with(key, |case| {
-            let granted = case.granted.filter(|(granted, _)| *granted == token);
-            let at = granted.map_or(now, |(_, at)| at);
-            case.told.insert(home, (token, at));
+            let granted = case.granted_at(token).unwrap_or(now);
+            case.told.insert(home, (token, granted));
         });
     }
 
@@ -780,7 +785,8 @@ impl Judge {
     }
 
     /// A replay of this body, for a request of `asked`.
-    pub(super) fn replayed(&self, key: &EncodedKey, body: &str, asked: Duration) {
+    pub(super) fn replayed(&self, home: Home, key: &EncodedKey, body: &str, asked: Duration) {
+        let is_disturbed = self.is_disturbed(home);
         let finding = self.with(key, |case| {
             let answer = case
                 .by_body(body.as_bytes())
@@ -788,7 +794,7 @@ impl Judge {
             let Some(answer) = answer else {
                 return Some(format!("replayed {body:?}, which nobody answered"));
             };
-            if answer.over(self.2.ttl) < asked {
+            if answer.over(self.2.ttl) < asked && !is_disturbed {
                 return Some(format!("replayed {body:?}, which had expired"));
             }
             case.replays.insert(body.to_owned());
@@ -805,7 +811,8 @@ impl Judge {
     /// The answer of the execution that the request was itself, to its end.
     pub(super) fn answered(&self, home: Home, key: &EncodedKey, body: &str) {
         let now = self.1.now();
-        let is_sure = !self.is_disturbed(home) && !self.is_tampered(home.node, 2 * LEASE);
+        let is_sure = !self.is_disturbed(home);
+        let tampered = self.lock().nodes[home.node].tampered;
         let longest = scaled(self.2.max_hold, 98).saturating_sub(Duration::from_secs(5));
         let finding = self.with(key, |case| {
             let found = case.executions.iter().position(|it| it.body == body);
@@ -817,8 +824,12 @@ impl Judge {
                 return None;
             };
             let is_late = case.late_replacement.is_some_and(|until| now < until);
-            let may_be_lost =
-                it.is_overtaken || is_late || case.was_corrupt || it.since + longest < ended;
+            let was_tampered = tampered.is_some_and(|at| it.since < at + 2 * LEASE);
+            let may_be_lost = it.is_overtaken
+                || is_late
+                || was_tampered
+                || case.was_corrupt
+                || it.since + longest < ended;
             if !is_sure || may_be_lost {
                 return None;
             }
@@ -891,7 +902,7 @@ impl Judge {
             }
             let places = node.under_way.saturating_sub(free) + taken;
             let finding = format!("node {} refused, with {places} places taken", home.node);
-            let is_full = self.2.max_running <= places;
+            let is_full = self.2.max_running <= places || Terms::MAX_WAITING < node.under_way;
             ((!is_full).then_some(finding), node.was_left)
         };
         let is_settled = was_left.is_none_or(|at| at + settled < now);

@@ -416,7 +416,7 @@ impl Node {
             if is_replay { " replay" } else { "" }
         ));
         match (status.as_u16(), is_replay) {
-            (409, true) => self.judge.replayed(&key, &text, asked),
+            (409, true) => self.judge.replayed(self.home, &key, &text, asked),
             (409, false) => self.judge.not_replayable(&key, asked),
             (201 | 500, false) => {
                 let own = text.trim_end_matches('x');
