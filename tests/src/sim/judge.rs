@@ -188,6 +188,11 @@ impl Case {
         self.executions.iter_mut().rev().find(of_token)
     }
 
+    fn by_body_mut(&mut self, body: &[u8]) -> Option<&mut Execution> {
+        let mut executions = self.executions.iter_mut();
+        executions.find(|it| it.body.as_bytes() == body)
+    }
+
     fn by_body(&self, body: &[u8]) -> Option<&Execution> {
         self.executions.iter().find(|it| it.body.as_bytes() == body)
     }
@@ -463,14 +468,22 @@ impl Judge {
                     }
                 }
                 (_, None) => finding = Some("was completed before its handler began"),
-                (Outcome::Response(answer), Some(it)) => match it.end() {
-                    Some(End::Answer) if answer.body() == it.body.as_bytes() => {
-                        it.expires = Some(expires);
+                (Outcome::Response(answer), Some(first)) => {
+                    let run = if first.body.as_bytes() == answer.body() {
+                        Some(first)
+                    } else {
+                        // It was replaced before it could be stored.
+                        case.by_body_mut(answer.body()).filter(|it| !it.is_first())
+                    };
+                    match run {
+                        None => finding = Some("has another answer than was given"),
+                        Some(it) => match it.end() {
+                            Some(End::Answer) => it.expires = Some(expires),
+                            Some(_) => finding = Some("has an answer that is none"),
+                            None => finding = Some("was completed before its handler ended"),
+                        },
                     }
-                    Some(End::Answer) => finding = Some("has another answer than was given"),
-                    Some(_) => finding = Some("has an answer that is none"),
-                    None => finding = Some("was completed before its handler ended"),
-                },
+                }
                 (Outcome::Tombstone(_), Some(_)) => {}
             }
             case.claim = None;
@@ -613,13 +626,14 @@ impl Judge {
                     others.push((it.home, it.is_first()));
                 }
             }
-            let pending = case
-                .executions
-                .iter()
-                .rev()
-                .find(|it| it.is_first() && now <= it.over(self.2.ttl));
-            let pending =
-                pending.filter(|it| matches!(it.end(), Some(End::Answer | End::Unreplayable)));
+            // What the last run left, if that is still to be stored.
+            let left = |it: &&Execution| match it.end() {
+                None | Some(End::Failure) => false,
+                Some(_) => it.is_first() || it.end() == Some(End::Answer),
+            };
+            let lasting = case.executions.iter().filter(left);
+            let pending = lasting.filter(|it| now <= it.over(self.2.ttl));
+            let pending = pending.max_by_key(|it| it.ended.map(|(_, ended)| ended));
             // It may have expired since it was read.
             let recent = Duration::from_secs(10);
             let stored = case
@@ -628,7 +642,8 @@ impl Judge {
                 .filter(|it| now < it.expires.saturating_add(recent));
             let is_last = match (stored, pending) {
                 (Some(stored), _) if stored.body() == shown => true,
-                (_, Some(it)) => shown.is_none_or(|shown| shown == it.body.as_bytes()),
+                (_, Some(it)) if it.end() == Some(End::Answer) => shown == Some(it.body.as_bytes()),
+                (_, Some(_)) => shown.is_none(),
                 _ => false,
             };
             (others, stored.is_some() || pending.is_some(), is_last)

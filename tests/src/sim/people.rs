@@ -22,7 +22,7 @@ use http::StatusCode;
 use http_body_util::BodyExt;
 use idempotency_axum::{
     Encoded, EncodedKey, Engine, IdempotencyKey, IdempotencyLayer, Key, KeyEncoder,
-    ManualIdempotency, RequestView,
+    ManualIdempotency, Problem, Refusal, RequestView,
 };
 use tower::{Layer, ServiceExt, service_fn};
 
@@ -334,6 +334,11 @@ impl Node {
         if response.status() == StatusCode::LOCKED {
             self.judge.refused_in_flight(self.home, &encoded(key));
         }
+        let problem = response.extensions().get::<Problem>();
+        if problem.is_some_and(|problem| problem.refusal() == Refusal::Overloaded) {
+            self.judge.count("answer: 503 overloaded");
+            self.judge.overloaded(self.home);
+        }
         let came = self.read(response, leaves, &client).await;
         self.tell(key, came, asked)
     }
@@ -422,11 +427,6 @@ impl Node {
                 let own = text.trim_end_matches('x');
                 self.judge.answered(self.home, &key, own);
                 return status == StatusCode::CREATED;
-            }
-            (503, false) if text.contains("overloaded") => {
-                self.judge.count("answer: 503 overloaded");
-                self.judge.overloaded(self.home);
-                return false;
             }
             (423 | 503, false) => return false,
             _ => self
