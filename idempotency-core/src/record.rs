@@ -400,7 +400,7 @@ mod tests {
         }
         assert_eq!(
             TombstoneReason::ALL.len(),
-            TombstoneReason::HandlerFailed as usize + 1
+            TombstoneReason::Unstorable as usize + 1
         );
         assert_eq!(TombstoneReason::from_code("no-such-reason"), None);
     }

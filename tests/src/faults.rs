@@ -7,7 +7,8 @@ use std::{
 };
 
 use idempotency_axum::{
-    Begin, EncodedKey, Entry, Held, NewClaim, Operation, Record, Storage, StorageError, Token,
+    Begin, EncodedKey, Entry, Held, NewClaim, Operation, Outcome, Record, Storage, StorageError,
+    Token,
 };
 use tokio::sync::{Semaphore, watch};
 
@@ -24,17 +25,24 @@ pub enum Fault {
     Unreadable,
     /// Never answers.
     Hang,
+    /// Has its effect, and never answers.
+    HangAfter,
+    /// Fails to complete a key with an answer; a tombstone is stored.
+    RefuseAnswer,
     /// Waits for a permit of the gate, then works.
     Gate(Arc<Semaphore>),
     /// Lets the other tasks of this thread go first so many times, then works.
     Slow(usize),
 }
 
+/// By operation and key; `None` is every key.
+type Faults = HashMap<(Operation, Option<EncodedKey>), Fault>;
+
 /// Any storage, with faults. Clones share them.
 #[derive(Clone, Debug)]
 pub struct FaultyStorage<S> {
     inner: S,
-    faults: Arc<Mutex<HashMap<Operation, Fault>>>,
+    faults: Arc<Mutex<Faults>>,
     calls: Arc<watch::Sender<HashMap<Operation, usize>>>,
 }
 
@@ -53,7 +61,15 @@ impl<S: Storage> FaultyStorage<S> {
         self.faults
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .insert(operation, fault);
+            .insert((operation, None), fault);
+    }
+
+    /// From now on `operation` has this fault for `key`.
+    pub fn set_for(&self, key: EncodedKey, operation: Operation, fault: Fault) {
+        self.faults
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert((operation, Some(key)), fault);
     }
 
     /// From now on `operation` works.
@@ -61,7 +77,7 @@ impl<S: Storage> FaultyStorage<S> {
         self.faults
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .remove(&operation);
+            .retain(|(faulty, _), _| *faulty != operation);
     }
 
     /// How often `operation` was called.
@@ -83,20 +99,24 @@ impl<S: Storage> FaultyStorage<S> {
         }
     }
 
+    fn fault(&self, operation: Operation, key: &EncodedKey) -> Option<Fault> {
+        let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_key = faults.get(&(operation, Some(*key)));
+        of_key.or_else(|| faults.get(&(operation, None))).cloned()
+    }
+
     async fn run<T>(
         &self,
         operation: Operation,
+        key: &EncodedKey,
         work: impl Future<Output = Result<T, StorageError>>,
     ) -> Result<T, StorageError> {
         self.calls
             .send_modify(|calls| *calls.entry(operation).or_default() += 1);
-        let fault = {
-            let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
-            faults.get(&operation).cloned()
-        };
+        let fault = self.fault(operation, key);
         let broken = || StorageError::unavailable(std::io::Error::other("injected"));
         match fault {
-            None => work.await,
+            None | Some(Fault::RefuseAnswer) => work.await,
             Some(Fault::FailBefore) => Err(broken()),
             Some(Fault::FailAfter) => {
                 work.await?;
@@ -106,6 +126,10 @@ impl<S: Storage> FaultyStorage<S> {
                 Err(StorageError::unreadable(std::io::Error::other("injected")))
             }
             Some(Fault::Hang) => std::future::pending().await,
+            Some(Fault::HangAfter) => {
+                work.await?;
+                std::future::pending().await
+            }
             Some(Fault::Gate(gate)) => {
                 let permit = gate.acquire().await.map_err(StorageError::unavailable)?;
                 permit.forget();
@@ -123,7 +147,7 @@ impl<S: Storage> FaultyStorage<S> {
 
 impl<S: Storage> Storage for FaultyStorage<S> {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        self.run(Operation::Begin, self.inner.begin(key, claim))
+        self.run(Operation::Begin, key, self.inner.begin(key, claim))
             .await
     }
 
@@ -134,8 +158,14 @@ impl<S: Storage> Storage for FaultyStorage<S> {
         record: &Record,
         ttl: Duration,
     ) -> Result<Held, StorageError> {
+        let refuses = self.fault(Operation::Complete, key);
+        if let (Some(Fault::RefuseAnswer), Outcome::Response(_)) = (refuses, &record.outcome) {
+            let refused = std::future::ready(Err(StorageError::unavailable("too large")));
+            return self.run(Operation::Complete, key, refused).await;
+        }
         self.run(
             Operation::Complete,
+            key,
             self.inner.complete(key, token, record, ttl),
         )
         .await
@@ -147,17 +177,17 @@ impl<S: Storage> Storage for FaultyStorage<S> {
         token: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
-        self.run(Operation::Renew, self.inner.renew(key, token, lease))
+        self.run(Operation::Renew, key, self.inner.renew(key, token, lease))
             .await
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.run(Operation::Release, self.inner.release(key, token))
+        self.run(Operation::Release, key, self.inner.release(key, token))
             .await
     }
 
     async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        self.run(Operation::Get, self.inner.get(key)).await
+        self.run(Operation::Get, key, self.inner.get(key)).await
     }
 
     async fn replace(
@@ -166,16 +196,21 @@ impl<S: Storage> Storage for FaultyStorage<S> {
         record: &Record,
         ttl: Duration,
     ) -> Result<(), StorageError> {
-        self.run(Operation::Replace, self.inner.replace(key, record, ttl))
-            .await
+        self.run(
+            Operation::Replace,
+            key,
+            self.inner.replace(key, record, ttl),
+        )
+        .await
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        self.run(Operation::Remove, self.inner.remove(key)).await
+        self.run(Operation::Remove, key, self.inner.remove(key))
+            .await
     }
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.run(Operation::Wait, self.inner.wait(key, timeout))
+        self.run(Operation::Wait, key, self.inner.wait(key, timeout))
             .await
     }
 }

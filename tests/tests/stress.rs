@@ -978,6 +978,7 @@ async fn a_panic_after_its_client_left_frees_the_key() {
 #[tokio::test]
 async fn an_answer_that_can_not_be_stored_is_answered_from_memory_until_it_can() {
     for fault in [Fault::FailBefore, Fault::FailAfter, Fault::Unreadable] {
+        let has_arrived = matches!(fault, Fault::FailAfter);
         let (env, clock) = Env::simulated(5);
         let memory = MemoryStorage::builder().env(env.clone()).build();
         let storage = FaultyStorage::new(memory.clone());
@@ -998,9 +999,9 @@ async fn an_answer_that_can_not_be_stored_is_answered_from_memory_until_it_can()
             assert!(retry.is_replay());
         };
         assert_replay(&server).await;
-        // Ten leases later too.
+        // Ten leases later too. What has arrived, though that was not said, is found there at once.
         let failed = events.count("storage_failed");
-        for tick in 1..=10 {
+        for tick in 1..=if has_arrived { 0 } else { 10 } {
             clock.advance(Duration::from_secs(10));
             events.until("storage_failed", failed + tick).await;
             assert_replay(&server).await;

@@ -165,11 +165,14 @@ async fn a_turn_is_waited_for_as_long_as_one_may_be_held() {
     node.pass(max_hold + LEASE).await;
     assert_eq!(manual_refusal_of(next.await.unwrap()), Refusal::InFlight);
 
-    // The next run has no turn to wait for once a lease is over, and what the first one stores late is not stored.
+    // While the first run goes on no other begins, and what it answers late is not stored.
+    node.pass(LEASE * 4).await;
+    let refused = manual_refusal_of(manual(&node.engine, &key).await);
+    assert_eq!(refused, Refusal::InFlight);
+    assert_eq!(turn.replace(answer("late")).await.unwrap(), Held::Lost);
     node.pass(LEASE * 2).await;
     let next = turn_of(manual(&node.engine, &key).await);
     assert_eq!(next.replace(answer("two")).await.unwrap(), Held::Yes);
-    assert_eq!(turn.replace(answer("late")).await.unwrap(), Held::Lost);
     assert_replays(node.engine.begin(&key).await, "two");
     node.assert_quiet().await;
 }

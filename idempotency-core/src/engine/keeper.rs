@@ -1,35 +1,51 @@
-//! One task per engine that keeps its claims alive and stores what could not be stored.
+//! One task per engine that keeps its claims alive, and tells the storage what it could not be told in time.
 //!
-//! It lives while there is something to keep: started by the first claim, it looks at all of them when the earliest is due, and
-//! ends when there are none. So a request that is answered within a third of the lease costs no spawn and no timer beyond the
-//! one that the keeper already has.
+//! It lives while there is something to keep: started by the first claim, it looks at what is due and ends when nothing is left. So
+//! a request that is answered within a third of the lease costs no spawn and no timer beyond the one that the keeper already has.
+//! It runs on [`Env::background`](crate::Env::background), so that no runtime of the program has to run for it.
 
-use std::{collections::HashSet, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
+use std::{collections::VecDeque, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
 
-use futures_util::{FutureExt, StreamExt, future::select, stream};
+use futures_util::{
+    FutureExt, StreamExt,
+    future::{BoxFuture, Either, select},
+    stream::FuturesUnordered,
+};
+use tracing::instrument::WithSubscriber;
 
 use super::{
     Shared,
-    ledger::{Phase, Run},
+    releases::{Claimed, Release},
+    run::{Failure, Job, Late, Next, Run},
 };
 use crate::{
-    Begin, EncodedKey, Event, Held, NewClaim, Operation, Outcome, Record, Spawner, Storage, Token,
-    TombstoneReason,
+    Begin, EncodedKey, Entry, Event, Held, NewClaim, Operation, Outcome, Record, Storage,
+    StorageError, StorageErrorKind, Token, TombstoneReason,
 };
 
-/// How many storage operations the keeper has under way at once.
-const CONCURRENCY: usize = 64;
+/// How many outcomes the keeper stores at once. Renewals have no such limit: one that hangs delays only itself.
+const STORES: usize = 64;
 
-/// The longest pause between two attempts to store an outcome.
-const LONGEST_RETRY: Duration = Duration::from_secs(10);
+/// Sees to it that a claim that was just made is renewed.
+pub(super) fn keep(shared: &Arc<Shared>) {
+    if shared.ledger.need_first_keeper() {
+        start(shared);
+    }
+}
 
-/// Spawns the keeper.
-pub(super) fn start(shared: &Arc<Shared>, spawner: Option<&Spawner>) {
-    let Some(spawner) = spawner else {
-        shared.ledger.stop_keeper();
+/// Has a keeper look at what there is to do now.
+pub(super) fn wake(shared: &Arc<Shared>) {
+    if shared.ledger.need_keeper() {
+        start(shared);
+    }
+}
+
+fn start(shared: &Arc<Shared>) {
+    let Some(spawner) = shared.config.env.background() else {
+        shared.ledger.lose_keeper();
         tracing::error!(
             target: "idempotency",
-            "no tokio runtime to renew claims on: they end with their lease; call the engine inside a runtime"
+            "no runtime to renew claims on: they end with their lease; call the engine inside a tokio runtime"
         );
         return;
     };
@@ -37,61 +53,76 @@ pub(super) fn start(shared: &Arc<Shared>, spawner: Option<&Spawner>) {
         shared: shared.clone(),
         leaving: false,
     };
-    spawner.spawn(keeper.run());
+    spawner.spawn(keeper.run().with_current_subscriber());
 }
 
-/// The keeper was dropped with the runtime that it was on. Claims that were made on others still need one.
-fn start_elsewhere(shared: &Arc<Shared>) {
-    if !shared.ledger.keeper_is_gone() {
-        return;
-    }
-    let mut tried = HashSet::new();
-    while let Some(spawners) = shared.ledger.untried(&mut tried) {
-        for spawner in spawners {
-            // Where that runtime has ended as well, the new keeper is dropped at once, and the next one is tried.
-            if shared.ledger.start_keeper() {
-                start(shared, Some(&spawner));
-            }
-        }
-    }
-}
-
-/// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key. Says whether there was one
-/// to leave: a key that was removed by hand has none.
-pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner>) -> bool {
+/// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key. `failed`: the storage refused
+/// it. Says whether there was one to leave: a key that was removed by hand has none.
+pub(super) fn defer(shared: &Arc<Shared>, token: Token, failed: bool) -> bool {
     let now = shared.config.env.now();
-    let deferred = shared.ledger.change(token, |run| {
-        let record = match &run.phase {
-            Phase::Finishing(record) => record.clone(),
-            // `Held`: the tombstone could not be stored since the caller looked.
-            Phase::GivingUp | Phase::Held => gave_up(run),
-            _ => return None,
-        };
-        run.phase = Phase::Pending {
-            record,
-            replaced: 0,
-            retry_at: now + retry_pause(shared, 0),
-            attempts: 0,
-            expires: now.saturating_add(run.ttl),
-        };
-        Some(run.key)
+    let hold = |record: &Record| {
+        shared.config.budget.count(match &record.outcome {
+            Outcome::Response(response) => response.body().len(),
+            Outcome::Tombstone(_) => 0,
+        })
+    };
+    let mut late = None;
+    let next = shared.ledger.advance(token, |run| {
+        let next = run.defer(now, failed, hold);
+        late = run.late_record().map(|record| (run.key, record));
+        next
     });
-    let key = match deferred {
-        Some(Some(key)) => key,
-        // Removed by hand, or given up, since the caller looked: nothing is left to store.
-        Some(None) => {
-            let _ = shared.ledger.end(token);
+    if next != Some(Next::Goes) {
+        return false;
+    }
+    if let Some((key, record)) = late {
+        shared.config.emit(&Event::Deferred { key });
+        shared.ledger.waiters.hand_over(&key, &record);
+    }
+    wake(shared);
+    true
+}
+
+/// Leaves a claim to the keeper to be released.
+pub(super) fn release(shared: &Arc<Shared>, key: EncodedKey, token: Token, claimed: Claimed) {
+    unclaim(shared, &key, token, claimed);
+    wake(shared);
+}
+
+fn unclaim(shared: &Shared, key: &EncodedKey, token: Token, claimed: Claimed) {
+    let config = &shared.config;
+    shared.ledger.release(Release {
+        key: *key,
+        token,
+        claimed,
+        lease_end: config.env.now().saturating_add(config.lock.lease()),
+    });
+}
+
+/// Tells the storage that a claim is over. Says whether it answered; where it did not, the others that are to be released wait too.
+pub(super) async fn try_release(
+    shared: &Shared,
+    key: &EncodedKey,
+    token: Token,
+    claimed: Claimed,
+) -> bool {
+    let event = match shared.limited(shared.storage.release(key, token)).await {
+        Ok(Held::Yes) => Event::Released { key: *key },
+        Ok(Held::Lost) if claimed == Claimed::Yes => Event::Lost {
+            key: *key,
+            operation: Operation::Release,
+        },
+        Ok(Held::Lost) => return true,
+        Err(error) => {
+            shared.failed(key, Operation::Release, &error);
+            let config = &shared.config;
+            shared
+                .ledger
+                .pause_releases(config.env.now(), config.lock.lease());
             return false;
         }
-        None => return false,
     };
-    shared.config.emit(&Event::Deferred { key });
-    shared.ledger.wake_all(&key);
-    if shared.ledger.start_keeper() {
-        start(shared, spawner);
-    } else {
-        shared.ledger.wake_keeper();
-    }
+    shared.config.emit(&event);
     true
 }
 
@@ -99,7 +130,7 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, spawner: Option<&Spawner
 pub(super) fn completed(
     shared: &Shared,
     key: &EncodedKey,
-    run: Option<&Run>,
+    since: Duration,
     record: &Record,
     held: Held,
 ) {
@@ -115,19 +146,14 @@ pub(super) fn completed(
         (Held::Yes, Outcome::Response(response)) => Event::Completed {
             key: *key,
             status: response.status(),
-            took: run.map_or(Duration::ZERO, |run| {
-                shared.config.env.now().saturating_sub(run.since)
-            }),
+            took: shared.config.env.now().saturating_sub(since),
         },
     };
     shared.config.emit(&event);
-    shared.ledger.wake_all(key);
-}
-
-/// 100 ms, doubling, at most a third of the lease and ten seconds.
-fn retry_pause(shared: &Shared, attempts: u32) -> Duration {
-    let pause = Duration::from_millis(100) * 2_u32.pow(attempts.min(10));
-    pause.min(shared.config.lock.lease() / 3).min(LONGEST_RETRY)
+    match held {
+        Held::Yes => shared.ledger.waiters.hand_over(key, record),
+        Held::Lost => shared.ledger.waiters.wake_all(key),
+    }
 }
 
 struct Keeper {
@@ -135,46 +161,86 @@ struct Keeper {
     leaving: bool,
 }
 
+/// Work that came to its end.
+enum Done {
+    Store,
+    Other,
+}
+
 impl Keeper {
     async fn run(mut self) {
-        let shared = self.shared.clone();
+        let shared = &self.shared.clone();
         let config = &shared.config;
+        let lease = config.lock.lease();
         // Claims that are due a little later are renewed along, so that the keeper wakes for many at once.
-        let slack = config.lock.lease() / 12;
-        // A keeper before this one may have been dropped while it gave up.
-        shared.ledger.give_up_again();
+        let slack = lease / 12;
+        // A new claim does not wake the keeper, so it sleeps no longer than until that would be due.
+        let longest = (lease / 3).min(config.lock.hold_limit());
+        shared.ledger.start_over();
 
-        while let Some(kept) = shared.ledger.kept() {
+        let mut under_way = FuturesUnordered::<BoxFuture<'_, Done>>::new();
+        let mut storing = 0;
+        let mut to_store = VecDeque::new();
+        loop {
             let now = config.env.now();
-            // A new claim does not wake us, and is due in a third of the lease: we never sleep longer. An outcome that could not
-            // be stored does wake us.
-            let latest = now.saturating_add(config.lock.lease() / 3);
-            let due = kept.first().map(|(_, run)| run.due());
-            let wake_at = due.unwrap_or(now).min(latest);
-            if wake_at > now {
-                let sleep = pin!(config.env.sleep(wake_at - now));
-                let _ = select(sleep, pin!(shared.ledger.deferred())).await;
+            for (token, job) in shared.ledger.take_due(now, now.saturating_add(slack)) {
+                match job {
+                    Job::Renew => under_way.push(Box::pin(async move {
+                        guarded(shared, token, job, renew(shared, token)).await;
+                        Done::Other
+                    })),
+                    Job::Tombstone | Job::Outcome => to_store.push_back((token, job)),
+                }
+            }
+            while storing < STORES
+                && let Some((token, job)) = to_store.pop_front()
+            {
+                storing += 1;
+                under_way.push(Box::pin(async move {
+                    let work = async {
+                        match job {
+                            Job::Tombstone => store_tombstone(shared, token).await,
+                            _ => store_late(shared, token).await,
+                        }
+                    };
+                    guarded(shared, token, job, work).await;
+                    Done::Store
+                }));
+            }
+            for release in shared.ledger.drop_releases(now) {
+                shared.ledger.waiters.wake_one(&release.key);
+            }
+            while let Some(release) = shared.ledger.take_release(now) {
+                under_way.push(Box::pin(async move {
+                    release_late(shared, release).await;
+                    Done::Other
+                }));
+            }
+
+            if under_way.is_empty() && shared.ledger.dismiss_keeper() {
+                break;
+            }
+            let now = config.env.now();
+            let wake_at = shared.ledger.next_due().min(now.saturating_add(longest));
+            if wake_at <= now && under_way.is_empty() {
                 continue;
             }
-            let horizon = now + slack;
-            // What may hang goes last, and no more of it than fits at once: a renewal never queues behind it.
-            let (mut batch, outcomes): (Vec<_>, Vec<_>) = kept
-                .into_iter()
-                .filter(|(_, run)| run.due() <= horizon)
-                .partition(|(_, run)| !matches!(run.phase, Phase::Pending { .. }));
-            batch.extend(outcomes.into_iter().take(CONCURRENCY));
-            stream::iter(batch)
-                .for_each_concurrent(CONCURRENCY, |(token, run)| {
-                    let shared = &shared;
-                    async move {
-                        let kept = AssertUnwindSafe(keep(shared, token, run, now, horizon));
-                        if kept.catch_unwind().await.is_err() {
-                            // One storage that panics must not cost the other claims their renewal.
-                            put_off(shared, token, now);
-                        }
-                    }
-                })
-                .await;
+            let asleep = pin!(config.env.sleep(wake_at.saturating_sub(now)));
+            let woken = pin!(shared.ledger.work());
+            let first = match under_way.is_empty() {
+                true => {
+                    let _ = select(asleep, woken).await;
+                    None
+                }
+                false => match select(under_way.next(), select(asleep, woken)).await {
+                    Either::Left((done, _)) => done,
+                    Either::Right(_) => None,
+                },
+            };
+            let others = std::iter::from_fn(|| under_way.next().now_or_never().flatten());
+            for done in first.into_iter().chain(others) {
+                storing -= usize::from(matches!(done, Done::Store));
+            }
         }
         self.leaving = true;
     }
@@ -183,268 +249,272 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         if !self.leaving {
-            start_elsewhere(&self.shared);
+            self.shared.ledger.lose_keeper();
         }
     }
 }
 
-/// The time limit of the keeper's operations: one that hangs must not cost the other claims their renewal.
-fn limit(shared: &Shared) -> Duration {
+/// One storage that panics must not cost the other claims their renewal.
+async fn guarded(shared: &Shared, token: Token, job: Job, work: impl Future<Output = ()>) {
+    if AssertUnwindSafe(work).catch_unwind().await.is_err() {
+        let now = shared.config.env.now();
+        let _ = shared.ledger.change(token, |run| run.put_off(job, now));
+    }
+}
+
+/// `operation` under the time limit of the keeper: a renewal that hangs has to be tried again before the lease is over.
+async fn limited<T>(
+    shared: &Shared,
+    operation: impl Future<Output = Result<T, StorageError>>,
+) -> Result<T, StorageError> {
     let config = &shared.config;
-    config.storage_timeout.min(config.lock.lease() / 3)
-}
-
-/// Leaves a run alone for a while.
-fn put_off(shared: &Shared, token: Token, now: Duration) {
-    let later = now + shared.config.lock.lease() / 6;
-    let _ = shared.ledger.change(token, |run| {
-        run.renew_at = run.renew_at.max(later);
-        run.give_up_at = run.give_up_at.max(later);
-        if matches!(run.phase, Phase::GivingUp) {
-            run.phase = Phase::Held;
-        }
-        if let Phase::Pending { retry_at, .. } = &mut run.phase {
-            *retry_at = later.max(*retry_at);
-        }
-    });
-}
-
-/// Does what is due for one run.
-async fn keep(shared: &Shared, token: Token, run: Run, now: Duration, horizon: Duration) {
-    match &run.phase {
-        Phase::Held if run.give_up_at <= now => give_up(shared, token, &run).await,
-        Phase::Pending {
-            retry_at, expires, ..
-        } if *retry_at <= now || *expires <= now => store(shared, token, &run, now).await,
-        _ if run.renew_at <= horizon => renew(shared, token, &run).await,
-        _ => {}
-    }
+    let limit = config.storage_timeout.min(config.lock.lease() / 3);
+    shared.limited_to(limit, operation).await
 }
 
 /// Lets the claim live for another lease; takes it again where the storage has forgotten it.
-async fn renew(shared: &Shared, token: Token, run: &Run) {
-    let lease = shared.config.lock.lease();
-    let renewed = shared
-        .limited_to(limit(shared), shared.storage.renew(&run.key, token, lease))
-        .await;
-    let renewed = match renewed {
-        Ok(Held::Lost) if matches!(run.phase, Phase::Held) => {
-            return reclaim(shared, token, run).await;
-        }
-        Ok(held) => held,
-        Err(error) => {
-            shared.config.emit(&Event::StorageFailed {
-                key: run.key,
-                operation: Operation::Renew,
-                error: &error,
-            });
-            let soon = shared.config.env.now() + lease / 6;
-            return renew_at(shared, token, soon);
-        }
+async fn renew(shared: &Shared, token: Token) {
+    let Some(key) = shared.ledger.change(token, |run| run.key) else {
+        return;
     };
+    let lease = shared.config.lock.lease();
+    let renewed = limited(shared, shared.storage.renew(&key, token, lease)).await;
     let now = shared.config.env.now();
     match renewed {
-        Held::Yes => renew_at(shared, token, now + lease / 3),
-        // The operation is over: storing its outcome will show whose the key is.
-        Held::Lost => renew_at(shared, token, Duration::MAX),
+        Ok(Held::Yes) => {
+            let _ = shared.ledger.change(token, |run| run.renewed(now));
+        }
+        Ok(Held::Lost) => {
+            if shared.ledger.change(token, Run::claim_is_gone) == Some(true) {
+                reclaim(shared, token).await;
+            }
+        }
+        Err(error) => {
+            shared.failed(&key, Operation::Renew, &error);
+            let _ = shared.ledger.change(token, |run| run.renewal_failed(now));
+        }
     }
-}
-
-fn renew_at(shared: &Shared, token: Token, at: Duration) {
-    // A run that ended meanwhile needs no renewal.
-    let _ = shared.ledger.change(token, |run| run.renew_at = at);
 }
 
 /// The claim is not ours any more. If that is because the storage lost it (a restart without its data), and nobody else has
 /// begun, it is ours again; the operation still runs, so nobody else may begin.
-async fn reclaim(shared: &Shared, token: Token, run: &Run) {
-    // Set before the claim is taken again, so that whoever finds it renewable finds this too.
-    let interrupt = |run: &mut Run| {
-        run.interrupted = true;
-        matches!(run.phase, Phase::Held)
-    };
-    if shared.ledger.change(token, interrupt) != Some(true) {
+async fn reclaim(shared: &Shared, token: Token) {
+    let Some((key, fingerprint)) = shared
+        .ledger
+        .change(token, |run| (run.key, run.fingerprint))
+    else {
         return;
-    }
-    let lease = shared.config.lock.lease();
+    };
     let claim = NewClaim {
         token,
-        fingerprint: run.fingerprint,
-        lease,
+        fingerprint,
+        lease: shared.config.lock.lease(),
     };
-    let begun = shared
-        .limited_to(limit(shared), shared.storage.begin(&run.key, &claim))
-        .await;
+    let begun = limited(shared, shared.storage.begin(&key, &claim)).await;
+    let now = shared.config.env.now();
     match begun {
-        Ok(Begin::Acquired) => {
-            let renew_at = shared.config.env.now() + lease / 3;
+        Ok(Begin::Acquired) => match shared.ledger.change(token, |run| run.reclaimed(now)) {
+            Some(true) => shared.config.emit(&Event::Reclaimed { key }),
+            // It was released or removed meanwhile, which is why the claim was gone.
+            _ => unclaim(shared, &key, token, Claimed::Perhaps),
+        },
+        Ok(Begin::InFlight { .. } | Begin::Completed(_)) => lost(shared, &key, token),
+        Err(error) => {
+            shared.failed(&key, Operation::Begin, &error);
             let is_wanted = shared.ledger.change(token, |run| {
-                run.renew_at = renew_at;
-                !matches!(run.phase, Phase::Lost | Phase::Expired)
+                run.renewal_failed(now);
+                run.answers()
             });
-            if is_wanted == Some(true) {
-                shared.config.emit(&Event::Reclaimed { key: run.key });
-            } else {
-                // It was released or removed meanwhile, which is why the claim was gone.
-                unclaim(shared, token, run).await;
+            // It may have been made all the same.
+            if is_wanted != Some(true) {
+                unclaim(shared, &key, token, Claimed::Perhaps);
             }
         }
-        Ok(Begin::InFlight { .. } | Begin::Completed(_)) => lost(shared, token, run),
-        Err(error) => {
-            shared.config.emit(&Event::StorageFailed {
-                key: run.key,
-                operation: Operation::Begin,
-                error: &error,
-            });
-            renew_at(shared, token, shared.config.env.now() + lease / 6);
-        }
     }
 }
 
-async fn unclaim(shared: &Shared, token: Token, run: &Run) {
-    let released = shared
-        .limited_to(limit(shared), shared.storage.release(&run.key, token))
-        .await;
-    if let Err(error) = released {
-        shared.config.emit(&Event::StorageFailed {
-            key: run.key,
-            operation: Operation::Release,
-            error: &error,
-        });
-    }
-    shared.ledger.wake_one(&run.key);
-}
-
-fn lost(shared: &Shared, token: Token, run: &Run) {
-    let changed = shared.ledger.change(token, |run| {
-        let held = matches!(run.phase, Phase::Held);
-        if held {
-            run.phase = Phase::Lost;
-        }
-        held
-    });
-    if changed == Some(true) {
+fn lost(shared: &Shared, key: &EncodedKey, token: Token) {
+    if shared.ledger.change(token, Run::lose) == Some(true) {
         shared.config.emit(&Event::Lost {
-            key: run.key,
+            key: *key,
             operation: Operation::Renew,
         });
-        shared.ledger.wake_all(&run.key);
+        shared.ledger.waiters.wake_all(key);
     }
 }
 
-/// The record of a claim that was held too long.
-fn gave_up(run: &Run) -> Record {
-    Record {
-        fingerprint: run.fingerprint,
-        outcome: Outcome::Tombstone(TombstoneReason::MaxHold),
-    }
-}
-
-/// The claim was held too long: a tombstone makes sure that the operation, which may still be at it, is never run again. From
-/// here on that is its outcome; an answer that comes later is not stored.
-async fn give_up(shared: &Shared, token: Token, run: &Run) {
-    let begun = shared.ledger.change(token, |run| {
-        let is_held = matches!(run.phase, Phase::Held);
-        if is_held {
-            run.phase = Phase::GivingUp;
-        }
-        is_held
-    });
-    if begun != Some(true) {
+/// The claim was held too long: a tombstone makes sure that the operation, which may still be at it, is never run again. It is
+/// stored again and again while the operation runs, each time for the TTL and a lease.
+async fn store_tombstone(shared: &Shared, token: Token) {
+    let Some((key, since, tombstone, ttl)) = shared.ledger.change(token, |run| {
+        (run.key, run.since, run.tombstone(), run.tombstone_ttl())
+    }) else {
         return;
-    }
-    let record = gave_up(run);
-    let tombstone = shared.storage.complete(&run.key, token, &record, run.ttl);
-    match shared.limited_to(limit(shared), tombstone).await {
-        Ok(held) => {
-            let is_over = shared.ledger.change(token, |run| match &mut run.phase {
-                Phase::GivingUp => {
-                    run.phase = match held {
-                        Held::Yes => Phase::Expired,
-                        Held::Lost => Phase::Lost,
-                    };
-                    false
-                }
-                // The operation ended meanwhile, and left the tombstone to us.
-                Phase::Pending { .. } => true,
-                _ => false,
-            });
-            if is_over == Some(true) {
-                let _ = shared.ledger.end_stored(token, 0);
+    };
+    // This process answers with it from now on, whatever becomes of the storage.
+    shared.ledger.waiters.hand_over(&key, &tombstone);
+    let stored = shared.storage.complete(&key, token, &tombstone, ttl);
+    let stored = limited(shared, stored).await;
+    let now = shared.config.env.now();
+    match stored {
+        Ok(Held::Yes) => {
+            let is_first = shared.ledger.change(token, |run| run.tombstone_stored(now));
+            match is_first {
+                Some(Some(false)) => return,
+                Some(Some(true)) | None => {}
+                // The operation ended meanwhile, and left it to us.
+                Some(None) => drop(shared.ledger.end(token)),
             }
-            if is_over.is_some() {
-                completed(shared, &run.key, Some(run), &record, held);
+            if is_first.is_some() {
+                completed(shared, &key, since, &tombstone, Held::Yes);
+            }
+        }
+        Ok(Held::Lost) => {
+            if shared.ledger.advance(token, Run::tombstone_lost).is_some() {
+                completed(shared, &key, since, &tombstone, Held::Lost);
             }
         }
         Err(error) => {
-            shared.config.emit(&Event::StorageFailed {
-                key: run.key,
-                operation: Operation::Complete,
-                error: &error,
-            });
-            let again = shared.config.env.now() + retry_pause(shared, 0);
-            let _ = shared.ledger.change(token, |run| {
-                if matches!(run.phase, Phase::GivingUp) {
-                    run.phase = Phase::Held;
-                }
-                run.give_up_at = again;
-            });
-            renew(shared, token, run).await;
+            shared.failed(&key, Operation::Complete, &error);
+            let _ = shared.ledger.change(token, |run| run.tombstone_failed(now));
         }
     }
 }
 
 /// Tries again to store an outcome.
-async fn store(shared: &Shared, token: Token, run: &Run, now: Duration) {
-    let Phase::Pending {
-        record,
-        replaced,
-        expires,
-        ..
-    } = &run.phase
-    else {
+async fn store_late(shared: &Shared, token: Token) {
+    let late = shared
+        .ledger
+        .change(token, |run| Some((run.key, run.since, run.late()?)));
+    let Some(Some((key, since, late))) = late else {
         return;
     };
-    let Some(ttl) = expires.checked_sub(now).filter(|ttl| !ttl.is_zero()) else {
-        if shared.ledger.end_stored(token, *replaced).is_some() {
-            shared.config.emit(&Event::Abandoned { key: run.key });
+    let now = shared.config.env.now();
+    if late.expires <= now {
+        if shared
+            .ledger
+            .advance(token, |run| run.late_stored(late.replaced))
+            == Some(Next::Over)
+        {
+            shared.config.emit(&Event::Abandoned { key });
         }
         return;
-    };
-    let stored = async {
-        let storage = &shared.storage;
-        let held = storage.complete(&run.key, token, record, ttl).await?;
-        if held == Held::Yes && *replaced > 0 {
+    }
+    match try_to_store(shared, &key, token, &late).await {
+        Ok((record, held)) => {
+            let next = shared
+                .ledger
+                .advance(token, |run| run.late_stored(late.replaced));
+            if next == Some(Next::Over) {
+                completed(shared, &key, since, &record, held);
+            }
+        }
+        Err((failure, operation, error)) => {
+            shared.failed(&key, operation, &error);
+            let now = shared.config.env.now();
+            let _ = shared
+                .ledger
+                .change(token, |run| run.late_failed(now, failure));
+        }
+    }
+}
+
+/// What of a late outcome the storage has now, and whether the key is ours.
+///
+/// The storage is asked first what it has: the record may have arrived though its answer did not, and sending it again can take
+/// longer than any time limit.
+async fn try_to_store(
+    shared: &Shared,
+    key: &EncodedKey,
+    token: Token,
+    late: &Late,
+) -> Result<(Record, Held), (Failure, Operation, StorageError)> {
+    let lease = shared.config.lock.lease();
+    let storage = &shared.storage;
+    let unanswered = |operation| move |error| (Failure::Unanswered, operation, error);
+
+    let is_claimed = limited(shared, storage.renew(key, token, lease))
+        .await
+        .map_err(unanswered(Operation::Renew))?
+        == Held::Yes;
+    let now = shared.config.env.now();
+    let record = late.record.clone();
+    let mut offered = record.clone();
+    let mut is_last = false;
+    if is_claimed {
+        let answered = shared.ledger.change(token, |run| {
+            run.renewed(now);
+            run.answered()
+        });
+        is_last = answered == Some(true);
+    } else {
+        match limited(shared, storage.get(key)).await {
+            Ok(None) => {}
+            Ok(Some(Entry::Completed(there))) if there == record => {
+                return Ok((record, Held::Yes));
+            }
+            // Ours or another's: a tombstone tells at little cost, since the storage keeps the first record of a token.
+            Ok(Some(_)) => offered = unstorable(&record),
+            Err(error) if error.kind() == StorageErrorKind::Timeout => {
+                offered = unstorable(&record);
+            }
+            Err(error) => return Err(unanswered(Operation::Get)(error)),
+        }
+    }
+    let ttl = late.expires.saturating_sub(now);
+    let completed = async {
+        let held = storage.complete(key, token, &offered, ttl).await?;
+        if held == Held::Yes && late.replaced > 0 {
             // An attempt before may have stored the record that this one replaced, and the storage keeps the first.
-            storage.replace(&run.key, record, ttl).await?;
+            storage.replace(key, &record, ttl).await?;
         }
         Ok(held)
     };
-    match shared.limited_to(limit(shared), stored).await {
-        Ok(held) => {
-            if shared.ledger.end_stored(token, *replaced).is_some() {
-                completed(shared, &run.key, Some(run), record, held);
-            }
-        }
-        Err(error) => {
-            shared.config.emit(&Event::StorageFailed {
-                key: run.key,
-                operation: Operation::Complete,
-                error: &error,
-            });
-            let now = shared.config.env.now();
-            let _ = shared.ledger.change(token, |run| {
-                if let Phase::Pending {
-                    retry_at, attempts, ..
-                } = &mut run.phase
-                {
-                    *attempts += 1;
-                    *retry_at = now + retry_pause(shared, *attempts);
-                }
-            });
-            if run.renew_at <= now {
-                renew(shared, token, run).await;
-            }
+    let error = match limited(shared, completed).await {
+        Ok(held) => return Ok((record, held)),
+        Err(error) => error,
+    };
+    if is_last {
+        // That the storage takes this one shows that it was the record.
+        let tombstone = unstorable(&record);
+        let completed = storage.complete(key, token, &tombstone, ttl);
+        if let Ok(held) = limited(shared, completed).await {
+            shared.failed(key, Operation::Complete, &error);
+            return Ok((tombstone, held));
         }
     }
+    Err((Failure::Refused, Operation::Complete, error))
+}
+
+/// What stands for a record that the storage does not take.
+fn unstorable(record: &Record) -> Record {
+    Record {
+        fingerprint: record.fingerprint,
+        outcome: Outcome::Tombstone(TombstoneReason::Unstorable),
+    }
+}
+
+/// Tells the storage of a claim that it could not be told of before.
+async fn release_late(shared: &Shared, release: Release) {
+    let Release {
+        key,
+        token,
+        claimed,
+        ..
+    } = release;
+    let told = AssertUnwindSafe(try_release(shared, &key, token, claimed)).catch_unwind();
+    let told = told.await.unwrap_or_else(|_| {
+        // A storage that panics did not answer.
+        let config = &shared.config;
+        shared
+            .ledger
+            .pause_releases(config.env.now(), config.lock.lease());
+        false
+    });
+    if told {
+        shared.ledger.released();
+        shared.ledger.waiters.wake_one(&key);
+        return;
+    }
+    shared.ledger.release_failed(release);
 }

@@ -2,8 +2,8 @@
 //!
 //! [`Engine::begin`] answers with a [`Decision`]. On [`Decision::Execute`] the caller runs the operation and ends the
 //! [`Claim`]; the engine's *keeper*, one task for all claims, renews it meanwhile, so how long an operation takes, or whether
-//! it blocks its thread, does not matter. What this process runs it knows by itself (the *ledger*): duplicates of it wait
-//! here, without a word to the storage, whatever the storage thinks of the lease.
+//! it blocks its thread, does not matter. The *ledger* knows what this process runs: duplicates of that wait here and do not ask the
+//! storage, whatever the storage thinks of the lease.
 
 use std::{
     fmt,
@@ -16,10 +16,13 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::select;
+use futures_util::future::{Either, select};
 use tokio::sync::Notify;
 
-use self::ledger::{Found, Ledger};
+use self::{
+    ledger::{Found, Ledger},
+    waiters::Waiter,
+};
 use crate::{
     AnyStorage, Begin, Config, Encoded, EncodedKey, Entry, Event, Fingerprint, Held, NewClaim,
     OnStorageError, OnUnreadable, Operation, Record, Refusal, Storage, StorageError,
@@ -29,7 +32,10 @@ use crate::{
 mod claim;
 mod keeper;
 mod ledger;
+mod releases;
+mod run;
 mod turn;
+mod waiters;
 
 pub use self::{
     claim::{Claim, Completion},
@@ -175,7 +181,7 @@ const WAIT_FAILED_PAUSE: Duration = Duration::from_millis(50);
 /// What one look at ledger and storage came to.
 enum Attempt {
     Decided(Decision),
-    InFlight(ledger::Waiter),
+    InFlight(Waiter),
     Again,
 }
 
@@ -210,26 +216,31 @@ impl Engine {
     /// Comes to a decision, waiting up to `limit` for a running original, and tells nobody.
     async fn decide(&self, encoded: &Encoded, progress: &Progress, limit: Duration) -> Decision {
         let shared = &self.shared;
+        let waiters = &shared.ledger.waiters;
         let env = &shared.config.env;
         let mut waiting: Option<Waiting<'_>> = None;
         let mut waited_here = false;
+        let mut wake = Wake {
+            shared,
+            key: &encoded.key,
+            is_ours: false,
+        };
         loop {
             let waited = waiting.as_ref().map_or(Duration::ZERO, Waiting::waited);
             let waiter = match self.attempt(encoded, progress, waited).await {
                 Attempt::Decided(decision) => {
-                    if waiting.is_some() && !matches!(decision, Decision::Execute(_)) {
-                        // A release wakes one duplicate, which is to run. This one does not, so the next may.
-                        shared.ledger.wake_one(&encoded.key);
-                    }
+                    wake.is_ours &= !matches!(decision, Decision::Execute(_));
                     return decision;
                 }
                 Attempt::InFlight(waiter) => waiter,
                 Attempt::Again => continue,
             };
             progress.set(false);
+            // Somebody runs, and wakes another when that ends.
+            wake.is_ours = false;
             if waited_here && !waiter.is_local() {
                 // It runs elsewhere now, which those who still wait for it here do not know.
-                shared.ledger.wake_one_here(&encoded.key);
+                waiters.wake_one_here(&encoded.key);
             }
             waited_here = waiter.is_local();
             if waiting.is_none() {
@@ -243,7 +254,12 @@ impl Engine {
             if left.is_zero() {
                 return Decision::Refuse(Refused::new(Refusal::InFlight));
             }
-            shared.wait(&encoded.key, waiter, left).await;
+            let outcome = shared.wait(&encoded.key, waiter, left).await;
+            if let Some(record) = outcome {
+                let waited = waiting.as_ref().map_or(Duration::ZERO, Waiting::waited);
+                return replay(encoded, record, waited);
+            }
+            wake.is_ours = true;
         }
     }
 
@@ -313,6 +329,10 @@ impl Engine {
     /// For shutdown: stop taking requests, then drain, under a time limit of your own (an outcome that a dead storage can't
     /// take is tried until its TTL is over).
     pub async fn drain(&self) {
+        // A claim that was dropped where no runtime was entered is still to be released.
+        if self.running() == 0 {
+            keeper::wake(&self.shared);
+        }
         self.shared.ledger.drained().await;
     }
 
@@ -348,7 +368,7 @@ impl Engine {
             return Attempt::Decided(self.replay_only(encoded, waited).await);
         };
         progress.set(true);
-        let attempt = self.claim(encoded, begun, waited).await;
+        let attempt = self.claim(encoded, begun, progress, waited).await;
         if !matches!(attempt, Attempt::Decided(Decision::Execute(_))) {
             progress.set(false);
         }
@@ -356,7 +376,13 @@ impl Engine {
     }
 
     /// The atomic step.
-    async fn claim(&self, encoded: &Encoded, begun: claim::Begun, waited: Duration) -> Attempt {
+    async fn claim(
+        &self,
+        encoded: &Encoded,
+        begun: claim::Begun,
+        progress: &Progress,
+        waited: Duration,
+    ) -> Attempt {
         let shared = &self.shared;
         let new = NewClaim {
             token: begun.token(),
@@ -409,7 +435,7 @@ impl Engine {
                         return Attempt::Decided(refused);
                     }
                 }
-                let claim = begun.acquired(encoded.fingerprint, since).await;
+                let claim = begun.acquired(encoded.fingerprint, since, progress);
                 Attempt::Decided(Decision::Execute(claim))
             }
             Ok(Begin::Completed(record)) => {
@@ -431,6 +457,21 @@ impl Engine {
                 }
                 Attempt::Decided(shared.storage_failed(&encoded.key, Operation::Begin, error))
             }
+        }
+    }
+}
+
+/// The wake of a release, which one duplicate got. Where that one does not run, the next one may.
+struct Wake<'a> {
+    shared: &'a Shared,
+    key: &'a EncodedKey,
+    is_ours: bool,
+}
+
+impl Drop for Wake<'_> {
+    fn drop(&mut self) {
+        if self.is_ours {
+            self.shared.ledger.waiters.wake_one(self.key);
         }
     }
 }
@@ -466,7 +507,7 @@ impl Engine {
             }
             Ok(_) => match claim::Begun::enter(shared, encoded.key) {
                 Some(begun) => {
-                    let claim = begun.without_claim(encoded.fingerprint);
+                    let claim = begun.without_claim(encoded.fingerprint, progress);
                     progress.set(true);
                     Decision::Execute(claim)
                 }
@@ -512,11 +553,7 @@ impl Shared {
             return begin;
         }
         if let Err(error) = &begin {
-            self.config.emit(&Event::StorageFailed {
-                key: *key,
-                operation: Operation::Begin,
-                error,
-            });
+            self.failed(key, Operation::Begin, error);
         }
         self.limited(self.storage.remove(key)).await?;
         self.limited(self.storage.begin(key, new)).await
@@ -539,17 +576,21 @@ impl Shared {
         });
     }
 
+    fn failed(&self, key: &EncodedKey, operation: Operation, error: &StorageError) {
+        self.config.emit(&Event::StorageFailed {
+            key: *key,
+            operation,
+            error,
+        });
+    }
+
     fn storage_failed(
         &self,
         key: &EncodedKey,
         operation: Operation,
         error: StorageError,
     ) -> Decision {
-        self.config.emit(&Event::StorageFailed {
-            key: *key,
-            operation,
-            error: &error,
-        });
+        self.failed(key, operation, &error);
         match self.config.on_storage_error {
             OnStorageError::RunUnprotected => Decision::Unprotected,
             OnStorageError::Reject => Decision::Refuse(Refused {
@@ -571,29 +612,23 @@ impl Shared {
         })
     }
 
-    /// Waits until the running original may have ended, `limit` at most.
-    async fn wait(&self, key: &EncodedKey, waiter: ledger::Waiter, limit: Duration) {
+    /// Waits until the running original may have ended, `limit` at most. Gives what it left, if this process knows that.
+    async fn wait(&self, key: &EncodedKey, waiter: Waiter, limit: Duration) -> Option<Record> {
         let is_local = waiter.is_local();
-        let ended_here = pin!(waiter.ended());
+        let woken = pin!(waiter.woken());
+        let over = pin!(self.config.env.sleep(limit));
         if is_local {
-            let over = pin!(self.config.env.sleep(limit));
-            let _ = select(ended_here, over).await;
-            return;
+            return outcome_of(select(woken, over).await);
         }
         // The storage pushes or polls. What this process does to the key meanwhile wakes us too: it may begin to run here.
         let elsewhere = pin!(async {
             if let Err(error) = self.storage.wait(key, limit).await {
-                self.config.emit(&Event::StorageFailed {
-                    key: *key,
-                    operation: Operation::Wait,
-                    error: &error,
-                });
+                self.failed(key, Operation::Wait, &error);
                 // The caller looks again, but not at once, and again, and again.
                 self.config.env.sleep(WAIT_FAILED_PAUSE).await;
             }
         });
-        let over = pin!(self.config.env.sleep(limit));
-        let _ = select(ended_here, select(elsewhere, over)).await;
+        outcome_of(select(woken, select(elsewhere, over)).await)
     }
 
     /// `operation` under the storage's time limit.
@@ -615,8 +650,16 @@ impl Shared {
     }
 }
 
+/// What a waiter was handed, unless something else came first.
+fn outcome_of<A, B>(first: Either<(Option<Record>, A), B>) -> Option<Record> {
+    match first {
+        Either::Left((outcome, _)) => outcome,
+        Either::Right(_) => None,
+    }
+}
+
 /// A duplicate of a running operation, or another request under its key.
-fn in_flight(encoded: &Encoded, running: Option<Fingerprint>, waiter: ledger::Waiter) -> Attempt {
+fn in_flight(encoded: &Encoded, running: Option<Fingerprint>, waiter: Waiter) -> Attempt {
     if differ(running, encoded.fingerprint) {
         return Attempt::Decided(Decision::Refuse(Refused::new(Refusal::KeyReused)));
     }

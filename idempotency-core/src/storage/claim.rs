@@ -13,7 +13,7 @@ use crate::{Env, Fingerprint, Record};
 /// assert_eq!(Token::from_bytes(*token.as_bytes()), token);
 /// assert_ne!(Token::random(), token);
 /// ```
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Token([u8; 16]);
 
 impl Token {

@@ -1,0 +1,549 @@
+//! One execution of an operation: its phases, and every step from one to the next.
+//!
+//! Nothing here does I/O or reads a clock. A method takes the time and what the storage said, and leaves the run in its next phase;
+//! [`claim`](super::claim) and [`keeper`](super::keeper) talk to the storage.
+//!
+//! ```text
+//!            finish              stored
+//!   Held ──────────► Finishing ──────────► (ended)
+//!    │ │                 │ failed             ▲ ▲
+//!    │ │ max_hold        ▼                    │ │
+//!    │ └──────► GivenUp ─────► Pending ───────┘ │ stored, refused for good, or its TTL is over
+//!    │            │ operation ends, tombstone stored
+//!    │            └─────────────────────────────┘
+//!    └──────► Lost: another holder has the key
+//! ```
+
+use std::time::Duration;
+
+use super::Progress;
+use crate::{EncodedKey, Fingerprint, Outcome, Record, Reservation, TombstoneReason};
+
+/// The longest pause between two attempts to store an outcome.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+/// After so many refusals of a record by a storage that answers other calls for its key, a tombstone is stored instead.
+const REFUSALS: u32 = 3;
+
+/// One execution.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) key: EncodedKey,
+    pub(super) fingerprint: Option<Fingerprint>,
+    pub(super) since: Duration,
+    pub(super) ttl: Duration,
+    lease: Duration,
+    phase: Phase,
+    progress: Progress,
+    /// Whether it counts among those that may run.
+    pub(super) has_place: bool,
+    /// Its claim was gone for a while, in which another may have held and released it.
+    interrupted: bool,
+    /// When the keeper must renew the claim, and when it must store something.
+    renew_at: Duration,
+    store_at: Duration,
+    /// What of that the keeper is doing now.
+    renewing: bool,
+    storing: bool,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// The operation runs under its claim.
+    Held,
+    /// The operation runs without a claim: `LockPolicy::disabled`.
+    Unclaimed,
+    /// Another holder has the key. The operation runs.
+    Lost,
+    /// The operation runs, but was held too long: its key gets a tombstone, last stored at this time.
+    GivenUp(Option<Duration>),
+    /// The operation is over and its own future is storing the outcome.
+    Finishing(Record),
+    /// The outcome is still to be stored, by the keeper.
+    Pending(Pending),
+}
+
+#[derive(Debug)]
+struct Pending {
+    record: Record,
+    /// How often another record took its place since it is pending.
+    replaced: u32,
+    attempts: u32,
+    /// Whether the last attempt failed, and nothing was asked of the storage since.
+    failed: bool,
+    /// How many attempts failed in a row though the storage answered another call for the key afterwards.
+    refusals: u32,
+    expires: Duration,
+    /// What it takes of the memory that may be held.
+    _held: Reservation,
+}
+
+/// When the keeper must look at a run. Outcomes are apart: in an outage there may be thousands, which are not to be gone through for
+/// each renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Due {
+    pub(super) claim: Duration,
+    pub(super) outcome: Duration,
+}
+
+/// What the keeper has to do for a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Job {
+    Renew,
+    /// Store the tombstone of an operation that was given up, or let it live on.
+    Tombstone,
+    /// Try again to store the outcome.
+    Outcome,
+}
+
+/// Why a late outcome is still not stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// The storage did not answer when it was asked what it has.
+    Unanswered,
+    /// It answered that, and then did not take the record.
+    Refused,
+}
+
+/// How an operation's own future ends its run.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub(super) enum Finish {
+    /// The record is to be stored for this long.
+    Store(Duration),
+    /// It is to be offered once: the key is another's.
+    Offer(Duration),
+    /// The operation was given up before: a tombstone stands.
+    Expired,
+}
+
+/// Whether a run is over.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub(super) enum Next {
+    Over,
+    Goes,
+}
+
+/// What a key's own run tells of it.
+pub(super) enum Answer {
+    Running,
+    Outcome(Record),
+    Nothing,
+}
+
+/// A late outcome, for one attempt to store it.
+pub(super) struct Late {
+    pub(super) record: Record,
+    pub(super) replaced: u32,
+    pub(super) expires: Duration,
+}
+
+impl Run {
+    /// A run under a claim whose lease counts from `since`, to be given up after `hold_limit`.
+    pub(super) fn held(
+        key: EncodedKey,
+        fingerprint: Option<Fingerprint>,
+        since: Duration,
+        ttl: Duration,
+        lease: Duration,
+        hold_limit: Duration,
+        progress: Progress,
+    ) -> Self {
+        Self {
+            key,
+            fingerprint,
+            since,
+            ttl,
+            lease,
+            phase: Phase::Held,
+            progress,
+            has_place: true,
+            interrupted: false,
+            renew_at: since.saturating_add(lease / 3),
+            store_at: since.saturating_add(hold_limit),
+            renewing: false,
+            storing: false,
+        }
+    }
+
+    /// The same run without a claim.
+    pub(super) fn without_claim(self) -> Self {
+        Self {
+            phase: Phase::Unclaimed,
+            renew_at: Duration::MAX,
+            ..self
+        }
+    }
+
+    // ---- what others ask of it
+
+    /// Whether it answers for its key in this process.
+    pub(super) fn answers(&self) -> bool {
+        !matches!(self.phase, Phase::Unclaimed | Phase::Lost)
+    }
+
+    pub(super) fn answer(&self) -> Answer {
+        match &self.phase {
+            Phase::Held | Phase::Finishing(_) => Answer::Running,
+            Phase::GivenUp(_) => Answer::Outcome(self.tombstone()),
+            Phase::Pending(pending) => Answer::Outcome(pending.record.clone()),
+            Phase::Unclaimed | Phase::Lost => Answer::Nothing,
+        }
+    }
+
+    pub(super) fn is_unclaimed(&self) -> bool {
+        matches!(self.phase, Phase::Unclaimed)
+    }
+
+    pub(super) fn is_pending(&self) -> bool {
+        matches!(self.phase, Phase::Pending(_))
+    }
+
+    /// The outcome that is still to be stored.
+    pub(super) fn late_record(&self) -> Option<Record> {
+        match &self.phase {
+            Phase::Pending(pending) => Some(pending.record.clone()),
+            _ => None,
+        }
+    }
+
+    /// Whether the claim is held, and was all the time.
+    pub(super) fn is_held_throughout(&self) -> bool {
+        matches!(self.phase, Phase::Held) && !self.interrupted
+    }
+
+    /// The record of an operation that was held too long.
+    pub(super) fn tombstone(&self) -> Record {
+        Record {
+            fingerprint: self.fingerprint,
+            outcome: Outcome::Tombstone(TombstoneReason::MaxHold),
+        }
+    }
+
+    /// How long a tombstone is stored while its operation still runs: should this process die, or should the operation end just now,
+    /// the TTL is still to come.
+    pub(super) fn tombstone_ttl(&self) -> Duration {
+        self.ttl.saturating_add(self.lease)
+    }
+
+    // ---- what the keeper does
+
+    /// When the keeper must look at it next: for its claim, and for its outcome.
+    pub(super) fn due(&self) -> Due {
+        let unless = |under_way, at| if under_way { Duration::MAX } else { at };
+        let renew_at = unless(self.renewing, self.renew_at);
+        let store_at = unless(self.storing, self.store_at);
+        match self.phase {
+            Phase::Pending(_) => Due {
+                claim: renew_at,
+                outcome: store_at,
+            },
+            _ => Due {
+                claim: renew_at.min(store_at),
+                outcome: Duration::MAX,
+            },
+        }
+    }
+
+    /// Renewals that are due a little later, up to `horizon`, are taken along.
+    pub(super) fn take_renewal(&mut self, horizon: Duration) -> Option<Job> {
+        if self.renewing || self.renew_at > horizon {
+            return None;
+        }
+        self.renewing = true;
+        Some(Job::Renew)
+    }
+
+    pub(super) fn take_store(&mut self, now: Duration) -> Option<Job> {
+        if self.storing || self.store_at > now {
+            return None;
+        }
+        let job = match self.phase {
+            Phase::Held => {
+                self.give_up(Phase::GivenUp(None));
+                Job::Tombstone
+            }
+            Phase::Lost => {
+                self.give_up(Phase::Lost);
+                return None;
+            }
+            Phase::Unclaimed => {
+                self.give_up(Phase::Unclaimed);
+                return None;
+            }
+            Phase::GivenUp(_) => Job::Tombstone,
+            Phase::Pending(_) => Job::Outcome,
+            Phase::Finishing(_) => {
+                self.store_at = Duration::MAX;
+                return None;
+            }
+        };
+        self.storing = true;
+        Some(job)
+    }
+
+    /// It was held too long. Its place is free, and an operation without a client need not go on.
+    fn give_up(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.has_place = false;
+        self.store_at = Duration::MAX;
+        self.progress.give_up();
+    }
+
+    /// The keeper was dropped in the middle of its work.
+    pub(super) fn start_over(&mut self) {
+        self.renewing = false;
+        if std::mem::take(&mut self.storing) && !matches!(self.phase, Phase::Finishing(_)) {
+            self.store_at = Duration::ZERO;
+        }
+    }
+
+    /// A job ended in a panic of the storage: it is left alone for a while.
+    pub(super) fn put_off(&mut self, job: Job, now: Duration) {
+        let later = now.saturating_add(self.lease / 6);
+        match job {
+            Job::Renew => {
+                self.renewing = false;
+                self.renew_at = self.renew_at.max(later);
+            }
+            Job::Tombstone | Job::Outcome => {
+                self.storing = false;
+                self.store_at = self.store_at.max(later);
+            }
+        }
+    }
+
+    /// A renewal succeeded at `now`.
+    pub(super) fn renewed(&mut self, now: Duration) {
+        self.renewing = false;
+        self.renew_at = match self.phase {
+            // The tombstone that stands in the claim's place is let live on by itself.
+            Phase::GivenUp(Some(_)) | Phase::Lost | Phase::Unclaimed => Duration::MAX,
+            _ => now.saturating_add(self.lease / 3),
+        };
+    }
+
+    /// A renewal failed at `now`, or it is not known whether it succeeded.
+    pub(super) fn renewal_failed(&mut self, now: Duration) {
+        self.renewed(now);
+        if self.renew_at != Duration::MAX {
+            self.renew_at = now.saturating_add(self.lease / 6);
+        }
+    }
+
+    /// The claim is not ours any more. Says whether it is to be taken again, because the operation still runs.
+    #[must_use]
+    pub(super) fn claim_is_gone(&mut self) -> bool {
+        if matches!(self.phase, Phase::Held) {
+            // Set before the claim is taken again, so that whoever finds it renewable finds this too.
+            self.interrupted = true;
+            return true;
+        }
+        // What is to be stored will show whose the key is.
+        self.renewing = false;
+        self.renew_at = Duration::MAX;
+        false
+    }
+
+    /// The claim was taken again. Says whether it is still wanted: otherwise the run was released or removed meanwhile.
+    #[must_use]
+    pub(super) fn reclaimed(&mut self, now: Duration) -> bool {
+        self.renewed(now);
+        self.answers()
+    }
+
+    /// Another holder has the key. Says whether that is new.
+    #[must_use]
+    pub(super) fn lose(&mut self) -> bool {
+        self.renewing = false;
+        self.renew_at = Duration::MAX;
+        let is_new = matches!(self.phase, Phase::Held);
+        if is_new {
+            self.phase = Phase::Lost;
+        }
+        is_new
+    }
+
+    /// The tombstone was stored at `now`. `None` if the operation ended meanwhile and left it to the keeper, so that all is done;
+    /// else whether it was the first time.
+    pub(super) fn tombstone_stored(&mut self, now: Duration) -> Option<bool> {
+        self.storing = false;
+        match &mut self.phase {
+            Phase::GivenUp(stored) => {
+                let is_first = stored.replace(now).is_none();
+                self.renew_at = Duration::MAX;
+                self.store_at = now.saturating_add(self.lease / 3);
+                Some(is_first)
+            }
+            Phase::Pending(pending) if pending.replaced == 0 => None,
+            _ => Some(false),
+        }
+    }
+
+    /// Another holder has the key, so no tombstone is stored. Over, if the operation ended meanwhile and left it to the keeper.
+    pub(super) fn tombstone_lost(&mut self) -> Next {
+        self.storing = false;
+        self.renew_at = Duration::MAX;
+        match &self.phase {
+            Phase::Pending(pending) if pending.replaced == 0 => return Next::Over,
+            Phase::GivenUp(_) => self.phase = Phase::Lost,
+            _ => {}
+        }
+        self.store_at = Duration::MAX;
+        Next::Goes
+    }
+
+    /// The tombstone could not be stored.
+    pub(super) fn tombstone_failed(&mut self, now: Duration) {
+        self.storing = false;
+        if let Phase::GivenUp(stored) = &self.phase {
+            self.store_at = now.saturating_add(match stored {
+                None => pause(0, self.lease),
+                Some(_) => self.lease / 6,
+            });
+        }
+    }
+
+    /// What is to be stored late; `None` if somebody else has stored it.
+    pub(super) fn late(&mut self) -> Option<Late> {
+        let Phase::Pending(pending) = &self.phase else {
+            self.storing = false;
+            return None;
+        };
+        Some(Late {
+            record: pending.record.clone(),
+            replaced: pending.replaced,
+            expires: pending.expires,
+        })
+    }
+
+    /// The storage refused a late outcome, or did not answer at all when it was asked whether it has it.
+    pub(super) fn late_failed(&mut self, now: Duration, failure: Failure) {
+        self.storing = false;
+        if let Phase::Pending(pending) = &mut self.phase {
+            pending.attempts += 1;
+            pending.failed = failure == Failure::Refused;
+            // Where a tombstone was refused as well it was not for the record.
+            if failure == Failure::Unanswered || pending.refusals + 1 >= REFUSALS {
+                pending.refusals = 0;
+            }
+            self.store_at = now
+                .saturating_add(pause(pending.attempts, self.lease))
+                .min(pending.expires);
+        }
+    }
+
+    /// The storage answered another call for the key, so a failure before was about the record. Says whether the next one is the last:
+    /// then a tombstone is to be stored in its place.
+    #[must_use]
+    pub(super) fn answered(&mut self) -> bool {
+        let Phase::Pending(pending) = &mut self.phase else {
+            return false;
+        };
+        if std::mem::take(&mut pending.failed) {
+            pending.refusals += 1;
+        }
+        pending.refusals + 1 >= REFUSALS
+    }
+
+    /// A late outcome was stored. Over, unless it was replaced since, more than `replaced` times: then that is still to be stored.
+    pub(super) fn late_stored(&mut self, replaced: u32) -> Next {
+        self.storing = false;
+        match &self.phase {
+            Phase::Pending(pending) if pending.replaced > replaced => {
+                self.store_at = Duration::ZERO;
+                Next::Goes
+            }
+            _ => Next::Over,
+        }
+    }
+
+    // ---- what its own future does
+
+    /// The operation is over, with an outcome.
+    pub(super) fn finish(&mut self, record: &Record) -> Finish {
+        match self.phase {
+            Phase::GivenUp(_) => Finish::Expired,
+            // Its outcome is offered once, and nobody here answers from it.
+            Phase::Lost => Finish::Offer(self.ttl),
+            _ => {
+                self.phase = Phase::Finishing(record.clone());
+                self.store_at = Duration::MAX;
+                Finish::Store(self.ttl)
+            }
+        }
+    }
+
+    /// Leaves the outcome to the keeper; `failed`: after the storage refused it. Over if there is nothing left to store.
+    pub(super) fn defer(
+        &mut self,
+        now: Duration,
+        failed: bool,
+        hold: impl FnOnce(&Record) -> Reservation,
+    ) -> Next {
+        let (record, first) = match &self.phase {
+            Phase::Finishing(record) => (record.clone(), now.saturating_add(pause(0, self.lease))),
+            Phase::GivenUp(stored) => {
+                // What was stored in the last lease outlives the TTL that is to come.
+                if stored.is_some_and(|at| now.saturating_sub(at) <= self.lease) {
+                    return Next::Over;
+                }
+                (self.tombstone(), now)
+            }
+            _ => return Next::Over,
+        };
+        let expires = now.saturating_add(self.ttl);
+        self.store_at = first.min(expires);
+        self.phase = Phase::Pending(Pending {
+            _held: hold(&record),
+            record,
+            replaced: 0,
+            attempts: 0,
+            failed,
+            refusals: 0,
+            expires,
+        });
+        Next::Goes
+    }
+
+    /// Whether the operation has an outcome that its own future did not store.
+    pub(super) fn has_outcome(&self) -> bool {
+        matches!(self.phase, Phase::Finishing(_) | Phase::GivenUp(_))
+    }
+
+    /// Whether the storage has a claim of it.
+    pub(super) fn is_held(&self) -> bool {
+        matches!(self.phase, Phase::Held)
+    }
+
+    // ---- what is done by hand
+
+    /// Puts `record` in the place of an outcome that is still to be stored. Says whether there is one.
+    #[must_use]
+    pub(super) fn replace(&mut self, record: &Record, expires: Duration) -> bool {
+        let Phase::Pending(pending) = &mut self.phase else {
+            return false;
+        };
+        pending.record = record.clone();
+        pending.expires = expires;
+        pending.replaced += 1;
+        pending.refusals = 0;
+        true
+    }
+
+    /// The key was removed. Over if nobody but the keeper waits for the end of this run.
+    pub(super) fn forget(&mut self) -> Next {
+        if self.is_pending() {
+            return Next::Over;
+        }
+        self.phase = Phase::Lost;
+        Next::Goes
+    }
+}
+
+/// 100 ms, doubling, at most a third of the lease and ten seconds.
+fn pause(attempts: u32, lease: Duration) -> Duration {
+    let pause = Duration::from_millis(100) * 2_u32.pow(attempts.min(10));
+    pause.min(lease / 3).min(LONGEST_PAUSE)
+}
