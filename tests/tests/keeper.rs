@@ -207,7 +207,7 @@ fn a_runtime_that_stands_still_costs_no_claim_its_renewal() {
 
 /// In real time: what is tested is that the keeper needs no runtime of the program's. The lease is long, for a busy machine.
 fn renewed_whatever_becomes_of(fate: Fate) {
-    let lease = Duration::from_secs(3);
+    let lease = Duration::from_millis(1500);
     let config = |events: &Events| {
         Config::default()
             .lock(LockPolicy::default().ttl(lease).timeout(Duration::ZERO))
@@ -268,7 +268,7 @@ fn renewed_whatever_becomes_of(fate: Fate) {
 
 #[test]
 fn a_claim_made_outside_of_a_runtime_is_renewed() {
-    let lease = Duration::from_secs(3);
+    let lease = Duration::from_millis(1500);
     let storage = FaultyStorage::new(MemoryStorage::new());
     let lock = LockPolicy::default().ttl(lease).timeout(Duration::ZERO);
     let engine = Engine::new(storage.clone(), Config::default().lock(lock));

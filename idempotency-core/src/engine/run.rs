@@ -547,3 +547,145 @@ fn pause(attempts: u32, lease: Duration) -> Duration {
     let pause = Duration::from_millis(100) * 2_u32.pow(attempts.min(10));
     pause.min(lease / 3).min(LONGEST_PAUSE)
 }
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, StatusCode};
+
+    use super::*;
+    use crate::{Budget, StoredResponse};
+
+    const LEASE: Duration = Duration::from_secs(30);
+    const MAX_HOLD: Duration = Duration::from_secs(600);
+    const TTL: Duration = Duration::from_secs(3600);
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn run() -> (Run, Progress) {
+        let progress = Progress::new();
+        let key = EncodedKey::from_bytes([1; 32]);
+        let zero = Duration::ZERO;
+        let run = Run::held(key, None, zero, TTL, LEASE, MAX_HOLD, progress.clone());
+        (run, progress)
+    }
+
+    fn record() -> Record {
+        let response = StoredResponse::new(StatusCode::OK, &HeaderMap::new(), "answer");
+        Record {
+            fingerprint: None,
+            outcome: Outcome::Response(response),
+        }
+    }
+
+    fn pending(now: Duration) -> Run {
+        let (mut run, _) = run();
+        assert_eq!(run.finish(&record()), Finish::Store(TTL));
+        assert_eq!(run.defer(now, true, hold), Next::Goes);
+        run
+    }
+
+    fn hold(_: &Record) -> Reservation {
+        Budget::new(0).count(6)
+    }
+
+    #[test]
+    fn a_claim_is_renewed_once_at_a_time() {
+        let (mut run, _) = run();
+        assert_eq!(run.due().claim, LEASE / 3);
+        assert_eq!(run.take_renewal(LEASE / 3 - SECOND), None);
+        assert_eq!(run.take_renewal(LEASE / 3), Some(Job::Renew));
+        assert_eq!(run.take_renewal(LEASE), None, "it is under way");
+        assert_eq!(run.due().claim, MAX_HOLD);
+        run.renewed(LEASE / 2);
+        assert_eq!(run.due().claim, LEASE / 2 + LEASE / 3);
+        assert_eq!(run.take_renewal(LEASE), Some(Job::Renew));
+        run.renewal_failed(LEASE);
+        assert_eq!(run.due().claim, LEASE + LEASE / 6);
+    }
+
+    #[test]
+    fn a_run_that_is_given_up_keeps_its_tombstone_alive() {
+        let (mut run, progress) = run();
+        assert_eq!(run.take_store(MAX_HOLD - SECOND), None);
+        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Tombstone));
+        assert!(progress.is_given_up() && !run.has_place);
+        assert!(matches!(run.answer(), Answer::Outcome(record) if record == run.tombstone()));
+        assert_eq!(run.tombstone_stored(MAX_HOLD), Some(true));
+        assert_eq!(run.due().claim, MAX_HOLD + LEASE / 3);
+        assert_eq!(
+            run.take_store(MAX_HOLD + LEASE / 3),
+            Some(Job::Tombstone),
+            "the TTL may be over before the operation is"
+        );
+        assert_eq!(run.tombstone_stored(MAX_HOLD + LEASE / 3), Some(false));
+        assert_eq!(run.finish(&record()), Finish::Expired);
+        assert_eq!(run.defer(MAX_HOLD + LEASE, false, hold), Next::Over);
+    }
+
+    #[test]
+    fn a_tombstone_that_was_not_stored_is_left_to_the_keeper() {
+        let (mut run, _) = run();
+        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Tombstone));
+        run.tombstone_failed(MAX_HOLD);
+        assert_eq!(run.finish(&record()), Finish::Expired);
+        assert_eq!(run.defer(MAX_HOLD, false, hold), Next::Goes);
+        assert_eq!(run.late_record(), Some(run.tombstone()));
+        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Outcome));
+        assert_eq!(run.late_stored(0), Next::Over);
+    }
+
+    #[test]
+    fn a_lost_run_stores_no_tombstone_and_gives_its_place_back() {
+        let (mut run, progress) = run();
+        assert!(run.claim_is_gone());
+        assert!(run.lose());
+        assert!(!run.lose(), "once");
+        assert!(!run.answers());
+        assert_eq!(run.take_store(MAX_HOLD), None);
+        assert!(progress.is_given_up() && !run.has_place);
+        assert_eq!(run.due().claim, Duration::MAX);
+        assert_eq!(run.finish(&record()), Finish::Offer(TTL));
+    }
+
+    #[test]
+    fn the_third_refusal_of_a_record_is_the_last() {
+        let mut run = pending(Duration::ZERO);
+        // The first one was that of the operation's own future.
+        assert!(!run.answered());
+        run.late_failed(SECOND, Failure::Refused);
+        assert!(run.answered());
+        run.late_failed(SECOND, Failure::Refused);
+        assert!(!run.answered(), "not even a tombstone was stored");
+    }
+
+    #[test]
+    fn an_outage_is_no_refusal() {
+        let mut run = pending(Duration::ZERO);
+        for _ in 0..100 {
+            assert!(!run.answered());
+            run.late_failed(SECOND, Failure::Unanswered);
+        }
+        assert!(run.late().is_some());
+    }
+
+    #[test]
+    fn a_replacement_is_stored_after_what_it_replaced() {
+        let mut run = pending(Duration::ZERO);
+        assert_eq!(run.take_store(SECOND), Some(Job::Outcome));
+        assert_eq!(run.late().map(|late| late.replaced), Some(0));
+        assert!(run.replace(&record(), TTL));
+        assert_eq!(run.late_stored(0), Next::Goes);
+        assert_eq!(run.due().outcome, Duration::ZERO);
+        assert_eq!(run.late().map(|late| late.replaced), Some(1));
+        assert_eq!(run.late_stored(1), Next::Over);
+    }
+
+    #[test]
+    fn a_keeper_that_was_dropped_leaves_its_work_to_the_next() {
+        let mut run = pending(Duration::ZERO);
+        assert_eq!(run.take_renewal(LEASE), Some(Job::Renew));
+        assert_eq!(run.take_store(SECOND), Some(Job::Outcome));
+        run.start_over();
+        assert_eq!(run.take_renewal(LEASE), Some(Job::Renew));
+        assert_eq!(run.take_store(SECOND), Some(Job::Outcome));
+    }
+}
