@@ -95,6 +95,8 @@ struct Case {
     free_since: Duration,
     /// The last record, perhaps expired.
     record: Option<Stored>,
+    /// The one before it.
+    before: Option<Stored>,
     /// What the server will not read.
     is_corrupt: bool,
     /// At some time it was: what should have been stored then may be lost.
@@ -435,7 +437,7 @@ impl Judge {
         }
         let now = self.1.now();
         let expires = now.saturating_add(ttl);
-        let earliest = scaled(self.2.max_hold, 98).saturating_sub(Duration::from_secs(5));
+        let earliest = self.earliest();
         let finding = self.with(key, |case| {
             let mut finding = None;
             if let Some((holder, until)) = case.claim
@@ -446,7 +448,7 @@ impl Judge {
             }
             match case.live(now) {
                 None => {
-                    case.record = Some(Stored {
+                    case.before = case.record.replace(Stored {
                         token,
                         outcome: record.outcome.clone(),
                         expires,
@@ -459,12 +461,17 @@ impl Judge {
             let granted = case.granted_at(token);
             let execution = case.by_token(token);
             match (&record.outcome, execution) {
-                (Outcome::Tombstone(TombstoneReason::MaxHold), it) => {
-                    if granted.is_some_and(|at| now < at + earliest) {
+                (Outcome::Tombstone(reason), it) => {
+                    if *reason == TombstoneReason::MaxHold
+                        && granted.is_some_and(|at| now < at + earliest)
+                    {
                         finding = Some("was given up too early");
                     }
-                    if let Some(it) = it {
-                        it.is_given_up = true;
+                    match it {
+                        // Where it was refused, another one stands for it.
+                        Some(it) => it.is_given_up |= it.ended.is_none(),
+                        None if is_turn(key) => {}
+                        None => finding = Some("was completed before its handler began"),
                     }
                 }
                 (_, None) => finding = Some("was completed before its handler began"),
@@ -551,6 +558,11 @@ impl Judge {
         });
     }
 
+    /// After how long an operation may be given up, by a clock that may be fast.
+    fn earliest(&self) -> Duration {
+        scaled(self.2.max_hold, 98).saturating_sub(Duration::from_secs(5))
+    }
+
     /// Whether another execution may begin, as far as it goes by this one.
     fn may_run_again(&self, case: &Case, it: &Execution, now: Duration) -> bool {
         let Some((end, ended)) = it.ended else {
@@ -618,13 +630,16 @@ impl Judge {
         shown: Option<&[u8]>,
     ) -> (usize, String) {
         let now = self.1.now();
+        let earliest = self.earliest();
         let (others, is_there, is_last) = self.with(key, |case| {
-            let mut others = Vec::new();
+            let (mut others, mut is_running) = (Vec::new(), false);
             for it in case.executions.iter().filter(|it| !it.is_overtaken) {
-                // A first run that was held too long is a conflict for all others, also while it runs.
-                if it.ended.is_none() && (!it.is_first() || !it.is_given_up) {
+                // A first run that was held too long is a conflict for all others, also while it runs; its node knows first.
+                let is_given_up = it.is_given_up || it.home == home && it.claimed + earliest <= now;
+                if it.ended.is_none() && !(it.is_first() && is_given_up) {
                     others.push((it.home, it.is_first()));
                 }
+                is_running |= it.ended.is_none() && it.is_first() && is_given_up;
             }
             // What the last run left, if that is still to be stored.
             let left = |it: &&Execution| match it.end() {
@@ -644,15 +659,21 @@ impl Judge {
                 (Some(stored), _) if stored.body() == shown => true,
                 (_, Some(it)) if it.end() == Some(End::Answer) => shown == Some(it.body.as_bytes()),
                 (_, Some(_)) => shown.is_none(),
-                _ => false,
+                _ => is_running && shown.is_none(),
             };
-            (others, stored.is_some() || pending.is_some(), is_last)
+            let is_there = stored.is_some() || pending.is_some() || is_running;
+            (others, is_there, is_last)
         });
         let (number, body) = self.enter(home, key, client, None);
         self.count("state: a conflict run");
         let excused = self.is_disturbed(home);
         for (other, is_first) in others {
             if excused || self.is_disturbed(other) {
+                self.with(key, |case| {
+                    let before = case.executions.iter_mut().take(number);
+                    let its = before.filter(|it| it.home == other);
+                    its.for_each(|it| it.is_overtaken = true);
+                });
                 continue;
             }
             let what = if is_first { "the first run" } else { "another" };
@@ -743,7 +764,7 @@ impl Judge {
             return;
         }
         let now = self.1.now();
-        let earliest = scaled(self.2.max_hold, 98).saturating_sub(Duration::from_secs(5));
+        let earliest = self.earliest();
         let is_right = self.with(key, |case| {
             let it = &case.executions[number];
             it.client.left().is_some() && it.claimed + earliest <= now
@@ -828,7 +849,7 @@ impl Judge {
         let now = self.1.now();
         let is_sure = !self.is_disturbed(home);
         let tampered = self.lock().nodes[home.node].tampered;
-        let longest = scaled(self.2.max_hold, 98).saturating_sub(Duration::from_secs(5));
+        let longest = self.earliest();
         let finding = self.with(key, |case| {
             let found = case.executions.iter().position(|it| it.body == body);
             let Some(number) = found else {
@@ -868,24 +889,18 @@ impl Judge {
     }
 
     /// A 409 without an answer: there is a tombstone, or one that a node has still to store.
-    pub(super) fn not_replayable(&self, key: &EncodedKey, asked: Duration) {
+    pub(super) fn not_replayable(&self, key: &EncodedKey) {
         let now = self.1.now();
+        let earliest = self.earliest();
+        // It was decided a moment ago.
+        let decided = now.saturating_sub(Duration::from_secs(5));
         let is_so = self.with(key, |case| {
-            let stored = case.record.as_ref().filter(|it| asked <= it.expires);
-            let is_tombstone = stored.is_some_and(|it| it.body().is_none());
-            let is_one = |it: &Execution| {
-                // By a clock that may be fast.
-                let is_held_too_long =
-                    it.claimed + scaled(self.2.max_hold, 98) < now + Duration::from_secs(5);
-                match it.ended {
-                    None => is_held_too_long,
-                    Some((End::Unreplayable, _)) => asked <= it.over(self.2.ttl),
-                    Some((_, ended)) => {
-                        let was_held_too_long = it.claimed + scaled(self.2.max_hold, 98)
-                            < ended + Duration::from_secs(5);
-                        was_held_too_long && asked <= it.over(self.2.ttl)
-                    }
-                }
+            let mut stored = case.record.iter().chain(&case.before);
+            let is_tombstone = stored.any(|it| it.body().is_none() && decided <= it.expires);
+            let is_one = |it: &Execution| match it.ended {
+                None => it.claimed + earliest < now,
+                Some((End::Unreplayable, _)) => decided <= it.over(self.2.ttl),
+                Some((_, ended)) => it.claimed + earliest < ended && decided <= it.over(self.2.ttl),
             };
             is_tombstone || case.executions.iter().any(is_one)
         });
@@ -971,6 +986,10 @@ impl Observer for Judge {
             None => format!("engine: {name}"),
         });
     }
+}
+
+fn is_turn(key: &EncodedKey) -> bool {
+    short(key).starts_with("turn")
 }
 
 /// The key as clients call it; see `PlainEncoder`. Others are derived from one, for turns.

@@ -334,6 +334,10 @@ impl Node {
         if response.status() == StatusCode::LOCKED {
             self.judge.refused_in_flight(self.home, &encoded(key));
         }
+        let is_replay = response.headers().contains_key("idempotency-replayed");
+        if response.status() == StatusCode::CONFLICT && !is_replay {
+            self.judge.not_replayable(&encoded(key));
+        }
         let problem = response.extensions().get::<Problem>();
         if problem.is_some_and(|problem| problem.refusal() == Refusal::Overloaded) {
             self.judge.count("answer: 503 overloaded");
@@ -422,7 +426,7 @@ impl Node {
         ));
         match (status.as_u16(), is_replay) {
             (409, true) => self.judge.replayed(self.home, &key, &text, asked),
-            (409, false) => self.judge.not_replayable(&key, asked),
+            (409, false) => {}
             (201 | 500, false) => {
                 let own = text.trim_end_matches('x');
                 self.judge.answered(self.home, &key, own);
