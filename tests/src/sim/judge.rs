@@ -50,12 +50,19 @@ impl Client {
     }
 }
 
+/// Within which an answer has come from where it was decided.
+const MOMENT: Duration = Duration::from_secs(5);
+
 /// A request on a node, from its start to its end. Dropped, it has ended.
 pub(super) struct UnderWay(Judge, usize);
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.0.lock().nodes[self.1].under_way -= 1;
+        let now = self.0.1.now();
+        let node = &mut self.0.lock().nodes[self.1];
+        node.under_way -= 1;
+        node.answered.retain(|at| now < *at + 2 * MOMENT);
+        node.answered.push(now);
     }
 }
 
@@ -71,7 +78,7 @@ struct State {
     trace: Option<String>,
 }
 
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Troubles {
     /// Its leases may be over.
     disturbed: Option<Duration>,
@@ -81,6 +88,8 @@ struct Troubles {
     /// How many requests it has, and when a client left one of them last.
     under_way: usize,
     was_left: Option<Duration>,
+    /// When some of them ended.
+    answered: Vec<Duration>,
 }
 
 /// All that is known of a key.
@@ -141,6 +150,8 @@ struct Execution {
     is_given_up: bool,
     /// When the server will forget, or forgot, its answer.
     expires: Option<Duration>,
+    /// A record was there when it ended.
+    had_record: bool,
     body: String,
 }
 
@@ -322,13 +333,13 @@ impl Judge {
             return true;
         }
         let now = self.1.now();
-        let troubles = self.lock().nodes[home.node];
+        let troubles = &self.lock().nodes[home.node];
         troubles.cut_off || troubles.disturbed.is_some_and(|at| now < at + 2 * LEASE)
     }
 
     fn is_tampered(&self, node: usize, within: Duration) -> bool {
         let now = self.1.now();
-        let troubles = self.lock().nodes[node];
+        let troubles = &self.lock().nodes[node];
         troubles.cut_off || troubles.tampered.is_some_and(|at| now < at + within)
     }
 
@@ -717,6 +728,7 @@ impl Judge {
                 ended: None,
                 is_given_up: false,
                 expires: None,
+                had_record: false,
                 body: body.clone(),
             });
             (number, body)
@@ -740,8 +752,10 @@ impl Judge {
         self.note(|| format!("execution {number} of {} ends: {end:?}", short(key)));
         let now = self.1.now();
         let (outlived, kept) = self.with(key, |case| {
+            let had_record = case.live(now + MOMENT).is_some();
             let it = &mut case.executions[number];
             it.ended = Some((end, now));
+            it.had_record = had_record;
             let outlived =
                 it.is_given_up && it.claimed.saturating_add(self.2.max_hold + self.2.ttl) < now;
             let kept = !it.is_first() && end == End::Failure;
@@ -869,8 +883,8 @@ impl Judge {
             if !is_sure || may_be_lost {
                 return None;
             }
-            // It was gone before it could be replaced.
-            let stored = case.live(now).filter(|stored| ended < stored.expires)?;
+            // Otherwise it was gone before it could be replaced.
+            let stored = case.live(now).filter(|_| it.had_record)?;
             let of = stored.body().and_then(|body| {
                 case.executions
                     .iter()
@@ -892,8 +906,7 @@ impl Judge {
     pub(super) fn not_replayable(&self, key: &EncodedKey) {
         let now = self.1.now();
         let earliest = self.earliest();
-        // It was decided a moment ago.
-        let decided = now.saturating_sub(Duration::from_secs(5));
+        let decided = now.saturating_sub(MOMENT);
         let is_so = self.with(key, |case| {
             let mut stored = case.record.iter().chain(&case.before);
             let is_tombstone = stored.any(|it| it.body().is_none() && decided <= it.expires);
@@ -930,9 +943,11 @@ impl Judge {
                     Some((_, ended)) => taken += usize::from(now < ended + settled),
                 }
             }
-            let places = node.under_way.saturating_sub(free) + taken;
+            let recent = |at: &&Duration| now < **at + MOMENT;
+            let under_way = node.under_way + node.answered.iter().filter(recent).count();
+            let places = under_way.saturating_sub(free) + taken;
             let finding = format!("node {} refused, with {places} places taken", home.node);
-            let is_full = self.2.max_running <= places || Terms::MAX_WAITING < node.under_way;
+            let is_full = self.2.max_running <= places || Terms::MAX_WAITING < under_way;
             ((!is_full).then_some(finding), node.was_left)
         };
         let is_settled = was_left.is_none_or(|at| at + settled < now);
@@ -954,10 +969,10 @@ impl Judge {
                 Some((_, until)) => until,
                 None => case.free_since,
             };
-            // After a conflict run that was held too long, as long as after a crash.
+            // After a conflict run that was held too long, as long as after a crash, and perhaps for the second time.
             let blocks = |it: &Execution| match it.ended {
                 None => true,
-                Some((_, ended)) => !it.is_first() && now < ended + slack + 2 * LEASE,
+                Some((_, ended)) => !it.is_first() && now < ended + 6 * LEASE,
             };
             free_since + slack < now && !case.executions.iter().any(blocks)
         });
