@@ -2,16 +2,16 @@
 //!
 //! Such a queue delivers a message again when it heard no acknowledgement in time: because the consumer died after its work, or
 //! was slow, or the acknowledgement got lost. So a consumer sees messages twice, even at the same moment in two workers, and must
-//! not ship a parcel twice. [`Engine::begin`] decides for every delivery:
+//! not ship a parcel twice. [`Engine::run`] claims, runs and records in one call:
 //!
-//! | decision | what the worker does |
+//! | outcome | what the worker does |
 //! |---|---|
-//! | [`Decision::Execute`] | the work; then it ends the claim, and acknowledges |
-//! | [`Decision::Replay`] | nothing: it was done, so it acknowledges |
-//! | [`Decision::Refuse`] | nothing; without an acknowledgement the queue delivers again |
-//! | [`Decision::Unprotected`] | as `Refuse`; it comes only with `OnStorageError::RunUnprotected` |
+//! | [`Ran::Executed`] | acknowledges: the work is done, and recorded |
+//! | [`Ran::Replayed`] | acknowledges: it was done before |
+//! | [`Ran::Failed`], [`Ran::InFlight`], [`Ran::Overloaded`], [`Ran::StorageFailed`] | nothing; without an acknowledgement the queue delivers again |
+//! | [`Ran::NotReplayable`], [`Ran::Mismatch`] | asks a person: how it ended is not known, or the id was used for other work |
 //!
-//! A message that fails is *released*: the next delivery works on it. With a storage that other machines share, the same lines
+//! A message that fails releases its key, so the next delivery is worked on. With a storage that other machines share, the same lines
 //! hold for workers on all of them.
 //!
 //! # Run
@@ -32,11 +32,7 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderMap, StatusCode};
-use idempotency_core::{
-    Completion, Config, Decision, Encoded, EncodedKey, Engine, LockPolicy, MemoryStorage, Outcome,
-    StoredResponse,
-};
+use idempotency_core::{Config, Encoded, EncodedKey, Engine, LockPolicy, MemoryStorage, Ran};
 use sha2::{Digest, Sha256};
 
 /// The queue's own id of a message, which is as good a key as a client's.
@@ -45,37 +41,19 @@ type MessageId = &'static str;
 /// One of the workers: takes deliveries until there are none left.
 async fn work(name: &str, queue: &Queue, engine: &Engine, parcels: &Parcels) {
     while let Some(id) = queue.take() {
-        match engine.begin(&operation(id)).await {
-            Decision::Execute(claim) => match parcels.ship(id).await {
-                Ok(parcel) => {
-                    println!("{name}: {id} shipped as {parcel}");
-                    // What a later delivery is told. The engine keeps answers of HTTP; for a queue a 200 will do.
-                    let answer = StoredResponse::new(StatusCode::OK, &HeaderMap::new(), parcel);
-                    match claim.complete(answer).await {
-                        Completion::Stored => {}
-                        // It is done all the same, and must be acknowledged. Why nobody else may know goes to the log.
-                        other => eprintln!("{name}: {id} is done, but {other:?}"),
-                    }
-                }
-                Err(failed) => {
-                    println!("{name}: {id} failed: {failed}");
-                    claim.release().await;
-                    queue.deliver_again(id);
-                }
-            },
-            Decision::Replay(replay) => match replay.record.outcome {
-                Outcome::Response(done) => {
-                    let parcel = String::from_utf8_lossy(done.body()).into_owned();
-                    println!("{name}: {id} was shipped as {parcel} already");
-                }
-                // It was begun, and how it ended is not known: never again by itself, a person has to look.
-                Outcome::Tombstone(reason) => println!("{name}: {id} needs a person: {reason}"),
-            },
-            Decision::Refuse(refused) => {
-                println!("{name}: {id} later: {}", refused.refusal);
+        match engine.run(&operation(id), || parcels.ship(id)).await {
+            Ran::Executed(parcel) => println!("{name}: {id} shipped as {parcel}"),
+            Ran::Replayed(parcel) => println!("{name}: {id} was shipped as {parcel} already"),
+            Ran::Failed(error) => {
+                println!("{name}: {id} failed: {error}");
                 queue.deliver_again(id);
             }
-            Decision::Unprotected => queue.deliver_again(id),
+            Ran::NotReplayable(reason) => println!("{name}: {id} needs a person: {reason}"),
+            Ran::Mismatch => println!("{name}: {id} needs a person: the id was used before"),
+            later @ (Ran::InFlight | Ran::Overloaded | Ran::StorageFailed(_)) => {
+                println!("{name}: {id} later: {later:?}");
+                queue.deliver_again(id);
+            }
         }
     }
 }

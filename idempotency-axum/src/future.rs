@@ -7,87 +7,129 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use axum::{body::Body, response::Response};
+use axum::{body::Body, extract::Request, response::Response};
 use bytes::Bytes;
 use idempotency_core::BoxError;
 use pin_project_lite::pin_project;
+use tower_service::Service;
 
 use crate::{detach::Detachable, receipt::Receipt};
 
 pin_project! {
-    /// Response future of [`Idempotency`](crate::Idempotency).
+    /// Response future of [`Idempotency`](crate::Idempotency) around `S`.
     #[must_use = "futures do nothing unless polled"]
-    pub struct ResponseFuture<F, E>
+    pub struct ResponseFuture<S>
     where
-        E: 'static,
+        S: Service<Request>,
+        S::Error: 'static,
     {
         #[pin]
-        kind: Kind<F, E>,
+        kind: Kind<S>,
     }
 }
 
 pin_project! {
     #[project = KindProj]
-    enum Kind<F, E>
+    enum Kind<S>
     where
-        E: 'static,
+        S: Service<Request>,
+        S::Error: 'static,
     {
-        Passed { #[pin] future: F, receipt: Option<Receipt> },
-        Protected { #[pin] future: Detachable<Result<Response, E>> },
-        Refused { response: Option<Response> },
+        Waiting { inner: S, request: Option<Request>, receipt: Option<Receipt> },
+        Called { #[pin] future: S::Future, receipt: Option<Receipt> },
+        Protected { #[pin] future: Detachable<Result<Response, S::Error>> },
+        Decided { result: Option<Result<Response, S::Error>> },
     }
 }
 
-impl<F, E: 'static> ResponseFuture<F, E> {
-    pub(crate) fn passed(future: F, receipt: Option<Receipt>) -> Self {
-        Self {
-            kind: Kind::Passed { future, receipt },
-        }
+impl<S> ResponseFuture<S>
+where
+    S: Service<Request>,
+    S::Error: 'static,
+{
+    /// Calls `inner` once it is ready.
+    pub(crate) fn waiting(inner: S, request: Request, receipt: Option<Receipt>) -> Self {
+        Self::new(Kind::Waiting {
+            inner,
+            request: Some(request),
+            receipt,
+        })
     }
 
-    pub(crate) fn protected(future: Detachable<Result<Response, E>>) -> Self {
-        Self {
-            kind: Kind::Protected { future },
-        }
+    pub(crate) fn called(future: S::Future, receipt: Option<Receipt>) -> Self {
+        Self::new(Kind::Called { future, receipt })
+    }
+
+    pub(crate) fn protected(future: Detachable<Result<Response, S::Error>>) -> Self {
+        Self::new(Kind::Protected { future })
+    }
+
+    pub(crate) fn failed(error: S::Error) -> Self {
+        Self::new(Kind::Decided {
+            result: Some(Err(error)),
+        })
     }
 
     pub(crate) fn refused(response: Response) -> Self {
-        Self {
-            kind: Kind::Refused {
-                response: Some(response),
-            },
-        }
+        Self::new(Kind::Decided {
+            result: Some(Ok(response)),
+        })
+    }
+
+    fn new(kind: Kind<S>) -> Self {
+        Self { kind }
     }
 }
 
-impl<F, B, E> Future for ResponseFuture<F, E>
+impl<S, R> Future for ResponseFuture<S>
 where
-    F: Future<Output = Result<http::Response<B>, E>>,
-    B: http_body::Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
-    E: 'static,
+    S: Service<Request, Response = http::Response<R>>,
+    S::Error: 'static,
+    R: http_body::Body<Data = Bytes> + Send + 'static,
+    R::Error: Into<BoxError>,
 {
-    type Output = Result<Response, E>;
+    type Output = Result<Response, S::Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().kind.project() {
-            KindProj::Passed { future, receipt } => {
-                let response = ready!(future.poll(cx))?.map(Body::new);
-                if let Some(receipt) = receipt.take() {
-                    receipt.check(&response);
+        const OVER: &str = "`ResponseFuture` was polled after completion";
+        let mut kind = self.project().kind;
+        loop {
+            match kind.as_mut().project() {
+                KindProj::Waiting {
+                    inner,
+                    request,
+                    receipt,
+                } => {
+                    ready!(inner.poll_ready(cx))?;
+                    let Some(request) = request.take() else {
+                        panic!("{OVER}");
+                    };
+                    let future = inner.call(request);
+                    let receipt = receipt.take();
+                    kind.set(Kind::Called { future, receipt });
                 }
-                Poll::Ready(Ok(response))
+                KindProj::Called { future, receipt } => {
+                    let response = ready!(future.poll(cx))?.map(Body::new);
+                    if let Some(receipt) = receipt.take() {
+                        receipt.check(&response);
+                    }
+                    return Poll::Ready(Ok(response));
+                }
+                KindProj::Protected { future } => return future.poll(cx),
+                KindProj::Decided { result } => match result.take() {
+                    Some(result) => return Poll::Ready(result),
+                    None => panic!("{OVER}"),
+                },
             }
-            KindProj::Protected { future } => future.poll(cx),
-            KindProj::Refused { response } => match response.take() {
-                Some(response) => Poll::Ready(Ok(response)),
-                None => panic!("`ResponseFuture` was polled after completion"),
-            },
         }
     }
 }
 
-impl<F, E: 'static> fmt::Debug for ResponseFuture<F, E> {
+impl<S> fmt::Debug for ResponseFuture<S>
+where
+    S: Service<Request>,
+    S::Error: 'static,
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()
     }

@@ -18,8 +18,9 @@ use pin_project_lite::pin_project;
 
 use crate::{
     discovery::{Seat, Suspended},
-    policy::{KeyPolicy, Requirement},
-    request::{Acknowledgement, Decided, Protection, WithoutKey},
+    policy::{KeyPolicy, Requirement, can_use_keys},
+    receipt::Acknowledgement,
+    request::{Decided, Protection, WithoutKey},
 };
 
 /// Gives a handler a policy where an attribute can't: closures, generic functions, associated functions, handlers from other
@@ -114,10 +115,17 @@ where
             policy,
             seat,
         } = self;
-        admitted(&seat, Self::name(), &policy, request, |mut request, _| {
-            request.extensions_mut().insert(Decided);
-            handler.call(request, state)
-        })
+        admitted(
+            &seat,
+            Self::name(),
+            &policy,
+            request,
+            |mut request, entry| {
+                entry.call();
+                request.extensions_mut().insert(Decided);
+                handler.call(request, state)
+            },
+        )
     }
 }
 
@@ -142,12 +150,10 @@ fn admitted<F>(
     seat: &Seat,
     name: &'static str,
     policy: &KeyPolicy,
-    request: Request,
+    mut request: Request,
     handler: impl FnOnce(Request, Entry) -> F,
 ) -> HandlerFuture<F> {
-    if let Some(acknowledgement) = request.extensions().get::<Acknowledgement>() {
-        acknowledgement.give();
-    }
+    acknowledge(policy, &mut request);
     match admit(seat, policy, &request) {
         Ok(entry) => HandlerFuture::running(handler(request, entry)),
         Err(misplaced) => {
@@ -166,6 +172,20 @@ fn admitted<F>(
     }
 }
 
+/// Tells the layer that relied on `policy` that a handler which has it answers.
+fn acknowledge(policy: &KeyPolicy, request: &mut Request) {
+    let Some(acknowledgement) = request.extensions().get::<Acknowledgement>() else {
+        return;
+    };
+    let was_wronged = acknowledgement.give(policy, request.method(), request.extensions());
+    if was_wronged && policy.requirement == Requirement::Exempt {
+        // The layer has taken a key that this handler does not want. It runs all the same, and leaves no record.
+        if let Some(protection) = request.extensions_mut().remove::<Protection>() {
+            protection.refuse();
+        }
+    }
+}
+
 fn admit(seat: &Seat, policy: &KeyPolicy, request: &Request) -> Result<Entry, Misplaced> {
     let protection = request.extensions().get::<Protection>();
     let decided = request.extensions().get::<Decided>().is_some();
@@ -176,7 +196,7 @@ fn admit(seat: &Seat, policy: &KeyPolicy, request: &Request) -> Result<Entry, Mi
         return Err(Misplaced::OtherPolicy);
     }
     let without_key = request.extensions().get::<WithoutKey>().is_some();
-    let unprotected = protection.is_none() && !decided && !request.method().is_safe();
+    let unprotected = protection.is_none() && !decided && can_use_keys(request.method());
     match policy.requirement {
         Requirement::Required if unprotected => Err(Misplaced::NoLayer),
         Requirement::Optional if unprotected && !seat.is_taken() && !without_key => {
@@ -226,6 +246,13 @@ impl fmt::Display for Misplaced {
 pub struct Entry(Option<Protection>);
 
 impl Entry {
+    /// A handler is called that does not say when it is entered.
+    fn call(&self) {
+        if let Some(protection) = &self.0 {
+            protection.call();
+        }
+    }
+
     /// From here on it counts whether the handler is entered.
     fn track(&self) {
         if let Some(protection) = &self.0 {

@@ -32,7 +32,7 @@
 //! # The way of a request
 //!
 //! ```text
-//! request ─ safe method, exempt, or optional without a key ──────────► handler
+//! request ─ safe method, CONNECT, exempt, or optional without a key ─► handler
 //!    │ key read (400 if missing or invalid), body buffered (413 over the limit)
 //!    │ encoded: SHA-256 over key, method, original path and query, caller, body
 //!    ▼ one atomic step at the storage
@@ -48,7 +48,7 @@
 //!
 //! # Modes and policies
 //!
-//! [`IdempotencyLayer::enforce`] requires a key for every unsafe method, [`IdempotencyLayer::exempt`] for none. A handler says
+//! [`IdempotencyLayer::enforce`] requires a key for every unsafe method except CONNECT, [`IdempotencyLayer::exempt`] for none. A handler says
 //! otherwise by [`#[idempotency_key]`](macro@idempotency_key), `#[idempotency_key(optional)]`,
 //! `#[idempotency_key(cache_name = "…")]` or [`#[idempotency_exempt]`](macro@idempotency_exempt); closures, generic and
 //! associated functions by the combinators of [`IdempotencyHandler`]. The outermost policy wins; of two layers the one nearest
@@ -68,13 +68,31 @@
 //! | placement | what happens |
 //! |---|---|
 //! | `nest_service(Router)`, a layer around a whole `Router`, `BufferLayer` | the mode's default policy applies. A handler that asked for more answers 500 and logs its name, its policy and the cure; it never runs unprotected. In `enforce` an exempt handler there gets 400 for a missing key |
-//! | `route_service(MethodRouter)`, a closure that calls an annotated handler | the announced policy applies. If it let a request through and another handler answered it with success, that is logged as an error and the route (known by its matched path) falls back to the mode's default |
+//! | `route_service(MethodRouter)`, a closure or a state that holds an annotated handler | the announced policy applies. In `enforce`, one that needs no key is watched [until its handler has answered](#before-a-handler-has-answered) |
 //! | [`IdempotencyLayer::policy`] | that policy, no questions asked |
 //! | `Handler::layer` with our layer, inside a router that has one too | the router's layer decides and the inner one passes the request through; a cache that only the inner one has is unknown |
 //! | an unknown `cache_name` | the route answers 500; [`IdempotencyLayer::check`] finds it before the server listens |
 //!
+//! ## Before a handler has answered
+//!
+//! A clone may show an exempt or optional handler that is not the one that answers. So in `enforce` the layer watches the answers
+//! of a route (known by its matched path) and method until a handler with that policy has answered once. A success that comes from
+//! elsewhere before that is logged as an error with the handler's name; this route and method then have the mode's default policy
+//! until the handler does answer a request, which needs a key.
+//!
+//! Before the first answer, a middleware between the layer and the handler that answers by itself, say a cache, can't be told from
+//! another handler. Put it outside of the layer. After the first answer it changes nothing.
+//!
+//! ## 404 and 405
+//!
 //! `MethodRouter::route_layer` leaves a wrong method 405, and `Router::route_layer` an unmatched path 404. `Router::layer` wraps
 //! those answers too, so in `enforce` they are 400 for an unsafe method without a key; so does `Router::route_layer` with 405.
+//!
+//! With a key these answers are never recorded, whatever [`StoreOn`] says: another release may have the route, and a retry runs
+//! there. The layer takes for a router's answer any 405, and a 404 where no route matched, unless a handler with an attribute or a
+//! combinator was entered. That no route matched is known by a missing [`MatchedPath`](axum::extract::MatchedPath). A layer around a
+//! `nest_service`, a whole `Router` or any other service never sees one, so there a 404 is recorded only if such a handler gave it.
+//! A router that is itself the service of a route (`route_service`) answers for that route.
 //!
 //! # Order of layers
 //!
@@ -92,12 +110,15 @@
 //! | `RequestBodyLimitLayer` | **413 before the key is taken** | 413 is an answer that may be stored; [`Config::max_request_body`] comes first |
 //! | `NormalizePathLayer` | **around the router that is served: both spellings are one operation** | behind another router the original path counts: two operations |
 //! | `CatchPanicLayer` | where 500 is stored a retry gets 409, else it runs | where 500 is stored a retry gets this 500, else it runs |
-//! | `GlobalConcurrencyLimitLayer` | counts clients, also for replays; not an operation whose client left | counts operations; one that waits for its place holds its key, and to be shed is an answer |
+//! | `GlobalConcurrencyLimitLayer` | counts clients, also for replays; not an operation whose client left | counts operations; one that waits for its place holds its key, and to be shed is an answer. Replays and refusals need no place |
 //! | a task-local, say a tenant | not there once the client has left; a request extension is | **there to the end of the handler** |
 //! | a tracing span | **there to the end of the recording, whether the client is or not** | there to the end of the handler |
 //! | a transaction per request | rolled back when the client leaves, though the answer is recorded | **ends once, with the handler, before the record** |
 //!
 //! A transaction inside, and any timeout but those of bodies, end with the head of an answer that streams.
+//!
+//! The layer itself is always ready. It asks what stands inside once the key is claimed, so a `LoadShedLayer` that is to shed
+//! operations belongs inside too.
 //!
 //! # Scope
 //!

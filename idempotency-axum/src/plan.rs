@@ -20,7 +20,7 @@ use crate::{
     misuse::{Misuse, MisuseKind},
     policy::KeyPolicy,
     problem::Problem,
-    request::Acknowledgement,
+    receipt::Routes,
 };
 
 pub(crate) type ProblemResponse = dyn Fn(Problem) -> Response + Send + Sync;
@@ -46,17 +46,8 @@ pub(crate) struct Shared {
     default_policy: KeyPolicy,
     has_layered: AtomicBool,
     misuses: Mutex<Vec<Misuse>>,
-    has_distrusted: AtomicBool,
-    distrusted: Mutex<HashSet<RouteName>>,
+    pub(crate) routes: Routes,
     cookie_warnings: Mutex<HashSet<String>>,
-    acknowledgements: Mutex<Vec<Acknowledgement>>,
-}
-
-/// Names a route for as long as the process lives: the handler that announced itself and the path it is matched by.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct RouteName {
-    handler: &'static str,
-    path: String,
 }
 
 /// What is done with the requests of one route.
@@ -67,6 +58,15 @@ pub(crate) enum Plan {
     /// The policy can't be kept.
     Misused(Misuse),
     Apply(Applied),
+}
+
+impl Plan {
+    pub(crate) fn applied(&self) -> Option<&Applied> {
+        match self {
+            Self::Apply(applied) => Some(applied),
+            Self::Layered | Self::Misused(_) => None,
+        }
+    }
 }
 
 /// A policy, ready to be applied.
@@ -99,10 +99,8 @@ impl Shared {
             choices,
             has_layered: AtomicBool::new(false),
             misuses: Mutex::default(),
-            has_distrusted: AtomicBool::new(false),
-            distrusted: Mutex::default(),
+            routes: Routes::default(),
             cookie_warnings: Mutex::default(),
-            acknowledgements: Mutex::default(),
         }
     }
 
@@ -188,20 +186,6 @@ impl Shared {
         lock(&self.misuses)
     }
 
-    /// An answer came that `handler` did not give, though its policy let the request through unprotected.
-    pub(crate) fn distrust(&self, handler: &'static str, path: String) {
-        lock(&self.distrusted).insert(RouteName { handler, path });
-        self.has_distrusted.store(true, Ordering::Release);
-    }
-
-    pub(crate) fn distrusts(&self, handler: &'static str, extensions: &Extensions) -> bool {
-        self.has_distrusted.load(Ordering::Acquire)
-            && lock(&self.distrusted).contains(&RouteName {
-                handler,
-                path: matched_path(extensions).to_owned(),
-            })
-    }
-
     /// Says once per route that the scope overlooks a cookie.
     pub(crate) fn warn_of_cookie(&self, extensions: &Extensions) {
         let path = matched_path(extensions);
@@ -214,21 +198,6 @@ impl Shared {
                 "a request has a cookie but no `Authorization`, so all cookie sessions share their keys: set \
                  `Scope::cookie(\"<session cookie>\")` or `Scope::from_fn`"
             );
-        }
-    }
-
-    /// A fresh acknowledgement; used ones are used again, so that a request pays for its place in the extensions only.
-    pub(crate) fn acknowledgement(&self) -> Acknowledgement {
-        lock(&self.acknowledgements).pop().unwrap_or_default()
-    }
-
-    pub(crate) fn give_back(&self, acknowledgement: Acknowledgement) {
-        const KEPT: usize = 1024;
-        if let Some(acknowledgement) = acknowledgement.recycle() {
-            let mut kept = lock(&self.acknowledgements);
-            if kept.len() < KEPT {
-                kept.push(acknowledgement);
-            }
         }
     }
 }

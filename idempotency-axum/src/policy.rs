@@ -2,6 +2,7 @@
 
 use std::{borrow::Cow, time::Duration};
 
+use http::Method;
 use idempotency_core::{Scope, StoreOn};
 
 /// What a handler wants of the middleware: whether a key is required, and what differs from the layer's
@@ -37,6 +38,12 @@ pub(crate) enum Requirement {
     Exempt,
     Optional,
     Required,
+}
+
+/// Whether requests of `method` can use keys at all. Safe ones are repeated anyway, and what CONNECT opens is a tunnel: its 200 is
+/// no answer that could be replayed.
+pub(crate) fn can_use_keys(method: &Method) -> bool {
+    !method.is_safe() && method != Method::CONNECT
 }
 
 /// How a key protects, where it differs from the layer's configuration.

@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicU8, Ordering},
     },
 };
 
@@ -34,10 +34,12 @@ pub(crate) struct Conflict(pub(crate) Option<Record>);
 
 /// The handler is not one of ours, so nobody says when it is entered.
 const ENTRY_UNKNOWN: u8 = 0;
-const ENTRY_EXPECTED: u8 = 1;
-const ENTERED: u8 = 2;
-/// The handler was not asked: the layer applied another policy than its own.
-const REFUSED: u8 = 3;
+/// A handler with a combinator was called, and does not say whether its extractors are done: it counts as entered.
+const CALLED: u8 = 1;
+const ENTRY_EXPECTED: u8 = 2;
+const ENTERED: u8 = 3;
+/// Nothing may be recorded: the layer applied another policy than the handler's own.
+const REFUSED: u8 = 4;
 
 impl Protection {
     pub(crate) fn new(key: Key, encoded: EncodedKey, terms: Terms, conflict: Conflict) -> Self {
@@ -67,6 +69,10 @@ impl Protection {
         policy.requirement != Requirement::Exempt && self.0.terms == policy.terms
     }
 
+    pub(crate) fn call(&self) {
+        self.0.entry.fetch_max(CALLED, Ordering::Relaxed);
+    }
+
     pub(crate) fn expect_entry(&self) {
         self.0.entry.fetch_max(ENTRY_EXPECTED, Ordering::Relaxed);
     }
@@ -79,9 +85,14 @@ impl Protection {
         self.0.entry.store(REFUSED, Ordering::Relaxed);
     }
 
-    /// Whether the answer is our own 500 in the place of the handler's, which nothing may record.
+    /// Whether nothing may be recorded: the answer is our own 500, or that of a handler which wants no key.
     pub(crate) fn was_refused(&self) -> bool {
         self.0.entry.load(Ordering::Relaxed) == REFUSED
+    }
+
+    /// Whether a handler of ours was entered, as far as it says so.
+    pub(crate) fn was_entered(&self) -> bool {
+        matches!(self.0.entry.load(Ordering::Relaxed), CALLED | ENTERED)
     }
 
     /// Whether extractors answered for a handler that was never entered. The answer itself orders this after `enter`.
@@ -106,29 +117,6 @@ pub(crate) struct Decided;
 /// Request extension: a layer with a fixed policy has seen that there is no key, which optional handlers accept.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WithoutKey;
-
-/// Request extension: the layer let this request through because of what a handler announced, and waits for that handler to
-/// say that it is the one that answers.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Acknowledgement(Arc<AtomicBool>);
-
-impl Acknowledgement {
-    /// The handler that announced its policy is the one that answers.
-    pub(crate) fn give(&self) {
-        // The answer itself orders this before the layer's look.
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    pub(crate) fn was_given(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// Ready for the next request, if nobody holds a clone any more.
-    pub(crate) fn recycle(mut self) -> Option<Self> {
-        *Arc::get_mut(&mut self.0)? = AtomicBool::new(false);
-        Some(self)
-    }
-}
 
 /// The URI that the client sent: `nest` strips the prefix from the one that an inner layer sees.
 pub(crate) fn original_uri(parts: &Parts) -> &Uri {

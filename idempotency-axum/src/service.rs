@@ -2,14 +2,15 @@
 
 use std::{
     fmt,
+    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
 };
 
 use axum::{
     body::Body,
-    extract::Request,
+    extract::{MatchedPath, Request},
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
@@ -25,10 +26,10 @@ use crate::{
     detach::Detachable,
     discovery::{self, Suspended},
     future::ResponseFuture,
-    plan::{Applied, Plan, Shared},
-    policy::Requirement,
+    plan::{Applied, Plan, Shared, matched_path},
+    policy::{Requirement, can_use_keys},
     problem::Problem,
-    receipt::Receipt,
+    receipt::{Acknowledgement, Receipt},
     record::record,
     request::{
         Conflict, Decided, Protection, Unbuffered, WithoutKey, buffer, original_uri, path_and_query,
@@ -90,10 +91,12 @@ where
 {
     type Response = Response;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future, S::Error>;
+    type Future = ResponseFuture<S>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
+    /// Always ready. The inner service is asked once it is known that the request goes there, and after the key is claimed: a
+    /// replay or a refusal must not wait for a place among those that run.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
@@ -108,15 +111,13 @@ where
             }
             Plan::Apply(applied) => applied,
         };
-        if request.method().is_safe() {
+        if !can_use_keys(request.method()) {
             return self.pass(request);
         }
-        match applied.relies_on {
-            Some(handler) if self.shared.distrusts(handler, request.extensions()) => {
-                self.apply(&self.shared.default_applied(), request)
-            }
-            _ => self.apply(applied, request),
-        }
+        let Some(handler) = applied.relies_on else {
+            return self.apply(applied, request, None);
+        };
+        self.apply_announced(handler, &plan, applied, request)
     }
 }
 
@@ -128,8 +129,59 @@ where
     R: http_body::Body<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
-    fn pass(&mut self, request: Request) -> ResponseFuture<S::Future, S::Error> {
-        ResponseFuture::passed(self.inner.call(request), None)
+    /// Lets a request through as it is.
+    fn pass(&mut self, request: Request) -> ResponseFuture<S> {
+        self.call_when_ready(request, None)
+    }
+
+    /// Calls the inner service, at once if it is ready.
+    ///
+    /// A service on which nothing waits is ready when it is asked, so it is asked here, without anybody to wake, and called without
+    /// a clone: that of a route is an allocation. Any other goes with the request, with the place that it may have in a queue, and
+    /// is asked again by whoever polls the future; a clone of it takes the next request.
+    fn call_when_ready(&mut self, request: Request, receipt: Option<Receipt>) -> ResponseFuture<S> {
+        let asked = self
+            .inner
+            .poll_ready(&mut Context::from_waker(Waker::noop()));
+        if let Poll::Ready(Ok(())) = asked {
+            return ResponseFuture::called(self.inner.call(request), receipt);
+        }
+        let clone = self.inner.clone();
+        let inner = std::mem::replace(&mut self.inner, clone);
+        match asked {
+            Poll::Ready(Err(error)) => ResponseFuture::failed(error),
+            _ => ResponseFuture::waiting(inner, request, receipt),
+        }
+    }
+
+    /// Applies a policy that is more lenient than the mode's default because `handler` announced it: see
+    /// [`receipt`](crate::receipt).
+    fn apply_announced(
+        &mut self,
+        handler: &'static str,
+        plan: &Arc<Plan>,
+        applied: &Applied,
+        mut request: Request,
+    ) -> ResponseFuture<S> {
+        let path = matched_path(request.extensions());
+        let route = self.shared.routes.find(handler, path);
+        let method = request.method().clone();
+        if route.is_acknowledged(&method) {
+            return self.apply(applied, request, None);
+        }
+        let is_distrusted = route.is_distrusted(&method);
+        let acknowledgement = Acknowledgement::new(route, plan.clone(), request.extensions());
+        if is_distrusted {
+            let acknowledgement = acknowledgement.fallen_back();
+            request.extensions_mut().insert(acknowledgement);
+            return self.apply(&self.shared.default_applied(), request, None);
+        }
+        request.extensions_mut().insert(acknowledgement.clone());
+        self.apply(
+            applied,
+            request,
+            Some(Receipt::new(acknowledgement, method)),
+        )
     }
 
     /// Lets a request with an unsafe method through without protection.
@@ -137,27 +189,25 @@ where
         &mut self,
         applied: &Applied,
         mut request: Request,
-    ) -> ResponseFuture<S::Future, S::Error> {
+        receipt: Option<Receipt>,
+    ) -> ResponseFuture<S> {
         if applied.is_fixed && applied.policy.requirement == Requirement::Optional {
             request.extensions_mut().insert(WithoutKey);
         }
-        let receipt = applied.relies_on.map(|handler| {
-            let acknowledgement = self.shared.acknowledgement();
-            request.extensions_mut().insert(acknowledgement.clone());
-            Receipt::new(acknowledgement, handler, request.extensions(), &self.shared)
-        });
-        ResponseFuture::passed(self.inner.call(request), receipt)
+        self.call_when_ready(request, receipt)
     }
 
+    /// Applies a policy. `receipt` is for a request that it lets through unprotected.
     fn apply(
         &mut self,
         applied: &Applied,
         mut request: Request,
-    ) -> ResponseFuture<S::Future, S::Error> {
+        receipt: Option<Receipt>,
+    ) -> ResponseFuture<S> {
         let config = applied.engine.config();
         let policy = &applied.policy;
         if policy.requirement == Requirement::Exempt {
-            return self.pass_unprotected(applied, request);
+            return self.pass_unprotected(applied, request, receipt);
         }
         // A layer outside could not see this one and has taken the key already.
         if request.extensions().get::<Protection>().is_some() {
@@ -169,7 +219,7 @@ where
         }
         let key = match Key::from_headers(request.headers(), &config.header) {
             Ok(None) if policy.requirement == Requirement::Optional => {
-                return self.pass_unprotected(applied, request);
+                return self.pass_unprotected(applied, request, receipt);
             }
             Ok(None) => return self.refuse(Problem::new(Refusal::MissingKey, config)),
             Ok(Some(key)) => config.key_format.check(&key).map(|()| key),
@@ -189,9 +239,6 @@ where
             self.shared.warn_of_cookie(&parts.extensions);
         }
 
-        // The service that is ready goes with the request; its clone waits for the next one.
-        let clone = self.inner.clone();
-        let inner = std::mem::replace(&mut self.inner, clone);
         let progress = Progress::new();
         let exchange = Exchange {
             shared: self.shared.clone(),
@@ -200,16 +247,17 @@ where
             is_fixed: applied.is_fixed,
             key,
             owner,
+            is_routed: parts.extensions.get::<MatchedPath>().is_some(),
             progress: progress.clone(),
         };
         ResponseFuture::protected(Detachable::new(
-            exchange.run(inner, parts, body).boxed(),
+            exchange.run(self.inner.clone(), parts, body).boxed(),
             progress,
             applied.engine.clone(),
         ))
     }
 
-    fn refuse(&self, problem: Problem) -> ResponseFuture<S::Future, S::Error> {
+    fn refuse(&self, problem: Problem) -> ResponseFuture<S> {
         ResponseFuture::refused(refusal(&self.shared, problem))
     }
 }
@@ -231,11 +279,13 @@ struct Exchange {
     is_fixed: bool,
     key: Key,
     owner: Option<Vec<u8>>,
+    /// Whether a route matched, as far as this layer sees.
+    is_routed: bool,
     progress: Progress,
 }
 
 impl Exchange {
-    async fn run<S, R>(self, mut inner: S, parts: Parts, body: Body) -> Result<Response, S::Error>
+    async fn run<S, R>(self, inner: S, parts: Parts, body: Body) -> Result<Response, S::Error>
     where
         S: Service<Request, Response = http::Response<R>>,
         R: http_body::Body<Data = Bytes> + Send + 'static,
@@ -250,7 +300,7 @@ impl Exchange {
             Begun::Answered(response) => return Ok(response),
             Begun::Unprotected => {
                 let request = self.request(&encoded, Conflict::default(), parts, body);
-                let response = inner.call(request.into_inner()).await?;
+                let response = call(inner, request.into_inner()).await?;
                 return Ok(response.map(Body::new));
             }
         };
@@ -366,7 +416,7 @@ impl Exchange {
     /// Runs the handler and records what it answers.
     async fn execute<S, R>(
         self,
-        mut inner: S,
+        inner: S,
         run: Run,
         request: Protected,
     ) -> Result<Response, S::Error>
@@ -377,16 +427,21 @@ impl Exchange {
     {
         let protection = request.protection.clone();
         // A panic goes on to whoever catches it outside, once the run is ended.
-        let answered = AssertUnwindSafe(async { inner.call(request.into_inner()).await })
+        let answered = AssertUnwindSafe(call(inner, request.into_inner()))
             .catch_unwind()
             .await;
+        let status = match &answered {
+            Ok(Ok(response)) => response.status(),
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        // A user's function may say which statuses are stored, and panic. What the handler did must not be done again then.
+        let stores = catch_unwind(AssertUnwindSafe(|| self.stores(status, &protection)));
         let response = match answered {
             Ok(Ok(response)) => response.map(Body::new),
             failed => {
-                if self.stores(StatusCode::INTERNAL_SERVER_ERROR, &protection) {
-                    run.store_none(TombstoneReason::HandlerFailed).await;
-                } else {
-                    run.release().await;
+                match stores {
+                    Ok(false) => run.release().await,
+                    Ok(true) | Err(_) => run.store_none(TombstoneReason::HandlerFailed).await,
                 }
                 match failed {
                     Ok(result) => return result.map(|response| response.map(Body::new)),
@@ -394,16 +449,13 @@ impl Exchange {
                 }
             }
         };
-        // A user's function may say which statuses are stored, and panic.
-        let status = response.status();
-        match catch_unwind(AssertUnwindSafe(|| self.stores(status, &protection))) {
+        match stores {
             Ok(true) => Ok(record(run, response, &self.engine).await),
             Ok(false) => {
                 run.release().await;
                 Ok(response)
             }
             Err(panic) => {
-                // The handler is done: what it did must not be done again.
                 run.store_none(TombstoneReason::HandlerFailed).await;
                 resume_unwind(panic);
             }
@@ -429,9 +481,28 @@ impl Exchange {
         let store_on = self.store_on();
         status != StatusCode::SWITCHING_PROTOCOLS
             && !protection.was_refused()
+            && (protection.was_entered() || !self.is_of_the_router(status))
             && store_on.stores(status)
             && (store_on.stores_rejections() || !protection.was_rejected())
     }
+
+    /// Whether an answer of `status` may come from a router that has no handler for the request. Another release may have one.
+    fn is_of_the_router(&self, status: StatusCode) -> bool {
+        match status {
+            StatusCode::METHOD_NOT_ALLOWED => true,
+            StatusCode::NOT_FOUND => !self.is_routed,
+            _ => false,
+        }
+    }
+}
+
+/// Calls `inner` once it is ready.
+async fn call<S>(mut inner: S, request: Request) -> Result<S::Response, S::Error>
+where
+    S: Service<Request>,
+{
+    poll_fn(|cx| inner.poll_ready(cx)).await?;
+    inner.call(request).await
 }
 
 /// What came of asking the engine.

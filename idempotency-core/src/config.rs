@@ -134,7 +134,8 @@ impl Config {
 
     /// Like Stripe's API: a key belongs to one request only (400 for another path, method or body), the original status is
     /// replayed with `idempotent-replayed: true`, and every outcome is stored, 500 too, except 401, 403, 408, 425, 429 and
-    /// what extractors reject before the handler is entered.
+    /// what extractors reject before a handler with an attribute is entered. Any other handler counts as entered, so what its
+    /// extractors reject is stored too; see [`StoreOn::except_rejections`].
     pub fn stripe() -> Self {
         Self::ietf()
             .encoder(KeyOnlyEncoder)
@@ -159,7 +160,7 @@ impl Config {
         self
     }
 
-    /// The methods that use keys. Default: all except GET, HEAD, OPTIONS and TRACE, which never do, listed or not.
+    /// The methods that use keys. Default: all except GET, HEAD, OPTIONS, TRACE and CONNECT, which never do, listed or not.
     pub fn methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         self.methods = Some(methods.into_iter().collect());
         self
@@ -202,6 +203,8 @@ impl Config {
     }
 
     /// Which answers are recorded; after any other a retry runs again. Default: [`StoreOn::success`].
+    ///
+    /// The axum layer never records what a router answers in the place of a handler: a 405, and a 404 where no route matched.
     pub fn store_on(mut self, store_on: StoreOn) -> Self {
         self.store_on = store_on;
         self
@@ -323,7 +326,8 @@ impl Config {
     /// Whether requests of `method` use keys.
     #[must_use]
     pub fn checks(&self, method: &Method) -> bool {
-        if method.is_safe() {
+        // What CONNECT opens is a tunnel, also a WebSocket over HTTP/2: its 200 is no answer that could be replayed.
+        if method.is_safe() || method == Method::CONNECT {
             return false;
         }
         self.methods
@@ -425,9 +429,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn safe_methods_are_never_checked() {
-        let config = Config::default().methods([Method::GET, Method::POST]);
+    fn safe_methods_and_connect_are_never_checked() {
+        let config = Config::default().methods([Method::GET, Method::CONNECT, Method::POST]);
         assert!(!config.checks(&Method::GET));
+        assert!(!config.checks(&Method::CONNECT));
+        assert!(!Config::default().checks(&Method::CONNECT));
         assert!(config.checks(&Method::POST));
         assert!(!config.checks(&Method::PUT));
     }

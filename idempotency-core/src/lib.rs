@@ -26,8 +26,9 @@
 //!
 //! * **free → claimed.** Exactly one of any number of callers gets [`Decision::Execute`] with a [`Claim`]. The others wait up to
 //!   [`LockPolicy::timeout`], woken when the first is done, and are then refused.
-//! * **claimed.** A *keeper* task renews the claim for as long as the operation takes, so the lease bounds only how long a key
-//!   stays blocked after its process died. After [`LockPolicy::max_hold`] the key gets a tombstone.
+//! * **claimed.** A *keeper* task, on a thread of its own, renews the claim for as long as the operation takes, so the lease bounds only
+//!   how long a key stays blocked after its process died. After [`LockPolicy::max_hold`] the key gets a tombstone, which stays while
+//!   the operation runs and for the TTL after that.
 //! * **claimed → record.** [`Claim::complete`] stores the answer; every retry gets it. A **tombstone** says that the operation
 //!   ran but left no answer to replay: a retry is told so, and never runs.
 //! * **claimed → free.** [`Claim::release`]: what the operation answered is not kept, so a retry runs.
@@ -85,7 +86,7 @@ pub use self::{
         KeyEncoder, KeyOnlyEncoder, RequestView,
     },
     engine::{
-        Claim, Completion, Decision, Engine, ManualDecision, Progress, Refused, Replay, Turn,
+        Claim, Completion, Decision, Engine, ManualDecision, Progress, Ran, Refused, Replay, Turn,
     },
     env::{Env, Environment, Spawner},
     error::{BoxError, StorageError, StorageErrorKind},

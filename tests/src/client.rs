@@ -144,6 +144,11 @@ impl Call {
                 let task = tokio::spawn(async { drop(connection.await) });
                 let mut request = self.request.map(Full::new);
                 request.headers_mut().remove(header::HOST);
+                if request.method() == Method::CONNECT {
+                    // Without it there would be no path (RFC 8441).
+                    let websocket = hyper::ext::Protocol::from_static("websocket");
+                    request.extensions_mut().insert(websocket);
+                }
                 let mut uri = request.uri().clone().into_parts();
                 uri.scheme = Some(http::uri::Scheme::HTTP);
                 uri.authority = Some(self.address.to_string().parse()?);

@@ -10,10 +10,12 @@
 
 use std::{
     convert::Infallible,
+    panic::AssertUnwindSafe,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -24,21 +26,21 @@ use axum::{
     routing::post,
 };
 use bytes::Bytes;
-use futures_util::{StreamExt, future::BoxFuture, stream};
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream};
 use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use idempotency_axum::{
     Begin, Config, Decision, Engine, Entry, Env, Environment, Held, IdempotencyHandler,
     IdempotencyKey, IdempotencyLayer, KeyPolicy, LockPolicy, MemoryStorage, NewClaim, OnUnreadable,
-    Operation, Outcome, Record, Scope, SimulatedClock, Spawner, Storage, StoreOn, StoredResponse,
-    Token, TombstoneReason, WhenFull,
+    Operation, Outcome, Problem, Record, Refusal, Scope, SimulatedClock, Spawner, Storage, StoreOn,
+    StoredResponse, Token, TombstoneReason, WhenFull,
 };
 use idempotency_tests::{
     Answer, Events, Fault, FaultyStorage, Gate, Logs, PATIENCE, Runs, Server,
     node::{LEASE, idle, operation, pass, record},
 };
 use tokio::sync::Semaphore;
-use tower::{Service, ServiceExt};
+use tower::{Layer, Service, ServiceExt};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
 
@@ -613,6 +615,111 @@ async fn invariant_06_a_panic_counts_as_a_500() {
             assert_eq!(runs.count(), 2);
         }
         layer.drain().await;
+    }
+}
+
+/// What becomes of the first request; those after it are answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum First {
+    Answered,
+    Panics,
+    Fails,
+    NeverReady,
+}
+
+/// A service that is no handler, and counts its runs.
+#[derive(Clone)]
+struct Work {
+    first: First,
+    runs: Runs,
+}
+
+impl Service<Request<Body>> for Work {
+    type Response = Response;
+    type Error = &'static str;
+    type Future = BoxFuture<'static, Result<Response, &'static str>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+        if self.first == First::NeverReady && self.runs.count() == 0 {
+            self.runs.next();
+            return Poll::Ready(Err("not ready"));
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request<Body>) -> Self::Future {
+        let (first, run) = (self.first, self.runs.next());
+        Box::pin(async move {
+            match first {
+                First::Panics if run == 1 => panic!("injected: the handler"),
+                First::Fails if run == 1 => Err("failed"),
+                _ => Ok(format!("order {run}").into_response()),
+            }
+        })
+    }
+}
+
+/// Sends the same request twice to [`Work`]: what the first came to, in words, the answer to the retry, and the number of runs.
+async fn twice_to_work(first: First, store_on: StoreOn) -> (String, Response, usize) {
+    let runs = Runs::new();
+    let layer = IdempotencyLayer::enforce(MemoryStorage::new())
+        .config(Config::default().store_on(store_on))
+        .policy(KeyPolicy::required());
+    let service = layer.layer(Work {
+        first,
+        runs: runs.clone(),
+    });
+    let send = || {
+        let request = post_with("/orders", &[("idempotency-key", "k")], "");
+        AssertUnwindSafe(service.clone().oneshot(request)).catch_unwind()
+    };
+    let end = match send().await {
+        Ok(Ok(response)) => response.status().to_string(),
+        Ok(Err(error)) => error.to_owned(),
+        Err(panic) => panic.downcast_ref::<&str>().unwrap().to_string(),
+    };
+    let retry = send().await.expect("a retry does not panic");
+    let retry = retry.expect("a retry does not fail");
+    layer.drain().await;
+    (end, retry, runs.count())
+}
+
+#[tokio::test]
+async fn invariant_06_an_error_counts_as_a_500() {
+    for (first, end) in [
+        (First::Panics, "injected: the handler"),
+        (First::Fails, "failed"),
+        (First::NeverReady, "not ready"),
+    ] {
+        let (said, retry, runs) = twice_to_work(first, StoreOn::success()).await;
+        assert_eq!((&*said, retry.status(), runs), (end, StatusCode::OK, 2));
+        let (said, retry, runs) = twice_to_work(first, StoreOn::all()).await;
+        assert_eq!(
+            (&*said, retry.status(), runs),
+            (end, StatusCode::CONFLICT, 1)
+        );
+    }
+}
+
+/// Nobody says whether the outcome is to be stored, so it must not run again.
+#[tokio::test]
+async fn invariant_06_a_store_on_that_panics_leaves_a_tombstone() {
+    for (first, end) in [
+        (First::Answered, "injected: which are stored?"),
+        (First::Panics, "injected: the handler"),
+        (First::Fails, "failed"),
+        (First::NeverReady, "not ready"),
+    ] {
+        let store_on = StoreOn::from_fn(|_| panic!("injected: which are stored?"));
+        let (said, retry, runs) = twice_to_work(first, store_on).await;
+        assert_eq!(said, end);
+        assert_eq!(
+            (retry.status(), runs),
+            (StatusCode::CONFLICT, 1),
+            "{first:?}"
+        );
+        let problem = retry.extensions().get::<Problem>().expect("no replay");
+        assert_eq!(problem.refusal(), Refusal::NotReplayable);
     }
 }
 

@@ -1,8 +1,11 @@
 //! What a clone can hide from the layer, and the answer to it: closed, and said in the log with handler, policy and cure.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU16, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU16, Ordering},
+    },
+    task::{Context, Poll},
 };
 
 use axum::{
@@ -20,7 +23,7 @@ use idempotency_axum::{
     MemoryStorage, idempotency_exempt, idempotency_key,
 };
 use idempotency_tests::{Answer, Logs};
-use tower::{ServiceBuilder, buffer::BufferLayer};
+use tower::{Service, ServiceBuilder, buffer::BufferLayer};
 
 use self::layers_support::{ask, post, run};
 
@@ -489,9 +492,58 @@ mod route_service {
             (routing::post(run).delete(attributes::comment), "::comment"),
         ] {
             let app = Router::new().route_service("/order", methods);
-            trips(&app.layer(enforce()), "/order", announced).await;
+            let app = app.layer(enforce());
+            let delete = async || ask(&app, Method::DELETE, "/order", None).await.code();
+            assert_eq!(delete().await, 200);
+            trips(&app, "/order", announced).await;
+            assert_eq!(delete().await, 200, "it has answered");
         }
     }
+}
+
+/// A service that has a handler beside what answers.
+#[derive(Clone)]
+struct Beside<S, H> {
+    service: S,
+    _held: H,
+}
+
+impl<S: Service<Request>, H> Service<Request> for Beside<S, H> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.service.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request) -> S::Future {
+        self.service.call(request)
+    }
+}
+
+/// A router behind the wall has many routes, and one that answers does not speak for the others.
+#[tokio::test]
+async fn a_handler_behind_a_wall_vouches_for_no_other() {
+    let (logs, _guard) = Logs::install();
+    let service = |routes: Router| Beside {
+        service: routes,
+        _held: search.idempotency_exempt(),
+    };
+    let whole = Router::new().nest("/api", routes());
+    for app in [
+        Router::new().nest_service("/api", service(routes())),
+        Router::new().route_service("/{*path}", service(whole.clone())),
+        Router::new().fallback_service(service(whole)),
+    ] {
+        let app = app.layer(enforce());
+        assert_eq!(code(&app, "/api/exempt", None).await, 200);
+        assert_eq!(code(&app, "/api/plain", None).await, 400);
+        is_protected(&app, "/api/plain").await;
+        post(&app, "/api/exempt", Some("key")).await;
+        assert_eq!(code(&app, "/api/plain", None).await, 400);
+    }
+    assert_eq!(logs.with(&["ERROR", "default policy"]).len(), 3);
 }
 
 /// Something that a handler's clone clones too.
@@ -586,28 +638,126 @@ mod what_a_handler_holds {
     }
 }
 
-#[tokio::test]
-async fn an_error_of_a_middleware_in_between_is_no_other_handler_s_answer() {
-    let (logs, _guard) = Logs::install();
-    let status = Arc::new(AtomicU16::new(200));
-    let middleware = middleware::from_fn_with_state(status.clone(), answer_with);
-    let app = Router::new()
+/// Handlers that may run without a key, on the paths [`LENIENT`], behind a middleware that answers with `status` unless it is 200.
+fn behind_a_middleware(status: &Arc<AtomicU16>) -> Router {
+    Router::new()
         .route("/exempt", routing::post(search.idempotency_exempt()))
         .route(
             "/optional",
             routing::post(comment.idempotency_key(optional())),
         )
-        .layer(middleware)
-        .layer(enforce());
-    for refusal in [400, 401, 403, 429, 499, 500, 503, 599] {
-        status.store(refusal, Ordering::Relaxed);
-        assert_eq!(code(&app, "/exempt", None).await, refusal);
-        assert_eq!(code(&app, "/optional", None).await, refusal);
-        status.store(200, Ordering::Relaxed);
-        assert_eq!(code(&app, "/exempt", None).await, 200, "after {refusal}");
-        assert_eq!(code(&app, "/optional", None).await, 200, "after {refusal}");
+        .route("/attribute/exempt", routing::post(attributes::search))
+        .route("/attribute/optional", routing::post(attributes::comment))
+        .fallback(search.idempotency_exempt())
+        .layer(middleware::from_fn_with_state(status.clone(), answer_with))
+}
+
+const LENIENT: [&str; 5] = [
+    "/exempt",
+    "/optional",
+    "/attribute/exempt",
+    "/attribute/optional",
+    "/fallback",
+];
+
+#[tokio::test]
+async fn an_error_of_a_middleware_is_no_other_handler_s_answer() {
+    let (logs, _guard) = Logs::install();
+    for refusal in [303, 400, 401, 403, 429, 499, 500, 503, 599] {
+        let status = Arc::new(AtomicU16::new(refusal));
+        let app = behind_a_middleware(&status).layer(enforce());
+        for path in LENIENT {
+            status.store(refusal, Ordering::Relaxed);
+            assert_eq!(code(&app, path, None).await, refusal);
+            status.store(200, Ordering::Relaxed);
+            assert_eq!(code(&app, path, None).await, 200, "after {refusal}");
+        }
     }
     assert_eq!(logs.with(&["ERROR"]), [""; 0]);
+}
+
+#[tokio::test]
+async fn after_its_first_answer_a_middleware_turns_nothing_off() {
+    let (logs, _guard) = Logs::install();
+    let status = Arc::new(AtomicU16::new(200));
+    let app = behind_a_middleware(&status).layer(enforce());
+    for path in LENIENT {
+        assert_eq!(code(&app, path, None).await, 200, "{path}");
+        status.store(204, Ordering::Relaxed);
+        assert_eq!(code(&app, path, None).await, 204, "{path}");
+        status.store(200, Ordering::Relaxed);
+        assert_eq!(code(&app, path, None).await, 200, "{path}");
+    }
+    assert_eq!(logs.with(&["ERROR"]), [""; 0]);
+}
+
+/// An answer to a request with a key says as much about who answers.
+#[tokio::test]
+async fn an_answer_to_a_request_with_a_key_counts_too() {
+    let (logs, _guard) = Logs::install();
+    let status = Arc::new(AtomicU16::new(200));
+    let app = behind_a_middleware(&status).layer(enforce());
+    for path in ["/optional", "/attribute/optional"] {
+        is_protected(&app, path).await;
+        status.store(204, Ordering::Relaxed);
+        assert_eq!(code(&app, path, None).await, 204, "{path}");
+        status.store(200, Ordering::Relaxed);
+        assert_eq!(code(&app, path, None).await, 200, "{path}");
+    }
+    assert_eq!(logs.with(&["ERROR"]), [""; 0]);
+}
+
+#[tokio::test]
+async fn before_its_first_answer_a_middleware_makes_it_fall_back() {
+    let (logs, _guard) = Logs::install();
+    for (errors, path) in (1..).zip(LENIENT) {
+        let status = Arc::new(AtomicU16::new(204));
+        let app = behind_a_middleware(&status).layer(enforce());
+        for expected in [204, 400, 400] {
+            assert_eq!(code(&app, path, None).await, expected, "{path}");
+        }
+        let lines = logs.with(&["ERROR"]);
+        assert_eq!(lines.len(), errors, "said once");
+        for part in ["handler=", "method=POST", "cure=", "default policy"] {
+            assert!(lines[errors - 1].contains(part), "no {part:?} in {lines:?}");
+        }
+        if path != "/fallback" {
+            assert!(lines[errors - 1].contains(path), "{lines:?}");
+        }
+        // What comes with a key is let through, and the handler can show itself. An exempt one runs as always.
+        status.store(200, Ordering::Relaxed);
+        let first = post(&app, path, Some("key")).await;
+        assert_eq!(first.code(), 200, "{path}");
+        let retry = post(&app, path, Some("key")).await;
+        assert_eq!(retry.is_replay(), path.ends_with("optional"), "{path}");
+        assert_eq!(
+            first.text().ends_with("unprotected"),
+            !path.ends_with("optional")
+        );
+        assert_eq!(code(&app, path, None).await, 200, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_fall_back_is_of_one_method() {
+    let status = Arc::new(AtomicU16::new(204));
+    let methods = routing::post(attributes::search).put(attributes::search);
+    let app = Router::new()
+        .route("/search", methods)
+        .layer(middleware::from_fn_with_state(status.clone(), answer_with))
+        .layer(enforce());
+    assert_eq!(code(&app, "/search", None).await, 204);
+    status.store(200, Ordering::Relaxed);
+    assert_eq!(code(&app, "/search", None).await, 400);
+    for _ in 0..2 {
+        let put = ask(&app, Method::PUT, "/search", None).await;
+        assert_eq!(put.code(), 200);
+    }
+    assert_eq!(
+        code(&app, "/search", None).await,
+        400,
+        "of the other method"
+    );
 }
 
 /// Answers with the status in the state, or lets the request pass if it is 200.

@@ -851,6 +851,40 @@ mod concurrency {
         assert_eq!(runs.count(), 2);
     }
 
+    /// Below ours in one stack a replay, a refusal and a duplicate need no place, whoever has it.
+    #[tokio::test]
+    async fn inside_in_one_stack_what_does_not_run_needs_no_place() {
+        let (runs, gate, events) = (Runs::new(), Gate::new(), Events::new());
+        let lock = LockPolicy::default().timeout(Duration::ZERO);
+        let config = Config::ietf().lock(lock).observer(events.clone());
+        let layer = IdempotencyLayer::enforce(MemoryStorage::new()).config(config);
+        let stack = ServiceBuilder::new()
+            .layer(layer.clone())
+            .layer(GlobalConcurrencyLimitLayer::new(1));
+        let server = Server::start(gated(&runs, &gate).layer(stack)).await;
+        let call = |key: &str| server.post("/order").key(key);
+        gate.open(1);
+        assert_ran(&call("abc").send().await, 1);
+
+        let second = call("second").start();
+        gate.arrived(2).await;
+        let replay = call("abc").send().await;
+        assert_eq!((replay.text(), replay.is_replay()), ("order 1", true));
+        assert_refused(&call("abc").body("other").send().await, 422, "key-reused");
+        assert_refused(&call("second").send().await, 409, "in-flight");
+        assert_refused(&server.post("/order").send().await, 400, "missing-key");
+        assert_refused(&call("a,b").send().await, 400, "invalid-key");
+
+        // One that has to run waits with its key.
+        let third = call("third").start();
+        events.until("executing", 3).await;
+        assert_refused(&call("third").send().await, 409, "in-flight");
+        assert_eq!(runs.count(), 2);
+        gate.open(2);
+        assert_ran(&second.await.unwrap(), 2);
+        assert_ran(&third.await.unwrap(), 3);
+    }
+
     /// Who finds no place holds its key while it waits for one, and still runs if its client has left by then.
     #[tokio::test]
     async fn inside_without_shedding_an_operation_waits_with_its_key() {

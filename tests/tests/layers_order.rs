@@ -136,7 +136,12 @@ mod two_layers {
 
     #[tokio::test]
     async fn one_on_a_handler_with_a_policy_takes_the_key_once() {
-        for (inner, outer) in [(exempt(), enforce()), (enforce(), exempt())] {
+        let (logs, _guard) = Logs::install();
+        for (inner, outer) in [
+            (exempt(), enforce()),
+            (enforce(), exempt()),
+            (enforce(), enforce()),
+        ] {
             let optional = run.idempotency_key(KeyPolicy::required().optional());
             let exempt = run.idempotency_exempt();
             let app = Router::new()
@@ -154,6 +159,7 @@ mod two_layers {
             let records = [record(&inner, &first).await, record(&outer, &first).await];
             assert_eq!(records.iter().flatten().count(), 1);
         }
+        assert_eq!(logs.with(&["ERROR"]), [""; 0]);
     }
 
     #[tokio::test]
@@ -411,4 +417,226 @@ async fn what_must_finish_with_the_operation_goes_inside() {
     assert_eq!(begun.count(), 1);
     assert_eq!(committed.count(), 1, "though the client left");
     assert!(post(&app, "/order", Some("key")).await.is_replay());
+}
+
+/// The inner service is asked to be ready once it is known that the request goes there, and only then.
+mod readiness {
+    use std::{
+        convert::Infallible,
+        future::{Ready, ready},
+        task::{Context, Poll, Waker},
+    };
+
+    use futures_util::FutureExt;
+    use idempotency_axum::{Idempotency, LockPolicy, OnStorageError, Operation};
+    use idempotency_tests::{Fault, FaultyStorage};
+    use tower::{
+        Layer, Service, limit::GlobalConcurrencyLimitLayer, service_fn, util::BoxCloneService,
+    };
+
+    use super::*;
+
+    fn request(method: Method, key: Option<&str>) -> Request {
+        let mut request = Request::builder().method(method).uri("/order");
+        if let Some(key) = key {
+            request = request.header("idempotency-key", key);
+        }
+        request.body(Body::empty()).unwrap()
+    }
+
+    fn post_with(key: &str) -> Request {
+        request(Method::POST, Some(key))
+    }
+
+    /// Counts how often it is asked. An instance panics that is called without having said that it is ready, once for each call.
+    #[derive(Default)]
+    struct Strict {
+        asked: Runs,
+        is_ready: bool,
+    }
+
+    impl Clone for Strict {
+        fn clone(&self) -> Self {
+            Self {
+                asked: self.asked.clone(),
+                is_ready: false,
+            }
+        }
+    }
+
+    impl Service<Request> for Strict {
+        type Response = Response;
+        type Error = Infallible;
+        type Future = Ready<Result<Response, Infallible>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            self.asked.next();
+            self.is_ready = true;
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: Request) -> Self::Future {
+            assert!(std::mem::take(&mut self.is_ready), "it was not asked");
+            ready(Ok(Response::default()))
+        }
+    }
+
+    #[tokio::test]
+    async fn replays_and_refusals_do_not_ask() {
+        let strict = Strict::default();
+        let layer = enforce()
+            .config(Config::ietf())
+            .policy(KeyPolicy::required());
+        let mut service = layer.layer(strict.clone());
+        for _ in 0..2 {
+            for (request, status) in [
+                (post_with("abc"), StatusCode::OK),
+                (request(Method::POST, None), StatusCode::BAD_REQUEST),
+                (post_with("a,b"), StatusCode::BAD_REQUEST),
+                (
+                    post_with("abc").map(|_| Body::from("other")),
+                    StatusCode::UNPROCESSABLE_ENTITY,
+                ),
+            ] {
+                // As one connection's service, which is never cloned.
+                let service = ServiceExt::<Request>::ready(&mut service).await.unwrap();
+                assert_eq!(service.call(request).await.unwrap().status(), status);
+                assert_eq!(strict.asked.count(), 1);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_called_was_asked() {
+        let faulty = FaultyStorage::new(MemoryStorage::new());
+        let config = Config::default().on_storage_error(OnStorageError::RunUnprotected);
+        let layer = IdempotencyLayer::enforce(faulty.clone()).config(config);
+        let keyless =
+            [Method::GET, Method::CONNECT, Method::POST].map(|method| request(method, None));
+        let strict = Strict::default();
+        let optional = layer.clone().policy(KeyPolicy::required().optional());
+        let mut service = optional.layer(strict.clone());
+        for (asked, request) in
+            (1..).zip(keyless.into_iter().chain([post_with("a"), post_with("b")]))
+        {
+            if asked == 5 {
+                faulty.set(Operation::Begin, Fault::FailBefore);
+            }
+            let response = service.call(request).await.unwrap();
+            assert_eq!(response.status(), StatusCode::OK);
+            assert_eq!(strict.asked.count(), asked);
+        }
+    }
+
+    /// One place, and a handler that counts its runs and holds the place until the gate is opened.
+    fn one_at_a_time(
+        layer: IdempotencyLayer,
+        runs: &Runs,
+        gate: &Gate,
+    ) -> Idempotency<BoxCloneService<Request, Response, Infallible>> {
+        let (runs, gate) = (runs.clone(), gate.clone());
+        let handler = service_fn(move |_| {
+            let (run, gate) = (runs.next(), gate.clone());
+            async move {
+                gate.enter().await;
+                Ok(Response::new(Body::from(format!("order {run}"))))
+            }
+        });
+        let limited = GlobalConcurrencyLimitLayer::new(1).layer(handler);
+        layer.layer(BoxCloneService::new(limited))
+    }
+
+    fn poll<F: Future + Unpin>(future: &mut F) -> Option<F::Output> {
+        match future.poll_unpin(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(output) => Some(output),
+            Poll::Pending => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_passed_on_waits_for_its_place_in_turn() {
+        let (runs, gate) = (Runs::new(), Gate::new());
+        let layer = enforce().policy(KeyPolicy::exempt());
+        let mut service = one_at_a_time(layer, &runs, &gate);
+        let mut first = Box::pin(service.call(request(Method::POST, None)));
+        let mut second = Box::pin(service.call(request(Method::GET, None)));
+        let third = Box::pin(service.call(request(Method::POST, None)));
+        assert!(poll(&mut first).is_none() && poll(&mut second).is_none());
+        assert_eq!(runs.count(), 1, "the second one waits");
+        gate.open(3);
+        // Each gives its place back to the next one.
+        first.await.unwrap();
+        second.await.unwrap();
+        third.await.unwrap();
+        assert_eq!(runs.count(), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_operation_that_waits_for_its_place_holds_its_key() {
+        let (runs, gate, events) = (Runs::new(), Gate::new(), Events::new());
+        let lock = LockPolicy::default().timeout(Duration::ZERO);
+        let config = Config::default().lock(lock).observer(events.clone());
+        let layer = enforce().config(config).policy(KeyPolicy::required());
+        let service = one_at_a_time(layer.clone(), &runs, &gate);
+        let send = |key| service.clone().oneshot(post_with(key));
+        let first = tokio::spawn(send("first"));
+        gate.arrived(1).await;
+        let waiting = tokio::spawn(send("waiting"));
+        events.until("executing", 2).await;
+        assert_eq!(send("waiting").await.unwrap().status(), StatusCode::LOCKED);
+
+        // Its client leaves, and its lease would have ended ten times.
+        waiting.abort();
+        events.until("adopted", 1).await;
+        tokio::time::advance(Duration::from_secs(300)).await;
+        assert_eq!(send("waiting").await.unwrap().status(), StatusCode::LOCKED);
+        assert_eq!((runs.count(), layer.engine().running()), (1, 2));
+
+        gate.open(2);
+        first.await.unwrap().unwrap();
+        layer.drain().await;
+        let retry = send("waiting").await.unwrap();
+        assert_eq!(retry.headers()["idempotency-replayed"], "true");
+        assert_eq!(runs.count(), 2);
+    }
+
+    /// Says that it can't go on.
+    #[derive(Clone)]
+    struct Broken;
+
+    impl Service<Request> for Broken {
+        type Response = Response;
+        type Error = &'static str;
+        type Future = Ready<Result<Response, &'static str>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+            Poll::Ready(Err("broken"))
+        }
+
+        fn call(&mut self, _: Request) -> Self::Future {
+            panic!("it was not ready");
+        }
+    }
+
+    #[tokio::test]
+    async fn its_failure_is_passed_on_and_leaves_no_claim() {
+        let layer = enforce().policy(KeyPolicy::required());
+        let mut service = layer.layer(Broken);
+        assert!(poll_ready(&mut service).is_some_and(|ready| ready.is_ok()));
+        for request in [
+            request(Method::GET, None),
+            post_with("abc"),
+            post_with("abc"),
+        ] {
+            assert_eq!(service.call(request).await.unwrap_err(), "broken");
+            assert_eq!(layer.engine().running(), 0);
+        }
+    }
+
+    fn poll_ready<S: Service<Request>>(service: &mut S) -> Option<Result<(), S::Error>> {
+        match service.poll_ready(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(ready) => Some(ready),
+            Poll::Pending => None,
+        }
+    }
 }

@@ -8,7 +8,7 @@ use axum::{
 use idempotency_axum::{
     Config, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, MemoryStorage,
 };
-use idempotency_tests::{Logs, Runs, Server};
+use idempotency_tests::{Logs, Protocol, Runs, Server};
 
 fn enforce() -> IdempotencyLayer {
     IdempotencyLayer::enforce(MemoryStorage::new())
@@ -153,6 +153,57 @@ async fn safe_methods_are_exempt_without_a_layer() {
     let handler = runs.handler().idempotency_key(KeyPolicy::required());
     let router = Router::new().route("/orders", any(handler));
     assert_safe_methods_run(&Server::start(router).await, &runs).await;
+}
+
+/// `CONNECT /orders` as a WebSocket over HTTP/2 begins: it runs each time, whatever key it has.
+async fn assert_tunnels_open(router: Router, runs: &Runs) {
+    let server = Server::start(router).await;
+    for keys in [&[][..], &["abc"], &["abc"], &["\"invalid"], &["a", "b"]] {
+        let before = runs.count();
+        let call = server.call(Method::CONNECT, "/orders");
+        let call = keys.iter().fold(call, |call, key| call.key(key));
+        let answer = call.over(Protocol::Http2).send().await;
+        assert_eq!(
+            (answer.code(), answer.is_replay()),
+            (201, false),
+            "{keys:?}"
+        );
+        assert_eq!(runs.count(), before + 1, "{keys:?}");
+    }
+}
+
+#[tokio::test]
+async fn connect_never_uses_keys() {
+    let listed = Config::default().methods([Method::CONNECT, Method::POST]);
+    for layer in [
+        enforce(),
+        exempt(),
+        enforce().config(listed),
+        enforce().policy(KeyPolicy::required()),
+        exempt().policy(KeyPolicy::required().optional()),
+    ] {
+        let runs = Runs::new();
+        let router = Router::new().route("/orders", any(runs.handler()));
+        assert_tunnels_open(router.layer(layer), &runs).await;
+    }
+}
+
+#[tokio::test]
+async fn connect_never_uses_keys_whatever_the_handler_wants() {
+    for policy in [
+        KeyPolicy::required(),
+        KeyPolicy::required().optional(),
+        KeyPolicy::required().manual(),
+        KeyPolicy::exempt(),
+    ] {
+        for layer in [Some(enforce()), Some(exempt()), None] {
+            let runs = Runs::new();
+            let handler = runs.handler().idempotency_key(policy.clone());
+            let router = Router::new().route("/orders", any(handler));
+            let router = router.layer(tower::util::option_layer(layer));
+            assert_tunnels_open(router, &runs).await;
+        }
+    }
 }
 
 #[tokio::test]

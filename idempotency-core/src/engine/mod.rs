@@ -29,6 +29,7 @@ use crate::{
     StorageErrorKind,
 };
 
+mod call;
 mod claim;
 mod keeper;
 mod ledger;
@@ -38,6 +39,7 @@ mod turn;
 mod waiters;
 
 pub use self::{
+    call::Ran,
     claim::{Claim, Completion},
     turn::{ManualDecision, Turn},
 };

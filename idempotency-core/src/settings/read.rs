@@ -209,6 +209,10 @@ fn read_methods(field: &Field) -> Result<Vec<Method>> {
             let why = format_args!("{method} is safe to repeat and never uses keys; remove it");
             return Err(item.refused(why));
         }
+        if method == Method::CONNECT {
+            let why = format_args!("{method} opens a tunnel and never uses keys; remove it");
+            return Err(item.refused(why));
+        }
         methods.push(method);
     }
     match methods.is_empty() {

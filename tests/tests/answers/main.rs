@@ -43,6 +43,7 @@ mod problems;
 mod recording;
 mod refusals;
 mod rejections;
+mod routing;
 mod scopes;
 
 /// A column of the table.

@@ -408,6 +408,11 @@ async fn what_would_not_protect() {
             "never uses keys",
         ),
         (
+            json!({ "methods": ["POST", "CONNECT"] }),
+            "methods[1]",
+            "opens a tunnel and never uses keys",
+        ),
+        (
             json!({ "store_on": [] }),
             "store_on",
             "every retry would run again",
