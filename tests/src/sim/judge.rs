@@ -658,7 +658,7 @@ impl Judge {
                 Some(_) => it.is_first() || it.end() == Some(End::Answer),
             };
             let lasting = case.executions.iter().filter(left);
-            let pending = lasting.filter(|it| now <= it.over(self.2.ttl));
+            let pending = lasting.filter(|it| it.home == home && now <= it.over(self.2.ttl));
             let pending = pending.max_by_key(|it| it.ended.map(|(_, ended)| ended));
             // It may have expired since it was read.
             let recent = Duration::from_secs(10);
