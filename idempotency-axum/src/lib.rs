@@ -122,9 +122,10 @@
 //!
 //! # Scope
 //!
-//! The same key of two callers is two operations. By default the `Authorization` header says who calls; set
-//! [`Scope::cookie`] for session cookies, and best of all [`Scope::from_fn`] with the principal that your authentication layer
-//! found, which also survives a refreshed token.
+//! The same key of two callers is two operations. By default `Authorization`, `X-Api-Key`, `Api-Key` and `X-Auth-Token` say who
+//! calls, and a request that has a cookie and none of these is refused with 403. Set [`Scope::cookie`] for session cookies, and
+//! best of all [`Scope::from_fn`] with the principal that your authentication layer found, which also survives a refreshed token.
+//! A scope that finds no caller where it looks refuses too: see [`Scope`].
 //!
 //! # A client that leaves
 //!

@@ -1,7 +1,7 @@
 //! What is done with the requests of each route, and what all services of a layer share.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -13,7 +13,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::Extensions;
-use idempotency_core::{AnyStorage, Config, Engine, Mode};
+use idempotency_core::{AnyStorage, Config, Engine, Mode, UnknownCaller};
 
 use crate::{
     discovery::{Announced, Discovery},
@@ -47,7 +47,14 @@ pub(crate) struct Shared {
     has_layered: AtomicBool,
     misuses: Mutex<Vec<Misuse>>,
     pub(crate) routes: Routes,
-    cookie_warnings: Mutex<HashSet<String>>,
+    notices: Mutex<HashMap<Notice, HashSet<String>>>,
+}
+
+/// What is logged once per route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Notice {
+    UnknownCaller,
+    OverlookedCookie,
 }
 
 /// What is done with the requests of one route.
@@ -100,7 +107,7 @@ impl Shared {
             has_layered: AtomicBool::new(false),
             misuses: Mutex::default(),
             routes: Routes::default(),
-            cookie_warnings: Mutex::default(),
+            notices: Mutex::default(),
         }
     }
 
@@ -186,19 +193,37 @@ impl Shared {
         lock(&self.misuses)
     }
 
-    /// Says once per route that the scope overlooks a cookie.
+    /// Logs once per route that a request was refused because its scope found no caller, and the cure.
+    pub(crate) fn report_unknown_caller(&self, unknown: &UnknownCaller, extensions: &Extensions) {
+        self.once(Notice::UnknownCaller, extensions, |path| {
+            tracing::error!(target: "idempotency", path, "{unknown}; such requests are answered with 403");
+        });
+    }
+
+    /// Logs once per route that the default scope overlooks a cookie.
     pub(crate) fn warn_of_cookie(&self, extensions: &Extensions) {
-        let path = matched_path(extensions);
-        let mut warned = lock(&self.cookie_warnings);
-        if !warned.contains(path) {
-            warned.insert(path.to_owned());
+        self.once(Notice::OverlookedCookie, extensions, |path| {
             tracing::warn!(
                 target: "idempotency",
                 path,
-                "a request has a cookie but no `Authorization`, so all cookie sessions share their keys: set \
-                 `Scope::cookie(\"<session cookie>\")` or `Scope::from_fn`"
+                "a request has a cookie beside its `Authorization` or API key, and the default scope does not look at cookies: if \
+                 the cookie says who calls, set `Scope::cookie(\"<session cookie>\")` or `Scope::from_fn`; if no cookie does, set \
+                 `Scope::default().or_anonymous()`"
             );
+        });
+    }
+
+    fn once(&self, notice: Notice, extensions: &Extensions, log: impl FnOnce(&str)) {
+        let path = matched_path(extensions);
+        {
+            let mut notices = lock(&self.notices);
+            let paths = notices.entry(notice).or_default();
+            if paths.contains(path) {
+                return;
+            }
+            paths.insert(path.to_owned());
         }
+        log(path);
     }
 }
 

@@ -81,7 +81,8 @@ impl KeyPolicy {
         self
     }
 
-    /// How long records are kept. Default: [`Config::ttl`](crate::Config::ttl).
+    /// How long records are kept. Zero keeps none: a retry after the answer runs again. Default:
+    /// [`Config::ttl`](crate::Config::ttl).
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.terms.ttl = Some(ttl);
         self
@@ -131,7 +132,7 @@ impl KeyPolicy {
     /// Whose key it is. Default: [`Config::scope`](crate::Config::scope).
     ///
     /// For a route whose callers are known by something else than those of the others, say a webhook of a partner among the
-    /// routes of users. With [`Scope::required`](crate::Scope::required) a request of nobody is refused with 403:
+    /// routes of users. A request in which a header is not found is refused with 403:
     ///
     /// ```
     /// use axum::{Router, body::Body, http::{Request, StatusCode}, routing::post};
@@ -141,7 +142,7 @@ impl KeyPolicy {
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// // Set by the gateway, and by nobody else.
-    /// let policy = KeyPolicy::required().scope(Scope::header("x-partner").required());
+    /// let policy = KeyPolicy::required().scope(Scope::header("x-partner"));
     /// let app = Router::new()
     ///     .route("/webhooks", post((async || "taken").idempotency_key(policy)))
     ///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));

@@ -231,10 +231,14 @@ where
         };
         let (parts, body) = request.into_parts();
         let scope = policy.terms.scope.as_ref().unwrap_or(&config.scope);
-        let owner = scope.of(&parts);
-        if owner.is_none() && scope.is_required() {
-            return self.refuse(Problem::new(Refusal::ScopeRequired, config));
-        }
+        let owner = match scope.of(&parts) {
+            Ok(owner) => owner,
+            Err(unknown) => {
+                self.shared
+                    .report_unknown_caller(&unknown, &parts.extensions);
+                return self.refuse(Problem::new(Refusal::ScopeRequired, config));
+            }
+        };
         if scope.overlooks_cookie(&parts) {
             self.shared.warn_of_cookie(&parts.extensions);
         }

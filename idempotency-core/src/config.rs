@@ -12,7 +12,10 @@ use crate::{
 mod scope;
 mod store_on;
 
-pub use self::{scope::Scope, store_on::StoreOn};
+pub use self::{
+    scope::{Scope, UnknownCaller},
+    store_on::StoreOn,
+};
 
 /// Everything that can be set, with safe defaults.
 ///
@@ -178,7 +181,8 @@ impl Config {
         self
     }
 
-    /// Whose key it is: the same key of another caller is another operation. Default: [`Scope::authorization`].
+    /// Whose key it is: the same key of another caller is another operation. Default: [`Scope::default`], which is
+    /// `Authorization` and the usual headers of API keys, and refuses a request that has a cookie alone.
     pub fn scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
         self
@@ -211,6 +215,9 @@ impl Config {
     }
 
     /// How long a record is kept. Default: 24 hours.
+    ///
+    /// Zero keeps nothing: the operation still runs in one place at a time, but a retry after its answer runs it again. Settings
+    /// and attributes refuse zero.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = ttl;
         self
@@ -368,7 +375,7 @@ impl Default for Config {
             methods: None,
             key_format: KeyFormat::any(),
             encoder: Arc::new(BasicKeyEncoder),
-            scope: Scope::authorization(),
+            scope: Scope::default(),
             conflict_status: Some(StatusCode::CONFLICT),
             in_flight_status: StatusCode::LOCKED,
             mismatch_status: StatusCode::UNPROCESSABLE_ENTITY,

@@ -11,11 +11,22 @@ use http::{HeaderMap, Method};
 
 use crate::key::{EncodedKey, FieldHasher, Key, fmt_hex};
 
-const BASIC: &str = "idempotency/encoder/basic/1";
+mod multipart;
+
+const BASIC: Domain = Domain {
+    bytes: "idempotency/encoder/basic/1",
+    multipart: "idempotency/encoder/basic/1/multipart",
+};
 const FINGERPRINT_KEY: &str = "idempotency/encoder/fingerprint/1/key";
-const FINGERPRINT_PRINT: &str = "idempotency/encoder/fingerprint/1/fingerprint";
+const FINGERPRINT_PRINT: Domain = Domain {
+    bytes: "idempotency/encoder/fingerprint/1/fingerprint",
+    multipart: "idempotency/encoder/fingerprint/1/fingerprint/multipart",
+};
 const KEY_ONLY_KEY: &str = "idempotency/encoder/key-only/1/key";
-const KEY_ONLY_PRINT: &str = "idempotency/encoder/key-only/1/fingerprint";
+const KEY_ONLY_PRINT: Domain = Domain {
+    bytes: "idempotency/encoder/key-only/1/fingerprint",
+    multipart: "idempotency/encoder/key-only/1/fingerprint/multipart",
+};
 
 /// Decides which requests are the same operation.
 ///
@@ -30,8 +41,18 @@ const KEY_ONLY_PRINT: &str = "idempotency/encoder/key-only/1/fingerprint";
 /// | [`FingerprintKeyEncoder`] | runs | runs | runs | runs | refused |
 /// | [`KeyOnlyEncoder`] | runs | runs | refused | refused | refused |
 ///
-/// The scope is who calls, by default the `Authorization` header; with one in the storage key no
-/// caller can see the answer of another.
+/// The scope is who calls, see [`Scope`](crate::Scope); with one in the storage key no caller can
+/// see the answer of another.
+///
+/// # Multipart bodies
+///
+/// A client picks a new boundary for each attempt, so the boundary is no part of the operation. The
+/// encoders of this crate hash what lies between the delimiters (parts with their headers, preamble
+/// and epilogue) where `Content-Type` is `multipart/` of any kind and names one boundary, and the
+/// body has the line that closes it. Any other body counts byte by byte, and so does a multipart
+/// body inside a part: its boundary is content.
+///
+/// `Content-Type` itself, like all headers, is no part of the operation.
 ///
 /// # Writing one
 ///
@@ -203,11 +224,13 @@ pub struct BasicKeyEncoder;
 
 impl KeyEncoder for BasicKeyEncoder {
     fn encode(&self, key: &Key, request: &RequestView<'_>) -> Encoded {
-        let hash = FieldHasher::new(BASIC)
+        let content = Content::of(request.headers, request.body);
+        let hash = content
+            .hasher(&BASIC)
             .field(key.as_str().as_bytes())
             .field(request.method.as_str().as_bytes())
             .field(request.path_and_query.as_bytes())
-            .field(request.body)
+            .field(content.as_bytes())
             .optional(request.scope)
             .finish();
         Encoded {
@@ -256,7 +279,8 @@ impl FingerprintKeyEncoder {
     /// bodies, as one that reads integers into a struct does.
     ///
     /// A function that returns the body unchanged gives the same result as this encoder without
-    /// `fields`. The storage key is the same in any case.
+    /// `fields`. The storage key is the same in any case. Of a multipart body it sees all, and the
+    /// boundary of what it returns is left out as it is without `fields`.
     ///
     /// ```
     /// use std::borrow::Cow;
@@ -338,7 +362,11 @@ fn encode_fingerprint(key: &Key, request: &RequestView<'_>, printed: &[u8]) -> E
         .field(request.path_and_query.as_bytes())
         .optional(request.scope)
         .finish();
-    let print = FieldHasher::new(FINGERPRINT_PRINT).field(printed).finish();
+    let content = Content::of(request.headers, printed);
+    let print = content
+        .hasher(&FINGERPRINT_PRINT)
+        .field(content.as_bytes())
+        .finish();
     Encoded {
         key: EncodedKey::from_bytes(hash),
         fingerprint: Some(Fingerprint::from_bytes(print)),
@@ -377,14 +405,50 @@ impl KeyEncoder for KeyOnlyEncoder {
             .field(key.as_str().as_bytes())
             .optional(request.scope)
             .finish();
-        let print = FieldHasher::new(KEY_ONLY_PRINT)
+        let content = Content::of(request.headers, request.body);
+        let print = content
+            .hasher(&KEY_ONLY_PRINT)
             .field(request.method.as_str().as_bytes())
             .field(request.path_and_query.as_bytes())
-            .field(request.body)
+            .field(content.as_bytes())
             .finish();
         Encoded {
             key: EncodedKey::from_bytes(hash),
             fingerprint: Some(Fingerprint::from_bytes(print)),
+        }
+    }
+}
+
+/// What is hashed of a body.
+enum Content<'a> {
+    Bytes(&'a [u8]),
+    /// The digest of the pieces of a multipart body.
+    Multipart([u8; 32]),
+}
+
+/// The names of a hash, by the content in it: a body that is the digest of another one's pieces must
+/// not meet that other one.
+struct Domain {
+    bytes: &'static str,
+    multipart: &'static str,
+}
+
+impl<'a> Content<'a> {
+    fn of(headers: &HeaderMap, body: &'a [u8]) -> Self {
+        multipart::digest(headers, body).map_or(Self::Bytes(body), Self::Multipart)
+    }
+
+    fn hasher(&self, domain: &Domain) -> FieldHasher {
+        FieldHasher::new(match self {
+            Self::Bytes(_) => domain.bytes,
+            Self::Multipart(_) => domain.multipart,
+        })
+    }
+
+    fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Bytes(body) => body,
+            Self::Multipart(digest) => digest,
         }
     }
 }
@@ -567,6 +631,34 @@ mod tests {
             assert_ne!(
                 first.encode(&KeyOnlyEncoder),
                 second.encode(&KeyOnlyEncoder)
+            );
+        }
+    }
+
+    /// A body may be any bytes, also those that stand for a form in the hash.
+    #[test]
+    fn the_digest_of_a_form_is_another_body() {
+        let header = HeaderValue::from_static("multipart/form-data; boundary=b");
+        let headers = HeaderMap::from_iter([(http::header::CONTENT_TYPE, header)]);
+        let body = b"--b\r\n\r\nx\r\n--b--";
+        let form = RequestView {
+            method: &Method::POST,
+            path_and_query: "/",
+            headers: &headers,
+            body,
+            scope: None,
+        };
+        let digest = multipart::digest(&headers, body).unwrap();
+        let other = RequestView {
+            body: &digest,
+            ..form
+        };
+        let encoders: [&dyn KeyEncoder; 3] =
+            [&BasicKeyEncoder, &FingerprintKeyEncoder, &KeyOnlyEncoder];
+        for encoder in encoders {
+            assert_ne!(
+                encoder.encode(&key("k"), &form),
+                encoder.encode(&key("k"), &other)
             );
         }
     }

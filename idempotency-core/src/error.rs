@@ -33,7 +33,7 @@ pub enum StorageErrorKind {
     Timeout,
     /// What lies under the key is not a record that this version can read.
     Unreadable,
-    /// The storage is full and configured to refuse new keys.
+    /// The storage has no room, and does not evict records to make some. The source names the limit to raise.
     Full,
 }
 
@@ -65,7 +65,8 @@ impl StorageError {
         }
     }
 
-    /// The storage is full and configured to refuse new keys.
+    /// The storage has no room, and does not evict records to make some. [`new`](Self::new) with
+    /// [`StorageErrorKind::Full`] also says which limit to raise.
     #[must_use]
     pub fn full() -> Self {
         Self {
@@ -92,7 +93,7 @@ impl fmt::Display for StorageError {
                 "the record under this key can't be read; `Engine::remove` clears it, or its TTL will"
             }
             StorageErrorKind::Full => {
-                "the idempotency storage is full; raise its `max_bytes` or shorten the TTL"
+                "the idempotency storage has no room: give it more, or shorten the TTL"
             }
         })
     }

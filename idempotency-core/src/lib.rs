@@ -80,7 +80,7 @@ pub mod storage;
 pub use self::{
     budget::{Budget, Reservation},
     codec::{DecodeError, DecodeErrorKind},
-    config::{Config, OnStorageError, OnUnreadable, Scope, StoreOn},
+    config::{Config, OnStorageError, OnUnreadable, Scope, StoreOn, UnknownCaller},
     encoder::{
         BasicKeyEncoder, Encoded, Fingerprint, FingerprintFieldsEncoder, FingerprintKeyEncoder,
         KeyEncoder, KeyOnlyEncoder, RequestView,

@@ -34,7 +34,7 @@ impl Record {
         Self {
             fingerprint: self.fingerprint,
             outcome: Outcome::Tombstone(match self.outcome {
-                Outcome::Response(_) => TombstoneReason::ResponseTooLarge,
+                Outcome::Response(_) => TombstoneReason::NoRoom,
                 Outcome::Tombstone(reason) => reason,
             }),
         }

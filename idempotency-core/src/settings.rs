@@ -92,10 +92,10 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `header` | name of a header | `Idempotency-Key` | `HEADER` |
 /// | `methods` | list of unsafe methods | all | |
 /// | `key_format` | `any`, `uuid` | `any` | |
-/// | `scope` | `authorization`, `none`, `{ cookie = "…" }`, `{ header = "…" }`, with `required` perhaps | `authorization` | |
-/// | `scope_required` | whether a request without its scope is refused | false | |
+/// | `scope` | `default`, `authorization`, `none`, `{ cookie = "…" }`, `{ header = "…" }`, with `required` perhaps: see [`Scope`] | `default` | |
+/// | `scope_required` | whether a request in which the scope finds no caller is refused; if false, such requests share their keys | true for a cookie and a header; `default` refuses a cookie alone | |
 /// | `store_on` | see below | `success` | `STORAGE.STORE_ON_STATUSES` |
-/// | `ttl` | duration: how long a record is kept | 24 h | |
+/// | `ttl` | duration: how long a record is kept; not zero | 24 h | |
 /// | `lock.enable` | whether there are claims | true | `LOCK.ENABLE` |
 /// | `lock.timeout` | duration: how long a duplicate waits | 100 ms | `LOCK.TIMEOUT` |
 /// | `lock.ttl` | duration: the lease, at least 10 ms | 30 s | `LOCK.TTL` |

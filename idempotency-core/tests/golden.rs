@@ -14,7 +14,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use idempotency_core::{
     BasicKeyEncoder, EncodedKey, Fingerprint, FingerprintKeyEncoder, Key, KeyEncoder,
-    KeyOnlyEncoder, Outcome, Record, RequestView, StoredResponse, TombstoneReason,
+    KeyOnlyEncoder, Outcome, Record, RequestView, Scope, StoredResponse, TombstoneReason,
 };
 
 fn key(text: &'static str) -> Key {
@@ -119,6 +119,85 @@ fn key_only_encoder() {
         ),
     ]);
     assert_eq!(encode_three(&KeyOnlyEncoder), wanted);
+}
+
+/// The encoded form of one part, sent with this boundary.
+fn encode_form(encoder: &dyn KeyEncoder, boundary: &str) -> (String, Option<String>) {
+    let content_type = format!("multipart/form-data; boundary={boundary}");
+    let mut headers = HeaderMap::new();
+    headers.insert("content-type", content_type.parse().unwrap());
+    let body = format!(
+        "--{boundary}\r\nContent-Disposition: form-data; name=\"item\"\r\n\r\nbook\r\n--{boundary}--\r\n"
+    );
+    let view = RequestView {
+        method: &Method::POST,
+        path_and_query: "/orders?source=app",
+        headers: &headers,
+        body: body.as_bytes(),
+        scope: Some(b"Bearer alice"),
+    };
+    let encoded = encoder.encode(&key("8e03978e-40d5-43dd-bc93-6894a57f9324"), &view);
+    (
+        encoded.key.to_string(),
+        encoded.fingerprint.map(|print| print.to_string()),
+    )
+}
+
+#[test]
+fn multipart_bodies() {
+    let fields = FingerprintKeyEncoder.fields(|body| Cow::Borrowed(body));
+    let fingerprint = (
+        "0aa02fca961078bfd95b25c3b871a1e8280d2b5ed6de57bd7d307b6dde62d071",
+        Some("b2baba8642460a990823d7fa8cf3e9f143295b9461f5f24c8b211b6281ed5888"),
+    );
+    let basic = "224349fd423526a849d404a6f50d3478ce36e1e8771819e25f3d839a91093138";
+    let key_only = (
+        "5e6ed8e20d3beaf5039cc10cfc7a9dadc35cd64455be5e7eaf224a04c2f1d98e",
+        Some("27a8e6321937dcb958342def0df5225ea4d0df5415073ea6a84e7f0131a361b4"),
+    );
+    assert_form(&BasicKeyEncoder, (basic, None));
+    assert_form(&FingerprintKeyEncoder, fingerprint);
+    assert_form(&fields, fingerprint);
+    assert_form(&KeyOnlyEncoder, key_only);
+}
+
+/// Whatever its boundary is.
+#[track_caller]
+fn assert_form(encoder: &dyn KeyEncoder, (key, print): (&str, Option<&str>)) {
+    let wanted = (key.to_owned(), print.map(str::to_owned));
+    assert_eq!(encode_form(encoder, "A1"), wanted);
+    assert_eq!(encode_form(encoder, "B2"), wanted);
+}
+
+/// What the default scope makes of these headers.
+fn default_scope(headers: &[(&str, &str)]) -> Vec<u8> {
+    let mut request = http::Request::builder();
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let (parts, ()) = request.body(()).unwrap().into_parts();
+    Scope::default().of(&parts).unwrap().unwrap()
+}
+
+#[test]
+fn the_default_scope() {
+    let bearer = ("authorization", "Bearer alice");
+    assert_eq!(default_scope(&[bearer]), b"Bearer alice");
+    assert_eq!(
+        default_scope(&[bearer, ("authorization", "Basic eA==")]),
+        b"Bearer alice\0Basic eA=="
+    );
+    assert_eq!(default_scope(&[("x-api-key", "k")]), b"\nx-api-key:k");
+    assert_eq!(
+        default_scope(&[
+            ("x-auth-token", "t"),
+            ("api-key", "b"),
+            ("x-api-key", "a"),
+            bearer,
+            ("api-key", "c"),
+        ]),
+        b"Bearer alice\nx-api-key:a\napi-key:b\0c\nx-auth-token:t"
+    );
 }
 
 #[test]

@@ -133,6 +133,7 @@ enum Fault {
     CompleteNeedsAClaim,
     CompleteOverwrites,
     CompleteInTwoSteps,
+    CompleteKeepsTheFirstTtl,
     GetEndsClaims,
     KeysCollide,
     LeaseTooLong,
@@ -190,6 +191,10 @@ const FOUND: &[(Fault, &[&str])] = &[
         ],
     ),
     (Fault::CompleteInTwoSteps, &["dropped_calls_are_safe"]),
+    (
+        Fault::CompleteKeepsTheFirstTtl,
+        &["complete_repeated_restarts_the_ttl"],
+    ),
     (Fault::GetEndsClaims, &["get_changes_nothing"]),
     (Fault::KeysCollide, &["keys_are_independent"]),
     (
@@ -416,6 +421,11 @@ impl Storage for Faulty {
             }
             Fault::CompleteOverwrites => {
                 self.memory.remove(key).await?;
+            }
+            Fault::CompleteKeepsTheFirstTtl => {
+                if let Some(Entry::Completed(_)) = self.memory.get(key).await? {
+                    return Ok(Held::Yes);
+                }
             }
             Fault::CompleteInTwoSteps => {
                 let _ = self.memory.release(key, token).await?;

@@ -513,6 +513,11 @@ fn a_full_storage_refuses_new_keys_until_records_expire() {
         stored += 1;
     };
     assert_eq!(refused.kind(), StorageErrorKind::Full);
+    let cure = std::error::Error::source(&refused).unwrap().to_string();
+    assert!(
+        cure.contains("`max_bytes` of the `MemoryStorage`"),
+        "{cure}"
+    );
     assert_eq!(stored, 10);
     assert!(storage.weight() >= 100 << 10);
 

@@ -50,7 +50,7 @@ use proc_macro::TokenStream;
 /// |---|---|---|
 /// | `optional`, `optional = true`, `optional = false` | `false` | a request without a key runs unprotected, instead of being refused with 400 |
 /// | `cache_name = "orders"` | the storage that the layer was made with | the layer's cache of this name. `IdempotencyLayer::check` finds an unknown one at start-up |
-/// | `ttl = "24h"` | `Config::ttl` | how long records are kept: digits and one of `ms`, `s`, `m`, `h`, `d`; seconds without a unit. Not zero |
+/// | `ttl = "24h"` | `Config::ttl` | how long records are kept: digits and one of `ms`, `s`, `m`, `h`, `d`; seconds without a unit. Not zero, which would keep none |
 ///
 /// A parameter of type `ManualIdempotency`, also behind an alias or in an `Option`, makes the policy *manual*: the handler runs
 /// on a retry too, and answers it.

@@ -37,7 +37,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// A request without headers (but `Host`) and body.
+    /// A request without headers (but `Host`, which is `:authority` over HTTP/2) and body.
     ///
     /// # Panics
     ///
@@ -71,6 +71,17 @@ impl Call {
         let name = HeaderName::from_bytes(name.as_bytes()).expect("a header name");
         let value = HeaderValue::from_bytes(value.as_ref()).expect("a header value");
         self.request.headers_mut().append(name, value);
+        self
+    }
+
+    /// Asks this host, in place of the server's address.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it is not a header value.
+    pub fn host(mut self, host: &str) -> Self {
+        let host = HeaderValue::from_str(host).expect("a host");
+        self.request.headers_mut().insert(header::HOST, host);
         self
     }
 
@@ -143,15 +154,15 @@ impl Call {
                 let (mut sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
                 let task = tokio::spawn(async { drop(connection.await) });
                 let mut request = self.request.map(Full::new);
-                request.headers_mut().remove(header::HOST);
                 if request.method() == Method::CONNECT {
                     // Without it there would be no path (RFC 8441).
                     let websocket = hyper::ext::Protocol::from_static("websocket");
                     request.extensions_mut().insert(websocket);
                 }
+                let host = request.headers_mut().remove(header::HOST);
                 let mut uri = request.uri().clone().into_parts();
                 uri.scheme = Some(http::uri::Scheme::HTTP);
-                uri.authority = Some(self.address.to_string().parse()?);
+                uri.authority = Some(host.ok_or("no host")?.to_str()?.parse()?);
                 *request.uri_mut() = Uri::from_parts(uri)?;
                 let response = sender.send_request(request).await?;
                 Ok(Incoming::new(response, Connection::http2(task, sender)))

@@ -1,118 +1,265 @@
 //! Whose key it is.
 
-use std::{fmt, sync::Arc};
+use std::{error::Error, fmt, sync::Arc};
 
-use http::{HeaderMap, HeaderName, header, request::Parts};
+use http::{HeaderMap, HeaderName, header, request::Parts, uri::Authority};
 
 /// What in a request says whose key it is. The same key under another scope is another operation, so nobody is shown a
 /// stranger's answer.
 ///
 /// The scope enters the storage key hashed. It is not authentication: that belongs outside the middleware.
 ///
+/// # The default
+///
+/// [`Scope::default`] is every one of `Authorization`, `X-Api-Key`, `Api-Key` and `X-Auth-Token` that a request carries. Without
+/// any of them the caller is anonymous, and all anonymous callers share their keys. A request with a `Cookie` and none of them is
+/// refused: the cookie may be a session, and then its callers must not share their keys. A `Cookie` beside them is not looked
+/// at, which the middleware warns of once per route. To choose a scope answers both:
+///
+/// | who calls | scope |
+/// |---|---|
+/// | the principal that authentication found | [`Scope::from_fn`] |
+/// | whoever has the session cookie | [`Scope::cookie`] |
+/// | whoever has the header; a cookie means nothing | [`Scope::authorization`], [`Scope::header`], or `Scope::default().or_anonymous()` |
+/// | one and the same caller | [`Scope::none`] |
+///
+/// # A caller that is not found
+///
+/// [`Scope::header`], [`Scope::cookie`] and [`Scope::from_fn`] refuse a request in which they find no caller. If they did not,
+/// all such requests would be those of one anonymous caller, and one client would get the answer of another. With authentication
+/// inside the middleware by mistake, that is every request. [`or_anonymous`](Self::or_anonymous) lets them share their keys all
+/// the same; [`required`](Self::required) makes the other scopes refuse too.
+///
 /// ```
 /// use http::Request;
 /// use idempotency_core::Scope;
 ///
 /// let (parts, ()) = Request::builder().header("cookie", "a=1; session=alice").body(())?.into_parts();
-/// assert_eq!(Scope::cookie("session").of(&parts).as_deref(), Some(&b"alice"[..]));
-/// assert_eq!(Scope::authorization().of(&parts), None);
+/// assert_eq!(Scope::cookie("session").of(&parts), Ok(Some(b"alice".to_vec())));
+/// assert!(Scope::header("x-tenant").of(&parts).is_err());
+/// assert_eq!(Scope::header("x-tenant").or_anonymous().of(&parts), Ok(None));
+/// assert!(Scope::default().of(&parts).is_err());
+/// # Ok::<_, http::Error>(())
+/// ```
+///
+/// # A token that is refreshed
+///
+/// To all scopes that look at a credential, a caller with a new token, or a newly signed one, is another caller: a retry with it
+/// runs again. The id of the principal survives a new token. Let authentication, outside of the middleware, leave it in the
+/// request's extensions:
+///
+/// ```
+/// use http::{Request, request::Parts};
+/// use idempotency_core::Scope;
+///
+/// /// What the authentication layer inserts, whatever token it found it in.
+/// #[derive(Clone)]
+/// struct Principal {
+///     id: u64,
+/// }
+///
+/// fn principal(request: &Parts) -> Option<Vec<u8>> {
+///     let principal: &Principal = request.extensions.get()?;
+///     Some(principal.id.to_be_bytes().to_vec())
+/// }
+///
+/// let scope = Scope::from_fn(principal);
+/// let request = |token| Request::builder().header("authorization", token).extension(Principal { id: 7 }).body(());
+/// let (first, ()) = request("Bearer old")?.into_parts();
+/// let (retry, ()) = request("Bearer new")?.into_parts();
+/// assert_eq!(scope.of(&first), scope.of(&retry));
+/// assert_ne!(Scope::default().of(&first), Scope::default().of(&retry));
 /// # Ok::<_, http::Error>(())
 /// ```
 #[derive(Clone)]
 #[must_use]
 pub struct Scope {
     source: Source,
-    required: bool,
+    unknown: Unknown,
 }
 
 type ScopeFn = dyn Fn(&Parts) -> Option<Vec<u8>> + Send + Sync;
 
 #[derive(Clone)]
 enum Source {
+    Credentials,
     Authorization,
     Cookie(Arc<str>),
     Header(HeaderName),
+    /// The header `Host`, and what takes its place.
+    Authority,
     None,
     Fn(Arc<ScopeFn>),
 }
 
+/// What becomes of a request in which no caller is found.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    Refused,
+    /// Refused if it has a cookie, else anonymous.
+    RefusedWithCookie,
+    Anonymous,
+}
+
+/// Besides `Authorization`: what API keys are sent in.
+static API_KEYS: [HeaderName; 3] = [
+    HeaderName::from_static("x-api-key"),
+    HeaderName::from_static("api-key"),
+    HeaderName::from_static("x-auth-token"),
+];
+
 impl Scope {
-    /// The `Authorization` header: the default. A caller who refreshes the token is another caller; `from_fn` with the
-    /// principal's id cures that.
+    /// The `Authorization` header; a request without it is anonymous, whatever else it carries.
     pub fn authorization() -> Self {
-        Self::new(Source::Authorization)
+        Self::new(Source::Authorization, Unknown::Anonymous)
     }
 
-    /// The value of the cookie `name`.
+    /// The value of the cookie `name`; a request without it is refused.
     pub fn cookie(name: impl AsRef<str>) -> Self {
-        Self::new(Source::Cookie(name.as_ref().into()))
+        Self::new(Source::Cookie(name.as_ref().into()), Unknown::Refused)
     }
 
-    /// The value of the header `name`. Only for a header that clients can't set themselves, say one that a gateway sets.
+    /// The value of the header `name`; a request without it is refused. Only for a header that clients can't set themselves, say
+    /// one that a gateway sets.
+    ///
+    /// `Host` is the authority of the request, also over HTTP/2, where that is `:authority`: in lower case, and without user
+    /// information and the ports 80 and 443.
     ///
     /// # Panics
     ///
     /// Panics if `name` is not a header name.
     pub fn header(name: impl AsRef<str>) -> Self {
         let name = name.as_ref();
-        match HeaderName::from_bytes(name.as_bytes()) {
-            Ok(name) => Self::new(Source::Header(name)),
+        let source = match HeaderName::from_bytes(name.as_bytes()) {
+            Ok(header::HOST) => Source::Authority,
+            Ok(name) => Source::Header(name),
             Err(_) => panic!("`Scope::header`: {name:?} is not a header name"),
-        }
+        };
+        Self::new(source, Unknown::Refused)
     }
 
     /// Nobody's: every caller shares the keys. For services with one caller.
     pub fn none() -> Self {
-        Self::new(Source::None)
+        Self::new(Source::None, Unknown::Anonymous)
     }
 
-    /// What `scope` takes from a request: the id of the principal that an authentication layer outside left in the request's
-    /// extensions is the best scope there is.
+    /// What `scope` takes from a request; one of which it makes `None` or nothing is refused. The id of the principal that an
+    /// authentication layer outside left in the request's extensions is the best scope there is.
     pub fn from_fn(scope: impl Fn(&Parts) -> Option<Vec<u8>> + Send + Sync + 'static) -> Self {
-        Self::new(Source::Fn(Arc::new(scope)))
+        Self::new(Source::Fn(Arc::new(scope)), Unknown::Refused)
     }
 
-    /// Refuses a request that has none with 403.
+    /// Refuses a request in which no caller is found, with 403. The last of this and [`or_anonymous`](Self::or_anonymous)
+    /// counts.
     pub fn required(mut self) -> Self {
-        self.required = true;
+        self.unknown = Unknown::Refused;
         self
     }
 
-    /// Whether a request without it is refused.
-    #[must_use]
-    pub fn is_required(&self) -> bool {
-        self.required
+    /// Takes all requests in which no caller is found for those of one anonymous caller: they share their keys, and get each
+    /// other's answers. For a service that is public, or whose callers without a credential are one. The last of this and
+    /// [`required`](Self::required) counts.
+    ///
+    /// On the default scope it says that cookies tell nothing about the caller: a cookie alone is not refused any more, and
+    /// one beside a credential not warned of.
+    pub fn or_anonymous(mut self) -> Self {
+        self.unknown = Unknown::Anonymous;
+        self
     }
 
-    /// The scope of a request; what is empty counts as absent.
-    #[must_use]
-    pub fn of(&self, request: &Parts) -> Option<Vec<u8>> {
-        let scope = match &self.source {
-            Source::Authorization => {
-                joined(header_values(&request.headers, &header::AUTHORIZATION))
-            }
-            Source::Cookie(name) => joined(cookie_values(&request.headers, name)),
-            Source::Header(name) => joined(header_values(&request.headers, name)),
+    /// The scope of a request, `None` if the caller is anonymous. What is empty counts as absent.
+    ///
+    /// # Errors
+    ///
+    /// If the request must be refused, because it does not say who calls.
+    pub fn of(&self, request: &Parts) -> Result<Option<Vec<u8>>, UnknownCaller> {
+        let headers = &request.headers;
+        let found = match &self.source {
+            Source::Credentials => Some(credentials(headers)),
+            Source::Authorization => joined(header_values(headers, &header::AUTHORIZATION)),
+            Source::Cookie(name) => joined(cookie_values(headers, name)),
+            Source::Header(name) => joined(header_values(headers, name)),
+            Source::Authority => authority(request),
             Source::None => None,
             Source::Fn(scope) => scope(request),
         };
-        scope.filter(|scope| !scope.is_empty())
+        let found = found.filter(|scope| !scope.is_empty());
+        let is_refused = found.is_none()
+            && match self.unknown {
+                Unknown::Refused => true,
+                Unknown::RefusedWithCookie => has_cookie(headers),
+                Unknown::Anonymous => false,
+            };
+        if is_refused {
+            return Err(UnknownCaller {
+                scope: self.clone(),
+            });
+        }
+        Ok(found)
     }
 
-    /// Whether `request` carries a session cookie that this scope does not look at, so that all sessions share their keys.
+    /// Whether `request`, which is not refused, carries a cookie that the default scope does not look at: if it is a session,
+    /// sessions with the same credential share their keys. Never of a scope that was chosen.
     #[must_use]
     pub fn overlooks_cookie(&self, request: &Parts) -> bool {
-        matches!(self.source, Source::Authorization)
-            && request.headers.contains_key(header::COOKIE)
-            && !request.headers.contains_key(header::AUTHORIZATION)
+        matches!(self.source, Source::Credentials)
+            && self.unknown != Unknown::Anonymous
+            && has_cookie(&request.headers)
     }
 
-    fn new(source: Source) -> Self {
-        Self {
-            source,
-            required: false,
+    fn new(source: Source, unknown: Unknown) -> Self {
+        Self { source, unknown }
+    }
+}
+
+/// All credentials of a request. No two requests with other ones have the same: a zero byte separates values and a line feed
+/// headers, and no header holds either. `Authorization` alone is as [`Scope::authorization`] has it.
+fn credentials(headers: &HeaderMap) -> Vec<u8> {
+    let mut all = joined(header_values(headers, &header::AUTHORIZATION)).unwrap_or_default();
+    for name in &API_KEYS {
+        let values = joined(header_values(headers, name)).filter(|values| !values.is_empty());
+        if let Some(values) = values {
+            all.push(b'\n');
+            all.extend_from_slice(name.as_str().as_bytes());
+            all.push(b':');
+            all.extend_from_slice(&values);
         }
     }
+    all
+}
+
+/// Whom the request is for. RFC 9112 section 3.2.2 and RFC 9113 section 8.3.1: the authority of the target, and `Host` only where
+/// the target has none. `None` also if it can't be read, or there are several of it.
+fn authority(request: &Parts) -> Option<Vec<u8>> {
+    let from_host;
+    let authority = match request.uri.authority() {
+        Some(authority) => authority,
+        None => {
+            let mut hosts = header_values(&request.headers, &header::HOST);
+            let (host, None) = (hosts.next()?, hosts.next()) else {
+                return None;
+            };
+            from_host = Authority::try_from(host).ok()?;
+            &from_host
+        }
+    };
+    let text = authority.as_str();
+    let host_and_port = text.rsplit_once('@').map_or(text, |(_, rest)| rest);
+    let host = authority.host();
+    let port = match host_and_port.strip_prefix(host)? {
+        "" | ":" => None,
+        port => Some(port.strip_prefix(':')?.parse::<u16>().ok()?),
+    };
+    let host = host.to_ascii_lowercase();
+    match port {
+        _ if host.is_empty() => None,
+        None | Some(80 | 443) => Some(host.into_bytes()),
+        Some(port) => Some(format!("{host}:{port}").into_bytes()),
+    }
+}
+
+fn has_cookie(headers: &HeaderMap) -> bool {
+    header_values(headers, &header::COOKIE).any(|value| !value.trim_ascii().is_empty())
 }
 
 fn header_values<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a [u8]> {
@@ -143,8 +290,9 @@ fn joined<'a>(mut values: impl Iterator<Item = &'a [u8]>) -> Option<Vec<u8>> {
 }
 
 impl Default for Scope {
+    /// The credentials of a request, see [`Scope`](Scope#the-default).
     fn default() -> Self {
-        Self::authorization()
+        Self::new(Source::Credentials, Unknown::RefusedWithCookie)
     }
 }
 
@@ -152,31 +300,73 @@ impl Default for Scope {
 impl PartialEq for Scope {
     fn eq(&self, other: &Self) -> bool {
         let same_source = match (&self.source, &other.source) {
-            (Source::Authorization, Source::Authorization) | (Source::None, Source::None) => true,
+            (Source::Credentials, Source::Credentials)
+            | (Source::Authorization, Source::Authorization)
+            | (Source::Authority, Source::Authority)
+            | (Source::None, Source::None) => true,
             (Source::Cookie(a), Source::Cookie(b)) => a == b,
             (Source::Header(a), Source::Header(b)) => a == b,
             (Source::Fn(a), Source::Fn(b)) => Arc::ptr_eq(a, b),
             _ => false,
         };
-        same_source && self.required == other.required
+        same_source && self.unknown == other.unknown
     }
 }
 
 impl fmt::Debug for Scope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.source {
+            Source::Credentials => f.write_str("authorization or API key"),
             Source::Authorization => f.write_str("authorization"),
             Source::Cookie(name) => write!(f, "cookie {name:?}"),
-            Source::Header(name) => write!(f, "header {name:?}"),
+            Source::Header(name) => write!(f, "header {:?}", name.as_str()),
+            Source::Authority => f.write_str("header \"host\""),
             Source::None => f.write_str("none"),
             Source::Fn(_) => f.write_str("fn"),
         }?;
-        if self.required {
-            f.write_str(", required")?;
-        }
-        Ok(())
+        f.write_str(match self.unknown {
+            Unknown::Refused => ", required",
+            Unknown::RefusedWithCookie => ", required with a cookie",
+            Unknown::Anonymous => "",
+        })
     }
 }
+
+/// A request must be refused, since its [`Scope`] finds nobody who calls. It displays the scope and the cure, for the log.
+#[derive(Clone, Debug, PartialEq)]
+pub struct UnknownCaller {
+    scope: Scope,
+}
+
+impl fmt::Display for UnknownCaller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.scope.unknown == Unknown::RefusedWithCookie {
+            return f.write_str(
+                "a request has a cookie, and no credential that the default scope looks at (`Authorization`, `X-Api-Key`, \
+                 `Api-Key`, `X-Auth-Token`): if the cookie says who calls, set `Scope::cookie(\"<session cookie>\")`, or \
+                 `Scope::from_fn` with the principal that authentication found; if no cookie does, set \
+                 `Scope::default().or_anonymous()`",
+            );
+        }
+        let source = match &self.scope.source {
+            Source::Credentials => "`Scope::default()`".to_owned(),
+            Source::Authorization => "`Scope::authorization()`".to_owned(),
+            Source::Cookie(name) => format!("`Scope::cookie({name:?})`"),
+            Source::Header(name) => format!("`Scope::header({:?})`", name.as_str()),
+            Source::Authority => "`Scope::header(\"host\")`".to_owned(),
+            Source::None => "`Scope::none()`".to_owned(),
+            Source::Fn(_) => "`Scope::from_fn(…)`".to_owned(),
+        };
+        write!(
+            f,
+            "{source} finds no caller in a request: what says who calls, such as authentication, must stand outside of the \
+             idempotency layer; if all callers that are not found may share their keys and answers, add `.or_anonymous()` to \
+             the scope"
+        )
+    }
+}
+
+impl Error for UnknownCaller {}
 
 #[cfg(test)]
 mod tests {
@@ -185,32 +375,173 @@ mod tests {
     use super::*;
 
     fn parts(headers: &[(&str, &str)]) -> Parts {
-        let mut request = Request::builder();
+        asked("/", headers)
+    }
+
+    fn asked(uri: &str, headers: &[(&str, &str)]) -> Parts {
+        let mut request = Request::builder().uri(uri);
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
         request.body(()).unwrap().into_parts().0
     }
 
+    #[track_caller]
+    fn found(scope: &Scope, request: &Parts) -> Vec<u8> {
+        scope.of(request).unwrap().unwrap()
+    }
+
     #[test]
     fn a_cookie_is_found_by_its_whole_name() {
         let request = parts(&[("cookie", "xsession=eve; session=alice ; session2=bob")]);
-        assert_eq!(Scope::cookie("session").of(&request).unwrap(), b"alice");
-        assert_eq!(Scope::cookie("sess").of(&request), None);
+        assert_eq!(found(&Scope::cookie("session"), &request), b"alice");
+        assert!(Scope::cookie("sess").of(&request).is_err());
     }
 
     #[test]
     fn two_values_are_another_scope_than_either() {
         let request = parts(&[("cookie", "session=alice"), ("cookie", "session=bob")]);
-        assert_eq!(
-            Scope::cookie("session").of(&request).unwrap(),
-            b"alice\0bob"
-        );
+        assert_eq!(found(&Scope::cookie("session"), &request), b"alice\0bob");
     }
 
     #[test]
     fn what_is_empty_is_absent() {
-        let request = parts(&[("authorization", "")]);
-        assert_eq!(Scope::authorization().of(&request), None);
+        let request = parts(&[("authorization", ""), ("x-api-key", ""), ("cookie", " ")]);
+        assert_eq!(Scope::authorization().of(&request), Ok(None));
+        assert_eq!(Scope::default().of(&request), Ok(None));
+        assert!(Scope::header("x-api-key").of(&request).is_err());
+        assert!(Scope::from_fn(|_| Some(Vec::new())).of(&request).is_err());
+    }
+
+    #[test]
+    fn the_last_of_required_and_or_anonymous_counts() {
+        let nobody = parts(&[]);
+        for scope in [
+            Scope::default(),
+            Scope::authorization(),
+            Scope::cookie("session"),
+            Scope::header("x-tenant"),
+            Scope::header("host"),
+            Scope::none(),
+            Scope::from_fn(|_| None),
+        ] {
+            let required = scope.clone().or_anonymous().required();
+            assert!(required.of(&nobody).is_err(), "{required:?}");
+            assert_eq!(required, scope.clone().required());
+            let anonymous = scope.clone().required().or_anonymous();
+            assert_eq!(anonymous.of(&nobody), Ok(None), "{anonymous:?}");
+            assert_eq!(anonymous, scope.or_anonymous());
+        }
+    }
+
+    #[test]
+    fn the_default_tells_all_sets_of_credentials_apart() {
+        let mut scopes = Vec::new();
+        let requests: [&[(&str, &str)]; 14] = [
+            &[("authorization", "a")],
+            &[("x-api-key", "a")],
+            &[("api-key", "a")],
+            &[("x-auth-token", "a")],
+            &[("authorization", "a"), ("x-api-key", "b")],
+            &[("authorization", "b"), ("x-api-key", "a")],
+            &[("authorization", "a"), ("api-key", "b")],
+            &[("x-api-key", "a"), ("api-key", "b")],
+            &[("x-api-key", "a"), ("x-auth-token", "b")],
+            &[("x-api-key", "a"), ("x-api-key", "b")],
+            &[("authorization", "a"), ("authorization", "b")],
+            &[("authorization", "ax-api-key:b")],
+            &[("authorization", "x-api-key:a")],
+            &[("x-api-key", "aapi-key:b")],
+        ];
+        for request in requests {
+            scopes.push(found(&Scope::default(), &parts(request)));
+        }
+        let all = scopes.len();
+        scopes.sort();
+        scopes.dedup();
+        assert_eq!(scopes.len(), all);
+    }
+
+    #[test]
+    fn the_default_takes_no_cookie_for_a_caller() {
+        let alone = parts(&[("cookie", "session=alice")]);
+        assert!(Scope::default().of(&alone).is_err());
+        assert_eq!(Scope::default().or_anonymous().of(&alone), Ok(None));
+        assert_eq!(Scope::authorization().of(&alone), Ok(None));
+        let beside = parts(&[("cookie", "session=alice"), ("api-key", "a")]);
+        assert!(Scope::default().overlooks_cookie(&beside));
+        assert!(Scope::default().required().overlooks_cookie(&beside));
+        assert!(!Scope::default().or_anonymous().overlooks_cookie(&beside));
+        assert!(!Scope::header("api-key").overlooks_cookie(&beside));
+        assert!(!Scope::authorization().overlooks_cookie(&beside));
+        let without = parts(&[("api-key", "a")]);
+        assert!(!Scope::default().overlooks_cookie(&without));
+    }
+
+    #[test]
+    fn the_authority_is_the_target_or_the_host() {
+        let scope = Scope::header("Host");
+        for (uri, hosts, authority) in [
+            ("/", &["shop.example"][..], "shop.example"),
+            ("/", &["SHOP.example:443"], "shop.example"),
+            ("/", &["shop.example:80"], "shop.example"),
+            ("/", &["shop.example:"], "shop.example"),
+            ("/", &["shop.example:8080"], "shop.example:8080"),
+            ("/", &["[::1]:8080"], "[::1]:8080"),
+            ("/", &["[2001:DB8::1]"], "[2001:db8::1]"),
+            ("https://shop.example/", &[], "shop.example"),
+            ("https://Shop.Example:443/", &[], "shop.example"),
+            ("http://user:80@shop.example/", &[], "shop.example"),
+            ("http://user:pass@shop.example:81/", &[], "shop.example:81"),
+            ("http://shop.example/", &["other.example"], "shop.example"),
+            ("http://shop.example/", &["a", "b"], "shop.example"),
+        ] {
+            let hosts: Vec<_> = hosts.iter().map(|host| ("host", *host)).collect();
+            let request = asked(uri, &hosts);
+            let found = String::from_utf8(found(&scope, &request)).unwrap();
+            assert_eq!(found, authority, "{uri} {hosts:?}");
+        }
+        for hosts in [
+            &[][..],
+            &[""],
+            &[":80"],
+            &[":8080"],
+            &["x:x"],
+            &["a", "a"],
+            &["a b"],
+            &["a/b"],
+            &["a:x"],
+            &["a:99999"],
+            &["caf\u{e9}"],
+        ] {
+            let headers: Vec<_> = hosts.iter().map(|host| ("host", *host)).collect();
+            assert!(scope.of(&parts(&headers)).is_err(), "{hosts:?}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_caller_is_told_the_scope_and_the_cure() {
+        let nobody = parts(&[]);
+        for (scope, says) in [
+            (Scope::cookie("session"), "`Scope::cookie(\"session\")`"),
+            (Scope::header("X-Tenant"), "`Scope::header(\"x-tenant\")`"),
+            (Scope::header("host"), "`Scope::header(\"host\")`"),
+            (Scope::from_fn(|_| None), "`Scope::from_fn(…)`"),
+            (Scope::default().required(), "`Scope::default()`"),
+            (
+                Scope::authorization().required(),
+                "`Scope::authorization()`",
+            ),
+        ] {
+            let error = scope.of(&nobody).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+            assert!(error.contains("outside"), "{error}");
+            assert!(error.contains("`.or_anonymous()`"), "{error}");
+        }
+        let cookie = parts(&[("cookie", "session=sesame")]);
+        let error = Scope::default().of(&cookie).unwrap_err().to_string();
+        assert!(error.contains("Scope::cookie"), "{error}");
+        assert!(error.contains("Scope::default().or_anonymous()"), "{error}");
+        assert!(!error.contains("sesame"), "{error}");
     }
 }

@@ -1,12 +1,12 @@
 //! Locks that all processes of one Redis see.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, time::Duration};
 
 use redis::aio::ConnectionLike;
 
 use crate::{
     EncodedKey, Entry, Held, Lock, NewClaim, StorageError, Token,
-    storage::redis::{connect::RedisConnect, server::Server},
+    storage::redis::{connect::RedisConnect, prefix::Prefix, server::Server},
 };
 
 /// Locks keys in Redis, for all processes that use it. Clones share the connection.
@@ -33,7 +33,7 @@ use crate::{
 #[must_use]
 pub struct RedisLock {
     server: Server,
-    name: Arc<str>,
+    name: Prefix,
 }
 
 impl RedisLock {
@@ -46,7 +46,8 @@ impl RedisLock {
         RedisConnect::new(location.as_ref(), Self::of)
     }
 
-    /// A lock that asks through `connection`, of which clones share one connection.
+    /// A lock that asks through `connection`, of which clones share one connection. Claims are renewed and records stored
+    /// through it in the background too, so the runtime that drives it must not block.
     pub fn new<C>(connection: C) -> Self
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
@@ -57,13 +58,14 @@ impl RedisLock {
     fn of(server: Server) -> Self {
         Self {
             server,
-            name: "idempotency".into(),
+            name: Prefix::default(),
         }
     }
 
-    /// What the keys begin with: the name of the key is `name`, `:lock:` and the encoded key in hex. Default: `idempotency`.
+    /// What the keys begin with: the name of the key is `name`, `:lock:` and the encoded key in hex. Default: `idempotency`, of
+    /// which the log warns at the first lock: two services that share a Redis need different names.
     pub fn name(mut self, name: impl AsRef<str>) -> Self {
-        self.name = name.as_ref().into();
+        self.name = Prefix::chosen(name.as_ref());
         self
     }
 
@@ -84,6 +86,7 @@ impl Lock for RedisLock {
         key: &EncodedKey,
         ttl: Duration,
     ) -> Result<Option<Token>, StorageError> {
+        self.name.warn_if_default("RedisLock::name");
         let claim = NewClaim {
             token: Token::random_from(self.server.env()),
             fingerprint: None,
@@ -122,7 +125,7 @@ impl Lock for RedisLock {
 impl fmt::Debug for RedisLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisLock")
-            .field("name", &self.name)
+            .field("name", &format_args!("{}", self.name))
             .field("time_limit", &self.server.limit())
             .finish_non_exhaustive()
     }

@@ -276,13 +276,13 @@ fn is_word(field: &Field, word: &str) -> bool {
 // ---- scope
 
 fn read_scope(fields: &mut Fields) -> Result<Option<Scope>> {
-    const ALLOWED: &str =
-        "\"authorization\", \"none\", { \"cookie\": \"<name>\" } or { \"header\": \"<name>\" }";
+    const ALLOWED: &str = "\"default\", \"authorization\", \"none\", { \"cookie\": \"<name>\" } or { \"header\": \"<name>\" }";
 
     let scope = fields.take("scope");
     let mut required = fields.take("scope_required");
     let scope = match scope {
         None => None,
+        Some(field) if is_word(&field, "default") => Some(Scope::default()),
         Some(field) if is_word(&field, "authorization") => Some(Scope::authorization()),
         Some(field) if is_word(&field, "none") => Some(Scope::none()),
         Some(field) => {
@@ -315,7 +315,7 @@ fn read_scope(fields: &mut Fields) -> Result<Option<Scope>> {
         return Ok(scope);
     };
     if !required.flag()? {
-        return Ok(scope);
+        return Ok(Some(scope.unwrap_or_default().or_anonymous()));
     }
     if scope == Some(Scope::none()) {
         let message = "nobody has the scope \"none\", so every request would be refused; choose another scope, or false \

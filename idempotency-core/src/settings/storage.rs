@@ -78,7 +78,7 @@ impl StorageSettings {
             (StorageKind::Redis, Claims::Storage) => self.open_redis(place).await,
             (_, Claims::Process) => self.open_locked(class, place, ProcessLock::new()).await,
             (_, Claims::Redis { location, name }) => {
-                let name = prefix(name.as_deref(), place.cache);
+                let name = prefix(name.as_deref(), &lock_path(), place.cache);
                 self.open_locked_by_redis(class, place, &location.0, name)
                     .await
             }
@@ -174,7 +174,7 @@ impl StorageSettings {
     async fn open_redis(&self, place: Place<'_>) -> Result<AnyStorage, SettingsError> {
         let location = self.location(place.path, redis_location, REDIS_LOCATION)?;
         let storage = self.connect(place, crate::RedisStorage::connect(location));
-        let prefix = prefix(self.name.as_deref(), place.cache);
+        let prefix = prefix(self.name.as_deref(), place.path, place.cache);
         Ok(AnyStorage::new(storage.await?.prefix(prefix)))
     }
 
@@ -185,7 +185,7 @@ impl StorageSettings {
     ) -> Result<AnyStorage, SettingsError> {
         let location = self.location(place.path, redis_location, REDIS_LOCATION)?;
         let records = self.connect(place, crate::RedisCache::connect(location));
-        let prefix = prefix(self.name.as_deref(), place.cache);
+        let prefix = prefix(self.name.as_deref(), place.path, place.cache);
         let records = records.await?.prefix(prefix);
         Ok(AnyStorage::new(crate::LockedStorage::new(records, lock)))
     }
@@ -264,7 +264,14 @@ impl StorageSettings {
 }
 
 /// What keys begin with: caches that stand in one Redis share nothing.
-fn prefix(name: Option<&str>, cache: Option<&str>) -> String {
+fn prefix(name: Option<&str>, path: &Path, cache: Option<&str>) -> String {
+    if name.is_none() {
+        tracing::warn!(
+            target: "idempotency",
+            setting = %path.field("name"),
+            "the keys in Redis begin with the default name: two services that share a Redis and keep it share their keys; set one for each"
+        );
+    }
     let name = name.unwrap_or("idempotency");
     match cache {
         None => name.to_owned(),

@@ -73,7 +73,8 @@ pub trait Cache: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// If the value may not be there. [`StorageError::full`] says that it is not.
+    /// If the value may not be there. [`StorageErrorKind::Full`](crate::StorageErrorKind::Full) says that it is not, for lack of room;
+    /// its source should name the limit to raise.
     fn set(
         &self,
         key: &EncodedKey,

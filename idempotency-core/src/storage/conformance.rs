@@ -118,6 +118,7 @@ macro_rules! __conformance_rules {
             complete_is_exclusive,
             complete_is_idempotent_by_token,
             complete_keeps_the_first_record,
+            complete_repeated_restarts_the_ttl,
             complete_when_absent,
             complete_after_expiry_if_untaken,
             complete_lost_to_a_new_holder,

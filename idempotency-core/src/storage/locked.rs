@@ -66,7 +66,7 @@ const REPLACING: Duration = Duration::from_secs(5);
 /// | call | what it does |
 /// |---|---|
 /// | `begin` | looks at the cache, locks the key, looks again: a holder may have completed in between, and then it unlocks. Starts anew if a `remove` has unlocked it meanwhile |
-/// | `complete` | looks at the cache, renews the lock or, where it is over, takes it again, sets the record, unlocks |
+/// | `complete` | looks at the cache, renews the lock or, where it is over, takes it again, sets the record, unlocks. Repeated it locks the key, looks again, sets the record that is there with the new TTL, unlocks |
 /// | `renew`, `release` | those of the lock |
 /// | `replace` | looks at the cache, locks the key, looks again, sets the record, unlocks |
 /// | `remove` | unlocks the key if it was locked here, removes what is in the cache |
@@ -93,14 +93,17 @@ const REPLACING: Duration = Duration::from_secs(5);
 ///   nobody can name. Repeated with the same token it is then in flight until that lease is over: with such a lock a suite leaves
 ///   out `dropped_calls_are_safe`. In the same way a `complete`
 ///   whose claim was over may fail for 30 s until it succeeds, and a `replace` may block the key for 5 s, should its record go.
-/// * **A `remove` beside a `complete` or `replace`** that has looked already is undone by it.
+/// * **A `complete` that is repeated while another call holds the lock** of the key fails: the record is there, with the TTL that
+///   it had. Call it again.
+/// * **A `remove` beside a `complete` or `replace`** that has looked already is undone by it, and so is a `replace` beside a
+///   repeated `complete` if it found the key locked.
 /// * **An evicted record runs again**, if the cache evicts.
 ///
 /// What a claim is called is known here from its [`begin`](Storage::begin) until its lease is over, so the clock of
 /// [`env`](Self::env) should run at the lock's pace.
 ///
 /// A record that the cache has no room for ([`StorageErrorKind::Full`]) is stored as a tombstone
-/// ([`ResponseTooLarge`](crate::TombstoneReason::ResponseTooLarge)), with a warning in the log.
+/// ([`NoRoom`](crate::TombstoneReason::NoRoom)), with a warning in the log.
 #[must_use]
 pub struct LockedStorage<C, L> {
     parts: Arc<Parts<C, L>>,
@@ -224,7 +227,7 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
         ttl: Duration,
     ) -> Result<Held, StorageError> {
         if let Some(found) = self.look(key).await? {
-            return Ok(self.completed_before(key, token, &found).await);
+            return self.complete_again(key, token, &found, record, ttl).await;
         }
         let locked = match self.hold(key, token, None).await? {
             // Locked since before the look, so nothing can have come in between.
@@ -242,7 +245,7 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
                     }
                 };
                 if let Some(found) = self.look(key).await? {
-                    return Ok(self.completed_before(key, token, &found).await);
+                    return self.complete_again(key, token, &found, record, ttl).await;
                 }
                 locked
             }
@@ -373,22 +376,32 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         record: &Record,
         ttl: Duration,
     ) -> Result<(), StorageError> {
-        let cache = &self.parts.cache;
-        if ttl.is_zero() {
-            // Over at once.
-            return cache.remove(key).await;
-        }
-        let stored = cache.set(key, envelope::seal(token, record), ttl).await;
-        let Err(error) = stored else {
+        let Err(error) = self.set_whole(key, token, record, ttl).await else {
             return Ok(());
         };
         if error.kind() != StorageErrorKind::Full || matches!(record.outcome, Outcome::Tombstone(_))
         {
             return Err(error);
         }
-        tracing::warn!(target: "idempotency", %key, "the cache has no room for the answer: its key gets a tombstone");
-        let tombstone = envelope::seal(token, &record.without_answer());
-        cache.set(key, tombstone, ttl).await
+        tracing::warn!(target: "idempotency", %key, cause = ?std::error::Error::source(&error), "the cache has no room for the answer: its key gets a tombstone");
+        self.set_whole(key, token, &record.without_answer(), ttl)
+            .await
+    }
+
+    /// Sets the record as it is, or fails.
+    async fn set_whole(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<(), StorageError> {
+        let cache = &self.parts.cache;
+        if ttl.is_zero() {
+            // Over at once.
+            return cache.remove(key).await;
+        }
+        cache.set(key, envelope::seal(token, record), ttl).await
     }
 
     /// The lock of the claim of `token` if it is still held, for another `lease`, or its last one. It is not shortened.
@@ -480,18 +493,47 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         }
     }
 
-    /// What `complete` says where a record is.
-    async fn completed_before(&self, key: &EncodedKey, token: Token, found: &Envelope) -> Held {
-        // Of a `complete` that was dropped after it had set the record, or of a claim that was lost.
-        let claim = self.known().get(key, token);
-        if let Some(claim) = claim {
-            self.let_go(key, token, claim.locked).await;
+    /// `complete` where a record is. One that `token` stored stays and gets the new TTL.
+    async fn complete_again(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        found: &Envelope,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<Held, StorageError> {
+        if found.completed_by != token {
+            let lost = self.known().get(key, token);
+            if let Some(claim) = lost {
+                self.let_go(key, token, claim.locked).await;
+            }
+            return Ok(Held::Lost);
         }
-        if found.completed_by == token {
-            Held::Yes
-        } else {
-            Held::Lost
-        }
+        // Locked, so that a `replace` that comes in between is not undone. An earlier `complete` that was dropped, or failed,
+        // may have left its lock.
+        let locked = match self.hold(key, token, None).await? {
+            Some(locked) => locked,
+            None => match self.take(key, token, None, REPLACING).await? {
+                Taken::Yes(locked) => locked,
+                Taken::ByAnother | Taken::Perhaps => {
+                    return Err(StorageError::unavailable(
+                        "the record is stored, but its TTL can't be restarted while another call holds the lock of the key",
+                    ));
+                }
+            },
+        };
+        let completed = match self.look(key).await {
+            Ok(Some(found)) if found.completed_by == token => self
+                .set_whole(key, token, &found.record, ttl)
+                .await
+                .map(|()| Held::Yes),
+            Ok(Some(_)) => Ok(Held::Lost),
+            // Its TTL was over, or it was removed.
+            Ok(None) => self.set(key, token, record, ttl).await.map(|()| Held::Yes),
+            Err(error) => Err(error),
+        };
+        self.let_go(key, token, locked).await;
+        completed
     }
 
     fn in_flight(&self, key: &EncodedKey) -> Begin {

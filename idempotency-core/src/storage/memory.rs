@@ -26,7 +26,7 @@ use self::{
 };
 use crate::{
     Begin, EncodedKey, Entry, Env, Event, Held, NewClaim, Outcome, Record, Storage, StorageError,
-    StoredResponse, Token,
+    StorageErrorKind, StoredResponse, Token,
 };
 
 mod builder;
@@ -183,7 +183,12 @@ impl Storage for MemoryStorage {
             begun = inner.begin(key, claim);
         }
         inner.settle();
-        begun.ok_or_else(StorageError::full)
+        begun.ok_or_else(|| {
+            StorageError::new(
+                StorageErrorKind::Full,
+                "the records in memory weigh as much as they may: raise `max_bytes` of the `MemoryStorage`",
+            )
+        })
     }
 
     async fn complete(
@@ -310,7 +315,12 @@ impl Inner {
             Some(running) if running.token != token => return Held::Lost,
             Some(_) => {}
             None => match self.records.get(key, now) {
-                Some(found) if found.by == token => return Held::Yes,
+                Some(found) if found.by == token => {
+                    // Repeated: the first record stays, and its TTL starts anew.
+                    self.records.remove(key);
+                    self.insert(key, found.record, token, now.saturating_add(ttl));
+                    return Held::Yes;
+                }
                 Some(_) => return Held::Lost,
                 None => {}
             },

@@ -45,8 +45,8 @@ pub use self::cache::redis::RedisCache;
 ///
 /// 1. Every call is atomic. Of any number of concurrent [`begin`](Self::begin)s of a free key exactly one is
 ///    [`Begin::Acquired`].
-/// 2. `begin` with a token that already holds the key is `Acquired`, and `complete` repeated with the same token is
-///    [`Held::Yes`] and keeps the first record: drivers resend what they got no answer to.
+/// 2. `begin` with a token that already holds the key is `Acquired`: drivers resend what they got no answer to. `complete`
+///    repeated with the token that completed the key is [`Held::Yes`], keeps the first record and restarts its TTL with its own.
 /// 3. A claim ends by itself when its lease is over and it was not renewed. Then, and not before, another token may take it.
 /// 4. `complete` succeeds if the claim is the token's (its lease may be over, as long as nobody else took it) **or the key is
 ///    absent**. It is [`Held::Lost`] only if another holds or completed the key.
@@ -71,7 +71,8 @@ pub trait Storage: Send + Sync + 'static {
         claim: &NewClaim,
     ) -> impl Future<Output = Result<Begin, StorageError>> + Send;
 
-    /// Ends the claim of `token` with a record that lives for `ttl`, and wakes everybody who waits.
+    /// Ends the claim of `token` with a record that lives for `ttl`, and wakes everybody who waits. Where `token` completed the
+    /// key before, that record stays, and lives for `ttl` from now.
     ///
     /// # Errors
     ///

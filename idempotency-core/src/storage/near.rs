@@ -6,7 +6,7 @@ use futures_util::future::BoxFuture;
 
 use super::memory::{Shelf, own};
 use crate::{
-    Begin, EncodedKey, Entry, Env, Held, NewClaim, Record, Storage, StorageError, Token,
+    Begin, EncodedKey, Entry, Env, Held, NewClaim, Outcome, Record, Storage, StorageError, Token,
     Transaction, Transactional,
 };
 
@@ -19,8 +19,8 @@ const MAX_TTL: Duration = Duration::from_secs(60);
 /// Answers retries of what was recorded a moment ago from this process, without a round trip to the storage behind it. Clones
 /// share what is near.
 ///
-/// Most retries come within seconds of the first answer. A record that went through here, stored by `complete` or found by
-/// `begin` or `get`, answers `begin` and `get` here for at most 60 s ([`ttl`](Self::ttl)). All else is asked of the storage: who
+/// Most retries come within seconds of the first answer. A record that went through here, an answer stored by `complete` or
+/// whatever `begin` or `get` found, answers `begin` and `get` here for at most 60 s ([`ttl`](Self::ttl)). All else is asked of the storage: who
 /// runs an operation is decided there alone, and claims are never kept here.
 ///
 /// ```
@@ -47,7 +47,8 @@ const MAX_TTL: Duration = Duration::from_secs(60);
 ///   is refused a little longer.
 /// * A `remove` or `replace` that is dropped or fails may take effect behind it later, and is then seen as one of another process
 ///   is.
-/// * `complete` that is repeated with one token is taken to bring the same record each time, as drivers and the engine do.
+/// * `complete` that is repeated with one token, because the first call failed, is taken to bring the same answer again or a
+///   tombstone, as drivers and the engine do.
 #[must_use]
 pub struct NearCache<S> {
     storage: Arc<S>,
@@ -56,10 +57,18 @@ pub struct NearCache<S> {
 
 /// Records, and what keeps stale ones out.
 struct Near {
-    shelf: Shelf<Changes, Record>,
+    shelf: Shelf<Changes, Kept>,
     ttl: Duration,
     max_bytes: usize,
     env: Env,
+}
+
+/// A record that is near.
+#[derive(Clone)]
+struct Kept {
+    record: Record,
+    /// When it has been near for long enough, whatever its TTL.
+    near_end: Duration,
 }
 
 /// What happened to the keys of a shard. One that shares it with a key that changes is not kept near once, and no more.
@@ -159,7 +168,7 @@ impl<S: Storage> Storage for NearCache<S> {
         let asked = self.near.ask(key);
         let held = self.storage.complete(key, token, record, ttl).await?;
         if held == Held::Yes {
-            self.near.keep(key, asked, record, Some(ttl));
+            self.near.completed(key, asked, record, ttl);
         }
         Ok(held)
     }
@@ -231,7 +240,8 @@ impl Near {
     }
 
     fn get(&self, key: &EncodedKey) -> Option<Record> {
-        self.shelf.lock(key).get()
+        let kept = self.shelf.lock(key).get()?;
+        Some(kept.record)
     }
 
     fn ask(&self, key: &EncodedKey) -> Asked {
@@ -239,6 +249,25 @@ impl Near {
         Asked {
             at: shard.now(),
             changes_begun: shard.beside.begun,
+        }
+    }
+
+    /// Keeps `record`, which the storage took when it was `asked`, for `ttl` from then on at most.
+    fn completed(&self, key: &EncodedKey, asked: Asked, record: &Record, ttl: Duration) {
+        {
+            let shard = self.shelf.lock(key);
+            if let Some(kept) = shard.get() {
+                // Repeated: the storage kept the first record, and restarted its TTL. That says nothing of what others did to it
+                // since, so it is near no longer than it would have been.
+                let end = asked.at.saturating_add(ttl).min(kept.near_end);
+                let bytes = kept.record.weight();
+                shard.insert(kept, bytes, end);
+                return;
+            }
+        }
+        // A tombstone may have come in the place of a record that is there already, unknown to who sent it.
+        if matches!(record.outcome, Outcome::Response(_)) {
+            self.keep(key, asked, record, Some(ttl));
         }
     }
 
@@ -262,7 +291,7 @@ impl Near {
             let near_end = shard.now().saturating_add(self.ttl);
             let end = asked.at.saturating_add(ttl.unwrap_or(Duration::MAX));
             let bytes = record.weight();
-            shard.insert(record, bytes, near_end.min(end));
+            shard.insert(Kept { record, near_end }, bytes, near_end.min(end));
         }
         self.shelf.settle();
     }

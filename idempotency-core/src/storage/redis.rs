@@ -1,6 +1,6 @@
 //! Claims and records in Redis, for any number of processes.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use redis::aio::ConnectionLike;
@@ -8,6 +8,7 @@ use redis::aio::ConnectionLike;
 use self::{
     connect::RedisConnect,
     link::{Repeatable, bytes_of, milliseconds, unexpected},
+    prefix::Prefix,
     scripts::Script,
     server::Server,
 };
@@ -16,11 +17,13 @@ use crate::{
     Token,
 };
 
+mod cluster;
 pub(crate) mod connect;
 mod connection;
 mod layout;
 pub(crate) mod link;
 mod maker;
+pub(crate) mod prefix;
 mod scripts;
 pub(crate) mod server;
 mod subscriber;
@@ -44,7 +47,7 @@ mod subscriber;
 #[must_use]
 pub struct RedisStorage {
     server: Server,
-    prefix: Arc<str>,
+    prefix: Prefix,
     replicas: Option<(u32, Duration)>,
 }
 
@@ -67,7 +70,7 @@ impl RedisStorage {
     /// evict records is warned of in the log ([`require_noeviction`](RedisConnect::require_noeviction) refuses it); of a Cluster
     /// every master is looked at. Once connected, it connects anew by itself: when the connection is lost or went silent, when the
     /// server has become a replica (the name in `location` may lead to the new master), and on another tokio runtime when the
-    /// first one is gone.
+    /// first one is gone. A second connection serves what is [called in the background](Self#several-runtimes).
     ///
     /// # Errors
     ///
@@ -91,11 +94,12 @@ impl RedisStorage {
     /// # }
     /// ```
     ///
-    /// Nothing is checked. `connection` should connect anew by itself when it is lost. A `ConnectionManager` does, but it stays, as
-    /// [`connect`](Self::connect) does not, with a master that has become a replica, with a password that was refused once, and
-    /// with a connection that went silent. A Cluster's must not read from replicas, and it sends again what it lost the answer to,
-    /// so a release that was done may be said to be lost. Who waits is told of the end of a claim only with a
-    /// [`subscriber`](Self::subscriber).
+    /// Nothing is checked. `connection` should connect anew by itself when it is lost. A `ConnectionManager` does, but it stays,
+    /// as [`connect`](Self::connect) does not, with a master that has become a replica, with a password that was refused once,
+    /// and with a connection that went silent. A Cluster's must not read from replicas, and it sends again what it lost the
+    /// answer to, so a release that was done may be said to be lost; while one node is silent, it delays the others. Claims are
+    /// renewed through `connection` too, so the runtime that drives it must not block: see [Several
+    /// runtimes](Self#several-runtimes). Who waits is told of the end of a claim only with a [`subscriber`](Self::subscriber).
     pub fn new<C>(connection: C) -> Self
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
@@ -120,8 +124,6 @@ impl RedisStorage {
     /// # }
     /// ```
     ///
-    /// One task at a time asks the sentinels, so on several tokio runtimes none may stand still.
-    ///
     /// A failover can lose what the replica had not heard of yet: see [`wait_replicas`](Self::wait_replicas).
     pub fn sentinel(client: redis::sentinel::SentinelClient) -> Self {
         Self::of(Server::behind_sentinels(client))
@@ -130,16 +132,18 @@ impl RedisStorage {
     fn of(server: Server) -> Self {
         Self {
             server,
-            prefix: "idempotency".into(),
+            prefix: Prefix::default(),
             replicas: None,
         }
     }
 
-    /// What the keys begin with: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`.
+    /// What the keys begin with: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`, of
+    /// which the log warns at the first claim.
     ///
-    /// Storages of different prefixes share nothing.
+    /// Storages of different prefixes share nothing. Two services that share a Redis need different ones: with the same prefix a key
+    /// that a client sent to one may be answered by the other.
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.prefix = prefix.as_ref().into();
+        self.prefix = Prefix::chosen(prefix.as_ref());
         self
     }
 
@@ -154,8 +158,7 @@ impl RedisStorage {
     /// How long a command may take; then it fails with [`StorageErrorKind::Timeout`]. Default: 1 s.
     ///
     /// The engine has a limit of its own, [`Config::storage_timeout`](crate::Config::storage_timeout), and so may a connection that was
-    /// given to [`new`](Self::new), or that goes to a Cluster (there it is what
-    /// [`RedisConnect::time_limit`] said): the shortest one counts.
+    /// given to [`new`](Self::new): the shortest one counts.
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.server = self.server.limited(limit);
         self
@@ -165,8 +168,8 @@ impl RedisStorage {
     /// back and `begin` fails. Default: none.
     ///
     /// It makes the loss of a claim by a failover less likely, not impossible: who becomes master may be a replica that was not
-    /// waited for. It costs a round trip, for which all that share the connection wait too. For one server with replicas, not for a
-    /// Cluster. `timeout` should be shorter than the [time limit](Self::time_limit). With a connection of your own
+    /// waited for. It costs a round trip, for which all that share the connection wait too. For one server with replicas: in a
+    /// Cluster every claim fails then. `timeout` should be shorter than the [time limit](Self::time_limit). With a connection of your own
     /// ([`new`](Self::new)), one that is lost right after the claim is not noticed, and its successor waits for nothing.
     pub fn wait_replicas(mut self, count: u32, timeout: Duration) -> Self {
         self.replicas = Some((count, timeout));
@@ -246,6 +249,7 @@ enum Replicated {
 
 impl Storage for RedisStorage {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
+        self.prefix.warn_if_default("RedisStorage::prefix");
         let name = self.name(key);
         // A claim of this token may end between the steps, or the connection, so there is a second try.
         for _ in 0..2 {
@@ -375,7 +379,7 @@ impl Storage for RedisStorage {
 impl fmt::Debug for RedisStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisStorage")
-            .field("prefix", &self.prefix)
+            .field("prefix", &format_args!("{}", self.prefix))
             .field("time_limit", &self.server.limit())
             .field("wait_replicas", &self.replicas)
             .finish_non_exhaustive()
@@ -388,7 +392,7 @@ mod tests {
 
     use std::{
         collections::VecDeque,
-        sync::{Mutex, atomic::AtomicU64, atomic::Ordering::SeqCst},
+        sync::{Arc, Mutex, atomic::AtomicU64, atomic::Ordering::SeqCst},
     };
 
     use futures_util::future::{BoxFuture, ready};
@@ -406,7 +410,7 @@ mod tests {
     }
 
     impl Connection for Script {
-        fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
+        fn send<'a>(&'a self, command: &'a Cmd, _: Duration) -> BoxFuture<'a, RedisResult<Value>> {
             let name = match command.args_iter().next() {
                 Some(redis::Arg::Simple(name)) => String::from_utf8_lossy(name).into_owned(),
                 _ => String::new(),

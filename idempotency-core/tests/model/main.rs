@@ -22,7 +22,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use idempotency_core::{
     Env, LockedStorage, MemoryStorage, MokaCache, ProcessLock, SimulatedClock, Storage,
-    StorageError, StorageErrorKind, WhenFull,
+    StorageError, StorageErrorKind, TombstoneReason, WhenFull,
 };
 use proptest::prelude::*;
 
@@ -145,7 +145,7 @@ proptest! {
 
     #[test]
     fn memory_storage_that_evicts(calls in calls::any()) {
-        memory(WhenFull::Evict, Room::TombstonesWhatIsTooLarge, &calls);
+        memory(WhenFull::Evict, Room::Tombstones(TombstoneReason::ResponseTooLarge), &calls);
     }
 
     #[test]
@@ -159,7 +159,7 @@ proptest! {
         let cache = MokaCache::new().env(env.clone()).max_bytes(calls::ROOM);
         let lock = ProcessLock::new().env(env.clone());
         let storage = LockedStorage::new(cache, lock).env(env);
-        let model = Model::new(Room::TombstonesWhatIsTooLarge, |_| false);
+        let model = Model::new(Room::Tombstones(TombstoneReason::NoRoom), |_| false);
         compare(&storage, &clock, model, &calls, |storage, model, _| {
             assert_eq!(storage.claims(), model.claims());
             assert_eq!(storage.lock().locked(), model.claims());

@@ -34,7 +34,8 @@ pub(crate) enum End {
 /// What happens for lack of room.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Room {
-    TombstonesWhatIsTooLarge,
+    /// What is larger than all the room gets a tombstone of this reason.
+    Tombstones(TombstoneReason),
     RefusesNewKeys,
 }
 
@@ -193,7 +194,13 @@ impl Model {
         match self.what(key) {
             Some(What::Claim(holder, _)) if holder != token => return Held::Lost,
             Some(What::Record(_, by)) if by != token => return Held::Lost,
-            Some(What::Record(..)) => {}
+            Some(What::Record(..)) => {
+                // The first record stays.
+                let until = self.now.saturating_add(ttl);
+                self.under
+                    .entry(*key)
+                    .and_modify(|under| under.until = until);
+            }
             Some(What::Claim(..)) | None => self.store(key, token, content, ttl),
         }
         Held::Yes
@@ -237,8 +244,8 @@ impl Model {
 
     fn store(&mut self, key: &EncodedKey, by: Token, content: Content, ttl: Duration) {
         let mut record = content.record();
-        if content.is_too_large() && self.room == Room::TombstonesWhatIsTooLarge {
-            record.outcome = Outcome::Tombstone(TombstoneReason::ResponseTooLarge);
+        if let (true, Room::Tombstones(reason)) = (content.is_too_large(), self.room) {
+            record.outcome = Outcome::Tombstone(reason);
         }
         let under = Under {
             until: self.now.saturating_add(ttl),

@@ -11,7 +11,7 @@ use tokio::{
     net::{UnixListener, UnixStream, unix::OwnedReadHalf, unix::OwnedWriteHalf},
     sync::watch,
     task::{JoinHandle, JoinSet},
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::server::{Redis, directory};
@@ -59,6 +59,8 @@ struct Shared {
 struct State {
     server: PathBuf,
     welcome: Duration,
+    /// How many bytes per second are passed to the server, over all connections, and when there is room for the next.
+    rate: Option<(u32, Instant)>,
     chaos: Chaos,
     random: u64,
     withhold: Option<(String, watch::Sender<bool>)>,
@@ -124,6 +126,11 @@ impl Proxy {
     /// What is sent first over a new connection takes that long from now on.
     pub fn welcome_after(&self, delay: Duration) {
         self.shared.state().welcome = delay;
+    }
+
+    /// No more than so many bytes per second are passed to the server from now on, over all connections together.
+    pub fn slow_down(&self, bytes_per_second: u32) {
+        self.shared.state().rate = Some((bytes_per_second, Instant::now()));
     }
 
     /// From now on things go wrong, in an order that comes of `seed`.
@@ -218,6 +225,14 @@ impl State {
         u32::try_from(high % u64::from(limit)).unwrap_or(0)
     }
 
+    /// When so many bytes may be passed to the server, if not at once.
+    fn turn(&mut self, bytes: usize) -> Option<Instant> {
+        let (rate, free) = self.rate.as_mut()?;
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        *free = Instant::now().max(*free) + Duration::from_secs(1) * bytes / *rate;
+        Some(*free)
+    }
+
     fn fate(&mut self) -> Fate {
         let Chaos {
             delayed,
@@ -282,6 +297,10 @@ async fn requests(
                 state.fate()
             }
         };
+        let its_turn = shared.state().turn(packet.len());
+        if let Some(its_turn) = its_turn {
+            sleep_until(its_turn).await;
+        }
         if !pass(fate, &packet, &mut from, &mut to).await {
             return;
         }

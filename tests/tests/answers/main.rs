@@ -39,6 +39,7 @@ macro_rules! columns {
 mod conflicts;
 mod headers;
 mod keys;
+mod multipart;
 mod problems;
 mod recording;
 mod refusals;

@@ -51,6 +51,23 @@ async fn ttl() {
     assert_ran(&call("/long").await, 6);
 }
 
+#[tokio::test]
+async fn a_ttl_of_zero_keeps_nothing() {
+    let zero = KeyPolicy::required().ttl(Duration::ZERO);
+    let served = serve(enforce(), order.idempotency_key(zero)).await;
+    for run in 1..=3 {
+        assert_ran(&served.post(Some("abc")).await, run);
+    }
+    let served = serve(
+        enforce().config(Config::default().ttl(Duration::ZERO)),
+        order,
+    )
+    .await;
+    for run in 1..=3 {
+        assert_ran(&served.post(Some("abc")).await, run);
+    }
+}
+
 /// A tombstone lives as long as an answer would.
 #[tokio::test]
 async fn ttl_of_a_tombstone() {

@@ -2,14 +2,24 @@
 
 use std::{error::Error, time::Duration};
 
-use idempotency_axum::{EncodedKey, RedisConnectErrorKind, RedisStorage, Storage, redis};
-use idempotency_tests::redis::{Redis, Spec, free_port};
+use idempotency_axum::{
+    Begin, EncodedKey, LockedStorage, RedisCache, RedisConnectErrorKind, RedisLock, RedisStorage,
+    Storage,
+    redis::{
+        self,
+        sentinel::{SentinelClient, SentinelServerType},
+    },
+};
+use idempotency_tests::{
+    Logs,
+    redis::{Redis, Spec, free_port},
+};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::TcpListener,
 };
 
-use super::{SERVICE, Shop, assert_replays};
+use super::{KEY, SERVICE, Shop, assert_replays, until};
 
 /// The error with all its sources.
 fn chain(error: &dyn Error) -> String {
@@ -65,6 +75,100 @@ async fn a_connection_of_ones_own() {
     let shop = Shop::open(RedisStorage::new(manager).subscriber(client)).await;
     assert_eq!(shop.order("k").await.code(), 201);
     assert_replays(&shop.order("k").await, "k 1");
+}
+
+/// Of each connection from this process to `redis` whether the timer that runs is the keepalive's.
+#[cfg(target_os = "linux")]
+fn kept_alive(redis: &Redis) -> Vec<bool> {
+    let sockets = std::fs::read_dir("/proc/self/fd").unwrap();
+    let sockets = sockets.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+    let sockets: Vec<String> = sockets.map(|link| link.display().to_string()).collect();
+    let port = format!(":{:04X}", redis.port());
+    let connections = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let timers = connections.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, to, "01", _, timer, _, _, _, inode, ..] = fields[..] else {
+            return None;
+        };
+        let is_ours = sockets.contains(&format!("socket:[{inode}]"));
+        (is_ours && to.ends_with(&port)).then(|| timer.starts_with("02:"))
+    });
+    timers.collect()
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn connections_are_kept_alive() {
+    let redis = Redis::builder().on_a_port().start();
+    let url = format!("redis://127.0.0.1:{}", redis.port());
+    let storage = RedisStorage::connect(&url).await.unwrap();
+    let holder = super::claim();
+    let _ = storage.begin(&KEY, &holder).await.unwrap();
+    assert_kept_alive(&redis, &storage).await;
+
+    // Where they come of clients without such a setting.
+    let redis = Redis::builder().on_a_port().start();
+    let sentinel = Redis::builder().sentinel_of(redis.port()).start();
+    let client = SentinelClient::build(
+        vec![format!("redis://127.0.0.1:{}", sentinel.port())],
+        "mymaster".to_owned(),
+        None,
+        SentinelServerType::Master,
+    );
+    let storage = RedisStorage::sentinel(client.unwrap());
+    let begun = until(async || storage.begin(&KEY, &holder).await.ok());
+    assert_eq!(begun.await, Begin::Acquired);
+    assert_kept_alive(&redis, &storage).await;
+}
+
+/// Those for commands and for what is subscribed.
+#[cfg(target_os = "linux")]
+async fn assert_kept_alive(redis: &Redis, storage: &RedisStorage) {
+    let waits = storage.wait(&KEY, Duration::from_secs(60));
+    // Another timer runs while something is under way.
+    let kept = until(async || (kept_alive(redis) == [true; 2]).then_some(()));
+    tokio::select! {
+        () = kept => {}
+        waited = waits => panic!("the key is held: {waited:?}"),
+    }
+}
+
+/// Two services that share a Redis and keep it would answer for each other.
+#[tokio::test]
+async fn the_default_prefix_is_warned_of_once() {
+    let (logs, _guard) = Logs::install();
+    let redis = Redis::start();
+    let said = |setter: &str| {
+        let lines = logs.with(&["WARN", "default prefix"]);
+        let of_setter = lines.iter().filter(|line| line.contains(setter));
+        of_setter.count()
+    };
+    let storage = RedisStorage::connect(redis.url()).await.unwrap();
+    let chosen = storage.clone().prefix("idempotency");
+    let _ = chosen.begin(&KEY, &super::claim()).await.unwrap();
+    assert_eq!(said("RedisStorage::prefix"), 0);
+    for storage in [storage.clone(), storage] {
+        for _ in 0..2 {
+            let _ = storage.begin(&KEY, &super::claim()).await.unwrap();
+            assert_eq!(said("RedisStorage::prefix"), 1, "{:?}", logs.lines());
+        }
+    }
+
+    let parts = async || {
+        let cache = RedisCache::connect(redis.url()).await.unwrap();
+        (cache, RedisLock::connect(redis.url()).await.unwrap())
+    };
+    let (cache, lock) = parts().await;
+    let storage = LockedStorage::new(cache.prefix("shop"), lock.name("shop"));
+    let _ = storage.begin(&KEY, &super::claim()).await.unwrap();
+    let setters = ["RedisCache::prefix", "RedisLock::name"];
+    assert_eq!(setters.map(said), [0, 0]);
+    let (cache, lock) = parts().await;
+    let storage = LockedStorage::new(cache, lock);
+    for _ in 0..2 {
+        let _ = storage.begin(&KEY, &super::claim()).await.unwrap();
+        assert_eq!(setters.map(said), [1, 1], "{:?}", logs.lines());
+    }
 }
 
 #[tokio::test]

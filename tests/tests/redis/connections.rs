@@ -1,9 +1,13 @@
 //! Connections that are of no use any more, and what comes in their place.
 
-use std::time::Duration;
+use std::{sync::mpsc, time::Duration};
 
-use futures_util::future::join_all;
-use idempotency_axum::{Begin, Config, Entry, Held, RedisStorage, Storage, StorageErrorKind};
+use futures_util::future::{BoxFuture, LocalBoxFuture, join_all};
+use idempotency_axum::{
+    Begin, Config, Entry, Env, Held, LockedStorage, RedisCache, RedisLock, RedisStorage, Storage,
+    StorageErrorKind,
+    redis::sentinel::{SentinelClient, SentinelServerType},
+};
 use idempotency_tests::{
     PATIENCE,
     redis::{Cluster, Proxy, Redis},
@@ -141,6 +145,134 @@ fn a_cluster_s_storage_outlives_the_runtime_that_connected() {
     let begun = runtime().block_on(async { storage.begin(&KEY, &claim()).await.unwrap() });
     assert!(matches!(begun, Begin::InFlight { .. }), "{begun:?}");
     drop(cluster);
+}
+
+/// A storage, and what keeps its servers running.
+type Opened<S> = LocalBoxFuture<'static, (S, Box<dyn std::any::Any>)>;
+
+/// Makes a storage on a runtime that stands still from then on, and calls it in the background.
+fn behind_a_runtime_that_stands_still<S: Send + 'static, T: Send + 'static>(
+    open: impl FnOnce() -> Opened<S> + Send + 'static,
+    call: impl FnOnce(S) -> BoxFuture<'static, T>,
+) -> T {
+    let (give, given) = mpsc::channel();
+    let (go_on, blocked) = mpsc::channel::<()>();
+    let blocking = std::thread::spawn(move || {
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let (storage, servers) = open().await;
+            give.send(storage).unwrap();
+            // A handler that blocks. The servers are processes of their own.
+            let _ = blocked.recv();
+            drop(servers);
+        });
+    });
+    let storage = given.recv().unwrap();
+    let (tell, told) = mpsc::channel();
+    let call = call(storage);
+    Env::system().background().unwrap().spawn(async move {
+        assert!(Env::in_background());
+        let _ = tell.send(call.await);
+    });
+    let done = told.recv_timeout(Duration::from_secs(30)).unwrap();
+    drop(go_on);
+    blocking.join().unwrap();
+    done
+}
+
+#[test]
+fn a_runtime_that_stands_still_keeps_no_claim_from_renewal() {
+    let single = || -> Opened<RedisStorage> {
+        Box::pin(async {
+            let redis = Redis::start();
+            let storage = RedisStorage::connect(redis.url()).await.unwrap();
+            (storage, Box::new(redis) as _)
+        })
+    };
+    let cluster = || -> Opened<RedisStorage> {
+        Box::pin(async {
+            let cluster = Cluster::start().await;
+            let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+            (storage, Box::new(cluster) as _)
+        })
+    };
+    let sentinel = || -> Opened<RedisStorage> {
+        Box::pin(async {
+            let master = Redis::builder().on_a_port().start();
+            let sentinel = Redis::builder().sentinel_of(master.port()).start();
+            let url = format!("redis://127.0.0.1:{}", sentinel.port());
+            let client = SentinelClient::build(
+                vec![url],
+                "mymaster".to_owned(),
+                None,
+                SentinelServerType::Master,
+            );
+            let storage = RedisStorage::sentinel(client.unwrap());
+            until(async || storage.get(&KEY).await.ok()).await;
+            (storage, Box::new((master, sentinel)) as _)
+        })
+    };
+    let claim = claim();
+    let token = claim.token;
+    for (name, open) in [
+        (
+            "one server",
+            Box::new(single) as Box<dyn FnOnce() -> _ + Send>,
+        ),
+        ("a Cluster", Box::new(cluster)),
+        ("sentinels", Box::new(sentinel)),
+    ] {
+        let claim = claim.clone();
+        let open = move || -> Opened<RedisStorage> {
+            Box::pin(async move {
+                let (storage, servers) = open().await;
+                let begun = storage.begin(&KEY, &claim).await.unwrap();
+                assert_eq!(begun, Begin::Acquired);
+                (storage, servers)
+            })
+        };
+        behind_a_runtime_that_stands_still(open, move |storage| {
+            Box::pin(async move {
+                // The first one may take as long as it takes to ask the sentinels.
+                for _ in 0..5 {
+                    let renewed = storage.renew(&KEY, token, Duration::from_secs(30)).await;
+                    assert_eq!(renewed.unwrap(), Held::Yes, "{name}");
+                }
+                let record = idempotency_tests::node::record("late");
+                let ttl = Duration::from_secs(60);
+                let completed = storage.complete(&KEY, token, &record, ttl).await;
+                assert_eq!(completed.unwrap(), Held::Yes, "{name}");
+            })
+        });
+    }
+}
+
+#[test]
+fn a_runtime_that_stands_still_keeps_no_lock_from_renewal() {
+    let claim = claim();
+    let new = claim.clone();
+    let open = move || -> Opened<LockedStorage<RedisCache, RedisLock>> {
+        Box::pin(async move {
+            let redis = Redis::start();
+            let cache = RedisCache::connect(redis.url()).await.unwrap();
+            let lock = RedisLock::connect(redis.url()).await.unwrap();
+            let storage = LockedStorage::new(cache, lock);
+            assert_eq!(storage.begin(&KEY, &new).await.unwrap(), Begin::Acquired);
+            (storage, Box::new(redis) as _)
+        })
+    };
+    behind_a_runtime_that_stands_still(open, move |storage| {
+        Box::pin(async move {
+            for _ in 0..5 {
+                let renewed = storage.renew(&KEY, claim.token, claim.lease).await;
+                assert_eq!(renewed.unwrap(), Held::Yes);
+            }
+            let record = idempotency_tests::node::record("late");
+            let ttl = Duration::from_secs(60);
+            let completed = storage.complete(&KEY, claim.token, &record, ttl).await;
+            assert_eq!(completed.unwrap(), Held::Yes);
+        })
+    });
 }
 
 /// Somebody waits on a runtime that is there but does not run, and somebody on another.

@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use http::{HeaderMap, StatusCode};
 use idempotency_axum::{
-    Begin, Config, Held, LockPolicy, RedisStorage, Storage, StorageErrorKind, Token,
+    Begin, Config, Held, LockPolicy, Outcome, Record, RedisStorage, Storage, StorageErrorKind,
+    StoredResponse, Token,
 };
 use idempotency_tests::{
     Gate, PATIENCE,
@@ -56,6 +58,48 @@ async fn a_connection_that_went_silent_is_replaced() {
     silent.there().await;
     let got = until(async || storage.get(&KEY).await.ok()).await;
     assert_eq!(got, None);
+}
+
+/// Over a network on which the record takes longer than a command may; what is sent behind it waits.
+#[tokio::test]
+async fn a_record_that_takes_longer_than_the_limit_arrives() {
+    let redis = Redis::start();
+    let proxy = Proxy::start(&redis);
+    let storage = RedisStorage::connect(proxy.url()).await.unwrap();
+    let storage = storage.time_limit(Duration::from_millis(100));
+    let claim = claim();
+    assert_eq!(storage.begin(&KEY, &claim).await.unwrap(), Begin::Acquired);
+    let body = "x".repeat(2 << 20);
+    let response = StoredResponse::new(StatusCode::CREATED, &HeaderMap::new(), body);
+    let record = Record {
+        fingerprint: None,
+        outcome: Outcome::Response(response),
+    };
+    let ttl = Duration::from_secs(60);
+    // A second for the record.
+    proxy.slow_down(2 << 20);
+    let error = storage
+        .complete(&KEY, claim.token, &record, ttl)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), StorageErrorKind::Timeout, "{error:?}");
+    let mut timeouts = 0;
+    let renewed = until(async || {
+        let renewed = storage.renew(&KEY, claim.token, claim.lease).await;
+        timeouts += usize::from(renewed.is_err());
+        renewed.ok()
+    });
+    // Soon over another connection, while the record is on its way.
+    assert_eq!(renewed.await, Held::Yes);
+    assert!(timeouts <= 2, "{timeouts}");
+    let stored = until(async || {
+        let name = format!("idempotency:{KEY}");
+        let length: usize = redis.ask(&["STRLEN", &name]).await;
+        (length > 2 << 20).then_some(())
+    });
+    stored.await;
+    let held = storage.renew(&KEY, claim.token, claim.lease).await;
+    assert_eq!(held.unwrap(), Held::Lost);
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ use idempotency_axum::{
 use idempotency_tests::{Answer, Events, Gate, PATIENCE, Runs, Server};
 
 mod chaos;
+mod cluster;
 mod conformance;
 mod connect;
 mod connections;

@@ -1,6 +1,6 @@
 //! Redis is full, may evict, or has replicas.
 
-use std::time::Duration;
+use std::{error::Error as _, time::Duration};
 
 use idempotency_axum::{
     Begin, EncodedKey, Entry, Held, Outcome, Record, RedisConnectErrorKind, RedisStorage, Storage,
@@ -51,10 +51,7 @@ async fn an_answer_for_which_there_is_no_room_is_a_tombstone() {
     let Some(Entry::Completed(record)) = storage.get(&KEY).await.unwrap() else {
         panic!("no record");
     };
-    assert_eq!(
-        record.outcome,
-        Outcome::Tombstone(TombstoneReason::ResponseTooLarge)
-    );
+    assert_eq!(record.outcome, Outcome::Tombstone(TombstoneReason::NoRoom));
     // Sent again, it is known as done.
     let held = storage.complete(&KEY, claim.token, &large(), TTL).await;
     assert_eq!(held.unwrap(), Held::Yes);
@@ -66,6 +63,9 @@ async fn an_answer_for_which_there_is_no_room_is_a_tombstone() {
     let other = EncodedKey::from_bytes([8; 32]);
     let refused = storage.begin(&other, &claim).await.unwrap_err();
     assert_eq!(refused.kind(), StorageErrorKind::Full, "{refused:?}");
+    let cure = refused.source().unwrap().to_string();
+    assert!(cure.contains("`maxmemory` of Redis"), "{cure}");
+    assert!(!format!("{refused} {cure}").contains("max_bytes"));
 }
 
 /// Redis refuses to `SET` before it looks whether something is there.
@@ -90,6 +90,71 @@ async fn a_full_memory_keeps_no_retry_from_its_answer() {
     let conflict = other.order("running").await;
     assert_eq!((conflict.code(), conflict.is_replay()), (409, false));
     assert_eq!(other.runs.count(), 0);
+}
+
+/// The disk of Redis is full, or it has fewer replicas than it wants: it reads, and refuses to write.
+#[tokio::test]
+async fn a_redis_that_refuses_writes_keeps_no_retry_from_its_answer() {
+    for code in ["MISCONF", "NOREPLICAS", "NOPERM"] {
+        let redis = Redis::start();
+        let rights = [
+            "ACL", "SETUSER", "shop", "on", ">secret", "~*", "&*", "+@all",
+        ];
+        let _: String = redis.ask(&rights).await;
+        let url = format!("{}?user=shop&pass=secret", redis.url());
+        let gate = Gate::new();
+        gate.open(1);
+        let shop = Shop::gated(RedisStorage::connect(&url).await.unwrap(), &gate).await;
+        assert_eq!(shop.order("done").await.code(), 201);
+        let running = shop.server.post("/orders").key("running").start();
+        gate.arrived(2).await;
+        let allow = match code {
+            "MISCONF" => {
+                // A file that can't be written.
+                std::fs::create_dir(redis.directory().join("dump.rdb")).unwrap();
+                let _: String = redis.ask(&["CONFIG", "SET", "save", "3600 1"]).await;
+                let _: String = redis.ask(&["BGSAVE"]).await;
+                until(async || {
+                    let info: String = redis.ask(&["INFO", "persistence"]).await;
+                    info.contains("rdb_last_bgsave_status:err").then_some(())
+                })
+                .await;
+                vec!["CONFIG", "SET", "stop-writes-on-bgsave-error", "no"]
+            }
+            "NOREPLICAS" => {
+                let _: String = redis
+                    .ask(&["CONFIG", "SET", "min-replicas-to-write", "1"])
+                    .await;
+                vec!["CONFIG", "SET", "min-replicas-to-write", "0"]
+            }
+            _ => {
+                let _: String = redis.ask(&["ACL", "SETUSER", "shop", "-set"]).await;
+                vec!["ACL", "SETUSER", "shop", "+set"]
+            }
+        };
+
+        let other = RedisStorage::connect(&url).await.unwrap();
+        let error = other.begin(&KEY, &claim()).await.unwrap_err();
+        assert_eq!(error.kind(), StorageErrorKind::Unavailable);
+        let cause = error.source().unwrap().to_string();
+        assert!(cause.to_uppercase().contains(code), "{cause}");
+        let other = Shop::open(other).await;
+        assert_replays(&shop.order("done").await, "done 1");
+        assert_replays(&other.order("done").await, "done 1");
+        assert_eq!(other.order("running").await.code(), 423, "{code}");
+        assert_eq!(other.order("new").await.code(), 503, "{code}");
+        assert_eq!(other.runs.count(), 0, "{code}");
+
+        // What could not be written is written later.
+        gate.open(1);
+        assert_eq!(running.await.unwrap().code(), 201, "{code}");
+        let _: String = redis.ask(&allow).await;
+        let replay = until(async || {
+            let answer = other.order("running").await;
+            (answer.code() == 409).then_some(answer)
+        });
+        assert_replays(&replay.await, "running 2");
+    }
 }
 
 #[tokio::test]

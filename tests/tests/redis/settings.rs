@@ -58,6 +58,7 @@ async fn prefixes(redis: &Redis) -> Vec<String> {
 
 #[tokio::test]
 async fn a_storage_and_a_named_cache_share_a_redis_and_no_key() {
+    let (logs, _guard) = Logs::install();
     let redis = Redis::start();
     let location = redis.url();
     let settings = json!({
@@ -68,6 +69,15 @@ async fn a_storage_and_a_named_cache_share_a_redis_and_no_key() {
         Shop::open(settings.clone()).await,
         Shop::open(settings).await,
     ];
+    // It stands in `storages.mails`.
+    let warned = logs.with(&["WARN", "share their keys"]);
+    assert_eq!(warned.len(), 2, "{:?}", logs.lines());
+    assert!(
+        warned
+            .iter()
+            .all(|line| line.contains("setting=storage.name")),
+        "{warned:?}"
+    );
     for path in ["/orders", "/mails"] {
         let first = shops[0].post(path).await;
         assert_eq!(first.code(), 201);

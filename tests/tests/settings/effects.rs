@@ -434,20 +434,21 @@ async fn key_format() {
 
 #[tokio::test]
 async fn scope() {
-    // (setting, the header that makes another caller, if one does)
-    for (scope, header) in [
-        (json!("authorization"), Some("authorization")),
-        (json!({ "cookie": "session" }), Some("cookie")),
-        (json!({ "header": "X-Tenant" }), Some("x-tenant")),
-        (json!("none"), None),
+    // (setting, the headers that make another caller)
+    for (scope, headers) in [
+        (json!("default"), &["authorization", "x-api-key"][..]),
+        (json!("authorization"), &["authorization"]),
+        (json!({ "cookie": "session" }), &["cookie"]),
+        (json!({ "header": "X-Tenant" }), &["x-tenant"]),
+        (json!("none"), &[]),
     ] {
-        let app = App::new(json!({ "scope": scope })).await;
-        for name in ["authorization", "cookie", "x-tenant"] {
+        let app = App::new(json!({ "scope": scope, "scope_required": false })).await;
+        for name in ["authorization", "cookie", "x-tenant", "x-api-key"] {
             let ask = |who: &str| {
                 let who = format!("session={who}");
                 app.post("/orders").key(name).with(name, &who).code()
             };
-            let bob = if header == Some(name) { 201 } else { 409 };
+            let bob = if headers.contains(&name) { 201 } else { 409 };
             assert_eq!(
                 (ask("alice").await, ask("bob").await),
                 (201, bob),
@@ -462,9 +463,11 @@ async fn scope_required() {
     for json in [
         json!({ "scope_required": true }),
         json!({ "scope_required": "true" }),
+        json!({ "scope": "default", "scope_required": true }),
         json!({ "scope": "authorization", "scope_required": true }),
         json!({ "scope": { "required": true } }),
         json!({ "scope": { "header": "authorization", "required": true } }),
+        json!({ "scope": { "header": "authorization" } }),
     ] {
         let app = App::new(json.clone()).await;
         let refused = app.post("/orders").key("a").send().await;
@@ -476,8 +479,33 @@ async fn scope_required() {
         let ask = app.post("/orders").key("a").with("authorization", "alice");
         assert_eq!(ask.code().await, 201);
     }
-    let app = App::new(json!({ "scope": { "header": "x-tenant", "required": false } })).await;
-    assert_eq!(app.post("/orders").key("a").code().await, 201);
+    for json in [
+        json!({}),
+        json!({ "scope": "default" }),
+        json!({ "scope": "none" }),
+        json!({ "scope": { "cookie": "session", "required": false } }),
+        json!({ "scope": { "header": "x-tenant", "required": false } }),
+        json!({ "scope": { "header": "x-tenant" }, "scope_required": "false" }),
+    ] {
+        let app = App::new(json.clone()).await;
+        assert_eq!(app.post("/orders").key("a").code().await, 201, "{json}");
+    }
+}
+
+#[tokio::test]
+async fn a_cookie_alone_is_refused_by_the_default_scope() {
+    for (json, code) in [
+        (json!({}), 403),
+        (json!({ "scope": "default" }), 403),
+        (json!({ "scope_required": false }), 201),
+        (json!({ "scope": "default", "scope_required": false }), 201),
+        (json!({ "scope": { "required": false } }), 201),
+        (json!({ "scope": "authorization" }), 201),
+    ] {
+        let app = App::new(json.clone()).await;
+        let ask = app.post("/orders").key("a").with("cookie", "session=alice");
+        assert_eq!(ask.code().await, code, "{json}");
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 
 use super::Cache;
-use crate::{EncodedKey, Env, StorageError, storage::memory::Shelf};
+use crate::{EncodedKey, Env, StorageError, StorageErrorKind, storage::memory::Shelf};
 
 /// Keeps bytes in this process, up to a number of them. Clones share it.
 ///
@@ -90,10 +90,13 @@ impl Cache for MokaCache {
         Ok(self.shelf.lock(key).get())
     }
 
-    /// As the trait says. A value that is larger than the whole cache is [`StorageError::full`].
+    /// As the trait says. A value that is larger than the whole cache is [`StorageErrorKind::Full`].
     async fn set(&self, key: &EncodedKey, value: Bytes, ttl: Duration) -> Result<(), StorageError> {
         if !self.shelf.fits(value.len()) {
-            return Err(StorageError::full());
+            return Err(StorageError::new(
+                StorageErrorKind::Full,
+                "the value is larger than the whole cache: raise `max_bytes` of the `MokaCache`",
+            ));
         }
         // `Bytes` may be a part of something larger, and would keep all of it.
         let value = Bytes::copy_from_slice(&value);
@@ -125,7 +128,6 @@ mod tests {
     use futures_util::FutureExt as _;
 
     use super::*;
-    use crate::StorageErrorKind;
 
     const DAY: Duration = Duration::from_secs(24 * 3600);
 

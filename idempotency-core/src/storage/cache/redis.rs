@@ -1,6 +1,6 @@
 //! Redis as a plain cache.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use redis::{Cmd, aio::ConnectionLike};
@@ -10,6 +10,7 @@ use crate::{
     storage::redis::{
         connect::RedisConnect,
         link::{bytes_of, milliseconds},
+        prefix::Prefix,
         server::Server,
     },
 };
@@ -22,7 +23,7 @@ use crate::{
 #[must_use]
 pub struct RedisCache {
     server: Server,
-    prefix: Arc<str>,
+    prefix: Prefix,
 }
 
 impl RedisCache {
@@ -35,7 +36,8 @@ impl RedisCache {
         RedisConnect::new(location.as_ref(), Self::of)
     }
 
-    /// A cache that asks through `connection`, of which clones share one connection.
+    /// A cache that asks through `connection`, of which clones share one connection. Claims are renewed and records stored
+    /// through it in the background too, so the runtime that drives it must not block.
     pub fn new<C>(connection: C) -> Self
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
@@ -46,13 +48,14 @@ impl RedisCache {
     fn of(server: Server) -> Self {
         Self {
             server,
-            prefix: "idempotency".into(),
+            prefix: Prefix::default(),
         }
     }
 
-    /// What the keys begin with: the name of the key is `prefix`, `:cache:` and the encoded key in hex. Default: `idempotency`.
+    /// What the keys begin with: the name of the key is `prefix`, `:cache:` and the encoded key in hex. Default: `idempotency`, of
+    /// which the log warns at the first look: two services that share a Redis need different ones.
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.prefix = prefix.as_ref().into();
+        self.prefix = Prefix::chosen(prefix.as_ref());
         self
     }
 
@@ -71,6 +74,7 @@ impl RedisCache {
 
 impl Cache for RedisCache {
     async fn get(&self, key: &EncodedKey) -> Result<Option<Bytes>, StorageError> {
+        self.prefix.warn_if_default("RedisCache::prefix");
         bytes_of(self.server.ask(&self.command("GET", key)).await?)
     }
 
@@ -90,7 +94,7 @@ impl Cache for RedisCache {
 impl fmt::Debug for RedisCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisCache")
-            .field("prefix", &self.prefix)
+            .field("prefix", &format_args!("{}", self.prefix))
             .field("time_limit", &self.server.limit())
             .finish_non_exhaustive()
     }

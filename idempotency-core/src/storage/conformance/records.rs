@@ -85,9 +85,7 @@ pub async fn complete_keeps_the_first_record<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let first = answer("first");
     let (key, token) = subject.completed(&first, LONG).await;
-    let again = subject
-        .complete_for(&key, token, &answer("second"), subject.units(1))
-        .await;
+    let again = subject.complete(&key, token, &answer("second")).await;
     assert_eq!(again, Held::Yes, "a repeated `complete` was Lost");
     subject
         .assert_completed(
@@ -96,13 +94,30 @@ pub async fn complete_keeps_the_first_record<H: Harness>(harness: &H) {
             "a repeated `complete` replaced the first record: two clients get two answers",
         )
         .await;
-    subject.pass(2).await;
+}
+
+/// A repeated `complete` restarts the TTL of the first record with its own: so a tombstone outlives an operation that was given
+/// up and still runs (rule 2).
+pub async fn complete_repeated_restarts_the_ttl<H: Harness>(harness: &H) {
+    let subject = Subject::new(harness).await;
+    let first = answer("first");
+    let (key, token) = subject.completed(&first, subject.units(10)).await;
+    subject.pass(5).await;
+    let again = subject
+        .complete_for(&key, token, &answer("second"), subject.units(12))
+        .await;
+    assert_eq!(again, Held::Yes, "a repeated `complete` was Lost");
+    subject.pass(6).await;
     subject
         .assert_completed(
             &key,
             &first,
-            "a repeated `complete` changed the TTL: a retry runs again",
+            "a record left with its first TTL though `complete` was repeated: an operation that still runs can run again",
         )
+        .await;
+    subject.pass(7).await;
+    subject
+        .assert_free(&key, "a record outlived the TTL of the repeated `complete`")
         .await;
 }
 

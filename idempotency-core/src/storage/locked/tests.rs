@@ -37,6 +37,7 @@ enum Call {
 enum Fault {
     Works,
     Fails,
+    Full,
     /// Works when it is polled again.
     Pauses,
     /// Never answers, and has no effect.
@@ -70,6 +71,7 @@ impl Faulty {
         match fault {
             None | Some(Fault::Works) => work.await,
             Some(Fault::Fails) => Err(StorageError::unavailable("injected")),
+            Some(Fault::Full) => Err(StorageError::full()),
             Some(Fault::Pauses) => {
                 tokio::task::yield_now().await;
                 work.await
@@ -278,6 +280,38 @@ fn a_complete_that_stopped_after_the_record_is_repeated() {
     }
 }
 
+#[test]
+fn a_repeated_complete_restarts_the_ttl_of_what_is_there() {
+    let node = Node::new();
+    assert_eq!(node.begin(1), Begin::Acquired);
+    assert_eq!(node.complete(1, &response("one")), Held::Yes);
+    // Beside a `replace`, of which it sees either all or nothing.
+    let (key, other, again) = (key(), response("other"), response("again"));
+    node.parts.next(Call::Acquire, [Fault::Pauses]);
+    let mut repeated = pin!(node.storage.complete(&key, token(1), &again, DAY));
+    assert!(poll(repeated.as_mut()).is_pending());
+    now(node.storage.replace(&key, &other, DAY));
+    assert!(matches!(poll(repeated), Poll::Ready(Ok(Held::Yes))));
+    assert_eq!(node.begin(2), Begin::Completed(other.clone()));
+    node.clock.advance(DAY - LEASE);
+    assert_eq!(node.complete(1, &again), Held::Yes);
+    node.clock.advance(DAY - LEASE);
+    assert_eq!(node.begin(2), Begin::Completed(other.clone()));
+    node.assert_empty();
+
+    // A lock of another's keeps the TTL from being restarted, and says so.
+    let held = now(node.parts.lock.acquire(&key, LEASE)).unwrap();
+    let error = failed(node.storage.complete(&key, token(1), &again, DAY));
+    assert_eq!(error, StorageErrorKind::Unavailable);
+    assert_eq!(now(node.parts.lock.release(&key, held)), Held::Yes);
+    // Where there is no room for it a second time, it stays as it is.
+    node.parts.next(Call::Set, [Fault::Full]);
+    let error = failed(node.storage.complete(&key, token(1), &again, DAY));
+    assert_eq!(error, StorageErrorKind::Full);
+    assert_eq!(node.begin(2), Begin::Completed(other));
+    node.assert_empty();
+}
+
 /// To be told that the claim is lost would cost the answer: the lock is held by nobody but the earlier call.
 #[test]
 fn a_lock_that_may_be_ones_own_is_not_anothers() {
@@ -368,7 +402,7 @@ fn a_record_that_finds_no_room_becomes_a_tombstone() {
     let node = Node::with(10_000);
     let tombstone = Record {
         fingerprint: None,
-        outcome: Outcome::Tombstone(TombstoneReason::ResponseTooLarge),
+        outcome: Outcome::Tombstone(TombstoneReason::NoRoom),
     };
     assert_eq!(node.begin(1), Begin::Acquired);
     assert_eq!(node.complete(1, &response(vec![0; 20_000])), Held::Yes);

@@ -18,7 +18,7 @@ use http::{HeaderMap, StatusCode};
 use tokio::sync::Notify;
 
 use super::*;
-use crate::{MemoryStorage, Outcome, SimulatedClock, StoredResponse};
+use crate::{MemoryStorage, SimulatedClock, StoredResponse, TombstoneReason};
 
 const LEASE: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -511,8 +511,60 @@ fn a_repeated_complete_keeps_the_first_record() {
     assert_eq!(complete(&node, 1, "first", 5 * SECOND), Held::Yes);
     assert_eq!(complete(&node, 1, "second", DAY), Held::Yes);
     assert_eq!(begin(&node), completed("first"));
-    nodes.clock.advance(5 * SECOND);
-    assert_eq!(begin(&node), Begin::Acquired);
+}
+
+#[test]
+fn a_repeated_complete_restarts_the_near_ttl_too() {
+    for (first, second) in [(5 * SECOND, 20 * SECOND), (20 * SECOND, 5 * SECOND)] {
+        let nodes = Nodes::new();
+        let node = nodes.node();
+        assert_eq!(complete(&node, 1, "one", first), Held::Yes);
+        assert_eq!(complete(&node, 1, "one", second), Held::Yes);
+        nodes.clock.advance(second - Duration::from_nanos(1));
+        assert_eq!(begin(&node), completed("one"));
+        nodes.clock.advance(Duration::from_nanos(1));
+        assert_eq!(begin(&node), Begin::Acquired, "{first:?} {second:?}");
+    }
+    // What was done to it elsewhere is seen after a minute all the same.
+    let nodes = Nodes::new();
+    let node = nodes.node();
+    assert_eq!(complete(&node, 1, "one", DAY), Held::Yes);
+    now(nodes.behind.memory.replace(&key(), &response("two"), DAY));
+    for _ in 0..60 {
+        assert_eq!(begin(&node), completed("one"));
+        assert_eq!(complete(&node, 1, "one", DAY), Held::Yes);
+        nodes.clock.advance(SECOND);
+    }
+    assert_eq!(begin(&node), completed("two"));
+}
+
+/// The first call stored the answer and failed, so a tombstone was sent. The storage kept the answer.
+#[test]
+fn a_tombstone_is_near_once_it_is_found() {
+    let nodes = Nodes::new();
+    let node = nodes.node();
+    assert_eq!(complete(&nodes.behind.memory, 1, "one", DAY), Held::Yes);
+    let tombstone = Record {
+        fingerprint: None,
+        outcome: Outcome::Tombstone(TombstoneReason::Unstorable),
+    };
+    assert_eq!(
+        now(node.complete(&key(), token(1), &tombstone, DAY)),
+        Held::Yes
+    );
+    assert_eq!(begin(&node), completed("one"));
+
+    let other = EncodedKey::from_bytes([2; 32]);
+    assert_eq!(
+        now(node.complete(&other, token(1), &tombstone, DAY)),
+        Held::Yes
+    );
+    nodes.behind.calls();
+    for _ in 0..2 {
+        let found = now(node.begin(&other, &claim(9)));
+        assert_eq!(found, Begin::Completed(tombstone.clone()));
+    }
+    assert_eq!(nodes.behind.calls(), ["begin"]);
 }
 
 #[test]

@@ -2,17 +2,18 @@
 
 use std::{fmt, future::IntoFuture, time::Duration};
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use redis::{
     Client, ConnectionInfo, IntoConnectionInfo as _, RedisError, aio::MultiplexedConnection,
-    cluster::ClusterClient, io::tcp::TcpSettings,
+    io::tcp::TcpSettings,
 };
 
 use self::{about::About, error::Reason};
 use super::{
+    cluster::Cluster,
     connection::Remade,
     link::Link,
-    maker::{self, Nodes, One},
+    maker::{self, One, tcp},
     scripts,
     server::Server,
     subscriber::{Tellers, subscribing},
@@ -100,64 +101,39 @@ async fn open(
     let (mut connection, client) = first_that_answers(&nodes, patience).await?;
     let about = within(patience, About::server(&mut connection)).await?;
     let link = if about.is_cluster() {
-        let nodes = Remade::new(Nodes(cluster(nodes, limit)?), env);
-        let connected = within(patience.saturating_mul(2), nodes.connected()).await?;
-        let (_, mut masters) = connected.map_err(RedisConnectError::unreachable)?;
-        match within(patience, about.masters(&mut masters)).await? {
-            Ok(masters) => {
-                for about in masters {
-                    about.check(require_noeviction)?;
-                }
+        let cluster = Cluster::new(&nodes, patience, env).map_err(RedisConnectError::url)?;
+        let masters = within(patience.saturating_mul(2), cluster.masters()).await?;
+        let masters = masters.map_err(RedisConnectError::unreachable)?;
+        for told in join_all(masters.iter().map(|master| ask(master, patience))).await {
+            match told {
+                Ok(about) => about.check(require_noeviction)?,
+                Err(error) if require_noeviction => return Err(error),
+                Err(error) => tracing::warn!(
+                    target: "idempotency",
+                    error = ?std::error::Error::source(&error),
+                    "not every master of the Cluster could be asked whether it evicts records"
+                ),
             }
-            Err(error) if require_noeviction => return Err(RedisConnectError::unreachable(error)),
-            Err(error) => tracing::warn!(
-                target: "idempotency",
-                %error,
-                "not every master of the Cluster could be asked whether it evicts records"
-            ),
         }
-        Link::new(nodes, limit)
+        Link::new(cluster.clone(), limit).with_background(cluster.apart())
     } else {
         about.check(require_noeviction)?;
         if nodes.len() > 1 {
             // Whichever answers first would have the records.
             return Err(RedisConnectError::new(Reason::NotACluster));
         }
-        Link::new(Remade::new(One::new(client, patience), env), limit)
+        let one = || Remade::new(One::new(client.clone(), patience), env.clone());
+        Link::new(one(), limit).with_background(one())
     };
     link.load(&scripts::all()).await;
     Ok(Server::new(link, tellers))
 }
 
-fn cluster(
-    nodes: Vec<ConnectionInfo>,
-    limit: Duration,
-) -> Result<ClusterClient, RedisConnectError> {
-    ClusterClient::builder(nodes)
-        .connection_timeout(limit.max(Server::DEFAULT_LIMIT))
-        .response_timeout(limit)
-        .retries(3)
-        .min_retry_wait(10)
-        .max_retry_wait(100)
-        .tcp_settings(tcp(limit))
-        .build()
-        .map_err(RedisConnectError::url)
-}
-
-/// The settings of every connection. Where the network swallows what is sent, the kernel gives it up, which is the only way in
-/// which the driver's own connections to the nodes of a Cluster hear of it.
-fn tcp(limit: Duration) -> TcpSettings {
-    let settings = TcpSettings::default().set_nodelay(true);
-    #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
-    let settings = {
-        const SHORTEST: Duration = Duration::from_secs(1);
-        const LONGEST: Duration = Duration::from_secs(3600);
-
-        settings.set_user_timeout(limit.saturating_mul(3).clamp(SHORTEST, LONGEST))
-    };
-    #[cfg(not(any(target_os = "android", target_os = "fuchsia", target_os = "linux")))]
-    let _ = limit;
-    settings
+/// What one server tells of itself.
+async fn ask(client: &Client, limit: Duration) -> Result<About, RedisConnectError> {
+    let connected = maker::connect(client, limit).await;
+    let mut connection = connected.map_err(RedisConnectError::unreachable)?;
+    within(limit, About::server(&mut connection)).await
 }
 
 /// Where a program depends on several providers and has chosen none, rustls panics when it is first used.
@@ -188,7 +164,7 @@ fn nodes(location: &str, limit: Duration) -> Result<Vec<ConnectionInfo>, RedisCo
             false => format!("redis://{url}"),
         };
         let info = url.into_connection_info()?;
-        Ok(info.set_tcp_settings(tcp(limit)))
+        Ok(info.set_tcp_settings(tcp(TcpSettings::default(), limit)))
     });
     infos
         .collect::<Result<_, RedisError>>()

@@ -14,7 +14,7 @@ use futures_util::{
     future::{BoxFuture, Shared},
 };
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value, aio::ConnectionLike};
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::maker::Maker;
 use crate::Env;
@@ -33,19 +33,30 @@ const PAUSES: [Duration; 3] = [
 /// often than that.
 const REPLICA: Duration = Duration::from_secs(1);
 
+/// After so many commands in a row that got no answer nothing more is sent through a connection: a network that swallows what is
+/// sent tells nobody.
+const UNANSWERED: u32 = 3;
+
+/// How long a connection that was given up is kept for what was sent through it, at most: a large record may take longer than a
+/// command's time limit, and is sent in vain if it is cut off each time.
+const LAST_ANSWER: Duration = Duration::from_secs(30);
+
+/// How many such connections are kept. Where they are as many, the network passes nothing on.
+const GIVEN_UP: usize = 3;
+
 /// What commands can be sent to by many at once.
 pub(super) trait Connection: Send + Sync + 'static {
-    /// The answer to `command`. What the server refuses is an error.
-    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>>;
+    /// The answer to `command`. What the server refuses is an error. A call that is dropped when it has had `patience` is one
+    /// that got no answer.
+    fn send<'a>(
+        &'a self,
+        command: &'a Cmd,
+        patience: Duration,
+    ) -> BoxFuture<'a, RedisResult<Value>>;
 
     /// How often it was made.
     fn age(&self) -> u64 {
         0
-    }
-
-    /// The connection of this `age` is of no use any more: the next command gets another one.
-    fn discard(&self, age: u64) {
-        let _ = age;
     }
 }
 
@@ -56,7 +67,7 @@ impl<C> Connection for Own<C>
 where
     C: ConnectionLike + Clone + Send + Sync + 'static,
 {
-    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
+    fn send<'a>(&'a self, command: &'a Cmd, _: Duration) -> BoxFuture<'a, RedisResult<Value>> {
         let mut connection = self.0.clone();
         Box::pin(async move {
             let answer = connection.req_packed_command(command).await;
@@ -71,6 +82,8 @@ pub(super) struct Remade<M: Maker> {
     env: Env,
     /// `std`'s lock, because sections are short and never await.
     state: Arc<Mutex<State<M::Connection>>>,
+    /// A permit for each connection that was given up and is kept until what was sent through it is answered.
+    given_up: Arc<Semaphore>,
 }
 
 struct State<C> {
@@ -84,9 +97,11 @@ struct State<C> {
 struct Live<C> {
     connection: C,
     since: Duration,
+    /// How many commands in a row got no answer.
+    unanswered: u32,
     /// Gone when the runtime is that the connection works on.
     runtime: Weak<()>,
-    /// Dropped with the connection, which is what its runtime waits for.
+    /// Dropped when the connection is given up, which is what its runtime waits for.
     _end: oneshot::Sender<()>,
 }
 
@@ -110,6 +125,7 @@ impl<M: Maker> Remade<M> {
                 making: None,
                 attempts: 0,
             })),
+            given_up: Arc::new(Semaphore::new(GIVEN_UP)),
         }
     }
 
@@ -158,12 +174,14 @@ impl<M: Maker> Remade<M> {
         // A runtime that shuts down drops the task at once.
         drop(state);
         let (maker, env, state) = (self.maker.clone(), self.env.clone(), self.state.clone());
+        let given_up = self.given_up.clone();
         spawner.spawn(async move {
             let made = env.within(MAKING, attempts(&*maker, &env)).await;
             let made = made.unwrap_or_else(|| Err(gone("it takes too long to connect")));
             drop(maker);
             let runtime = Arc::new(());
             let (end, ended) = oneshot::channel();
+            let mut kept = made.as_ref().ok().cloned();
             let made = {
                 let mut state = lock(&state);
                 match state.making.take_if(|now| now.number == number) {
@@ -172,6 +190,7 @@ impl<M: Maker> Remade<M> {
                         state.live = Some(Live {
                             connection: connection.clone(),
                             since: env.now(),
+                            unanswered: 0,
                             runtime: Arc::downgrade(&runtime),
                             _end: end,
                         });
@@ -180,17 +199,106 @@ impl<M: Maker> Remade<M> {
                     None => Err(gone("another attempt to connect took its place")),
                 }
             };
+            // It would keep what it waits for.
             drop(state);
-            let is_made = made.is_ok();
+            kept.take_if(|_| made.is_err());
             // Perhaps nobody waits for it any more.
             let _ = tell.send(made);
-            if is_made {
+            if let Some(connection) = kept {
                 // That it is dropped is what is waited for: the connection was given up, or the runtime ends.
                 let _ = ended.await;
+                last_answer(connection, &given_up, &env).await;
             }
             drop(runtime);
         });
         Ok(outcome)
+    }
+
+    /// The answer that `ask` gets from the connection.
+    async fn answer<'a>(
+        &self,
+        patience: Duration,
+        ask: impl Fn(M::Connection) -> BoxFuture<'a, RedisResult<Value>>,
+    ) -> RedisResult<Value> {
+        let mut may_be_replica = true;
+        loop {
+            let (age, connection) = self.connected().await?;
+            let mut question = Question {
+                connection: self,
+                age,
+                since: self.env.now(),
+                patience,
+                is_answered: false,
+            };
+            let answer = ask(connection).await;
+            question.is_answered = true;
+            drop(question);
+            let Err(error) = &answer else {
+                self.answered(age);
+                return answer;
+            };
+            if !error.is_io_error() {
+                self.answered(age);
+            }
+            if may_be_replica && is_of_a_replica(error) && self.discard_replica(age) {
+                // It did nothing, so the new master, if there is one to be found, may do it.
+                may_be_replica = false;
+                continue;
+            }
+            if error.is_unrecoverable_error() {
+                self.discard(age);
+            }
+            return answer;
+        }
+    }
+
+    /// The answer to `command` from a node to which its slot is just being moved.
+    pub(super) async fn send_asking(
+        &self,
+        command: &Cmd,
+        patience: Duration,
+    ) -> RedisResult<Value> {
+        let mut both = redis::pipe();
+        both.cmd("ASKING").ignore().add_command(command.clone());
+        let both = &both;
+        let ask = |mut connection: M::Connection| {
+            async move {
+                let mut answers: Vec<Value> = both.query_async(&mut connection).await?;
+                Ok(answers.pop().unwrap_or(Value::Nil))
+            }
+            .boxed()
+        };
+        self.answer(patience, ask).await
+    }
+
+    /// The connection of this `age` has answered.
+    fn answered(&self, age: u64) {
+        let mut state = lock(&self.state);
+        if state.age == age
+            && let Some(live) = &mut state.live
+        {
+            live.unanswered = 0;
+        }
+    }
+
+    /// The connection of this `age` has not answered.
+    fn unanswered(&self, age: u64) {
+        let mut state = lock(&self.state);
+        if state.age != age {
+            return;
+        }
+        state.live.take_if(|live| {
+            live.unanswered += 1;
+            live.unanswered >= UNANSWERED
+        });
+    }
+
+    /// The connection of this `age` is of no use any more: the next command gets another one.
+    fn discard(&self, age: u64) {
+        let mut state = lock(&self.state);
+        if state.age == age {
+            state.live = None;
+        }
     }
 
     /// Says whether the connection of this age led to a replica for long enough to be given up.
@@ -209,37 +317,43 @@ impl<M: Maker> Remade<M> {
 }
 
 impl<M: Maker> Connection for Remade<M> {
-    fn send<'a>(&'a self, command: &'a Cmd) -> BoxFuture<'a, RedisResult<Value>> {
-        Box::pin(async move {
-            let mut may_be_replica = !M::SEES_TO_ITSELF;
-            loop {
-                let (age, mut connection) = self.connected().await?;
+    fn send<'a>(
+        &'a self,
+        command: &'a Cmd,
+        patience: Duration,
+    ) -> BoxFuture<'a, RedisResult<Value>> {
+        let ask = move |mut connection: M::Connection| {
+            async move {
                 let answer = connection.req_packed_command(command).await;
-                let answer = answer.and_then(Value::extract_error);
-                let Err(error) = &answer else {
-                    return answer;
-                };
-                if may_be_replica && is_of_a_replica(error) && self.discard_replica(age) {
-                    // It did nothing, so the new master, if there is one to be found, may do it.
-                    may_be_replica = false;
-                    continue;
-                }
-                if !M::SEES_TO_ITSELF && error.is_unrecoverable_error() {
-                    self.discard(age);
-                }
-                return answer;
+                answer.and_then(Value::extract_error)
             }
-        })
+            .boxed()
+        };
+        self.answer(patience, ask).boxed()
     }
 
     fn age(&self) -> u64 {
         lock(&self.state).age
     }
+}
 
-    fn discard(&self, age: u64) {
-        let mut state = lock(&self.state);
-        if !M::SEES_TO_ITSELF && state.age == age {
-            state.live = None;
+/// A command that was sent over the connection of this age.
+struct Question<'a, M: Maker> {
+    connection: &'a Remade<M>,
+    age: u64,
+    since: Duration,
+    patience: Duration,
+    is_answered: bool,
+}
+
+impl<M: Maker> Drop for Question<'_, M> {
+    fn drop(&mut self) {
+        if self.is_answered {
+            return;
+        }
+        let waited = self.connection.env.now().saturating_sub(self.since);
+        if waited >= self.patience {
+            self.connection.unanswered(self.age);
         }
     }
 }
@@ -249,6 +363,18 @@ impl<C: Clone> Making<C> {
     fn is_under_way(&self, now: Duration) -> bool {
         self.outcome.peek().is_none() && now.saturating_sub(self.since) < MAKING
     }
+}
+
+/// Keeps a connection that was given up until all that was sent through it has been answered.
+async fn last_answer(mut connection: impl ConnectionLike, given_up: &Semaphore, env: &Env) {
+    let Ok(_permit) = given_up.try_acquire() else {
+        return;
+    };
+    // Answers come in the order of the commands, whatever the answer to the last one is.
+    let ping = redis::cmd("PING");
+    let _ = env
+        .within(LAST_ANSWER, connection.req_packed_command(&ping))
+        .await;
 }
 
 async fn attempts<M: Maker>(maker: &M, env: &Env) -> RedisResult<M::Connection> {
@@ -283,6 +409,6 @@ fn is_of_a_replica(error: &RedisError) -> bool {
 }
 
 /// Nothing was sent.
-fn gone(what: &'static str) -> RedisError {
+pub(super) fn gone(what: &'static str) -> RedisError {
     std::io::Error::new(std::io::ErrorKind::ConnectionRefused, what).into()
 }

@@ -1,10 +1,6 @@
-//! One connection, used by all, with a time limit for every command.
+//! What commands go through, with a time limit for every one of them.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
@@ -12,25 +8,15 @@ use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 use super::{connection::Connection, scripts::Script};
 use crate::{Env, StorageError, StorageErrorKind};
 
-/// After so many commands in a row that got no answer the connection is taken for dead, and replaced: a network that swallows
-/// what is sent tells nobody.
-const UNANSWERED: u32 = 3;
-
-/// A connection and the time limit of what is asked through it; clones share the connection.
+/// The connections of a storage, and the time limit of what is asked through them; clones share them.
 #[derive(Clone)]
 pub(super) struct Link {
     connection: Arc<dyn Connection>,
-    /// `std`'s lock, because sections are short and never await.
-    silence: Arc<Mutex<Silence>>,
+    /// For calls on the background runtime: the other one stands still with the runtime that made it. None where the connection is
+    /// the user's.
+    background: Option<Arc<dyn Connection>>,
     pub(super) limit: Duration,
     pub(super) env: Env,
-}
-
-/// How many commands in a row got no answer from the connection of this age.
-#[derive(Default)]
-struct Silence {
-    age: u64,
-    unanswered: u32,
 }
 
 /// Whether a command may be sent again to a connection that was lost before its answer came.
@@ -43,12 +29,29 @@ pub(super) enum Repeatable {
 }
 
 impl Link {
+    /// Through one connection, wherever it is called.
     pub(super) fn new(connection: impl Connection, limit: Duration) -> Self {
         Self {
             connection: Arc::new(connection),
-            silence: Arc::default(),
+            background: None,
             limit,
             env: Env::system(),
+        }
+    }
+
+    /// With a connection of its own for what is called in the background.
+    pub(super) fn with_background(self, connection: impl Connection) -> Self {
+        Self {
+            background: Some(Arc::new(connection)),
+            ..self
+        }
+    }
+
+    /// The connection for calls from here.
+    fn connection(&self) -> &dyn Connection {
+        match &self.background {
+            Some(background) if Env::in_background() => &**background,
+            _ => &*self.connection,
         }
     }
 
@@ -58,9 +61,18 @@ impl Link {
         command: &Cmd,
         repeatable: Repeatable,
     ) -> Result<Value, StorageError> {
-        self.within_limit(self.send(command, repeatable), Dropped::Unanswered)
+        let answer = self.try_ask(command, repeatable).await;
+        answer.map_err(Failure::into_error)
+    }
+
+    /// The same, with a failure that tells whether Redis refused to write.
+    pub(super) async fn try_ask(
+        &self,
+        command: &Cmd,
+        repeatable: Repeatable,
+    ) -> Result<Value, Failure> {
+        self.within_limit(self.send(command, repeatable, Duration::ZERO))
             .await
-            .map_err(|failure| failure.into_error())
     }
 
     /// The answer of `script`, within the time limit. Redis may have forgotten it, and is then told again.
@@ -71,14 +83,15 @@ impl Link {
         arguments: &[&[u8]],
         repeatable: Repeatable,
     ) -> Result<i64, StorageError> {
-        let calls = self.call(script, key, arguments, repeatable);
-        integer(self.within_limit(calls, Dropped::Unanswered).await)
+        let calls = self.call(script, key, arguments, repeatable, Duration::ZERO);
+        integer(self.within_limit(calls).await)
     }
 
-    /// The same for a script that only looks, on behalf of many. Such calls are dropped together, which says nothing of Redis.
+    /// The same for a script that only looks, on behalf of many. Such calls are dropped together, which says nothing of Redis
+    /// unless they have had their time.
     pub(super) async fn look(&self, script: &Script, key: &str) -> Result<i64, StorageError> {
-        let calls = self.call(script, key, &[], Repeatable::Yes);
-        integer(self.within_limit(calls, Dropped::Unasked).await)
+        let calls = self.call(script, key, &[], Repeatable::Yes, self.limit / 2);
+        integer(self.within_limit(calls).await)
     }
 
     /// Tells Redis of the scripts before they are needed. Where that fails it is told when they are.
@@ -98,22 +111,29 @@ impl Link {
         key: &str,
         arguments: &[&[u8]],
         repeatable: Repeatable,
+        patience: Duration,
     ) -> RedisResult<Value> {
         let known = script_command("EVALSHA", &script.hash, key, arguments);
-        match self.send(&known, repeatable).await {
+        match self.send(&known, repeatable, patience).await {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
                 let whole = script_command("EVAL", &script.code, key, arguments);
-                self.send(&whole, repeatable).await
+                self.send(&whole, repeatable, patience).await
             }
             answer => answer,
         }
     }
 
-    async fn send(&self, command: &Cmd, repeatable: Repeatable) -> RedisResult<Value> {
-        match self.connection.send(command).await {
+    async fn send(
+        &self,
+        command: &Cmd,
+        repeatable: Repeatable,
+        patience: Duration,
+    ) -> RedisResult<Value> {
+        let connection = self.connection();
+        match connection.send(command, patience).await {
             Err(error) if may_be_repeated(&error, repeatable) => {
                 // The connection is made anew meanwhile.
-                self.connection.send(command).await
+                connection.send(command, patience).await
             }
             answer => answer,
         }
@@ -122,68 +142,16 @@ impl Link {
     async fn within_limit<T>(
         &self,
         work: impl Future<Output = RedisResult<T>>,
-        dropped: Dropped,
     ) -> Result<T, Failure> {
-        let mut question = Question {
-            link: self,
-            age: self.connection.age(),
-            is_unanswered: dropped == Dropped::Unanswered,
-        };
-        let Some(answer) = self.env.within(self.limit, work).await else {
-            question.is_unanswered = true;
-            return Err(Failure::Timeout);
-        };
-        question.is_unanswered = false;
-        if answer.as_ref().map_or_else(|e| !e.is_io_error(), |_| true) {
-            self.silence().unanswered = 0;
+        match self.env.within(self.limit, work).await {
+            Some(answer) => answer.map_err(Failure::Redis),
+            None => Err(Failure::Timeout),
         }
-        answer.map_err(Failure::Redis)
     }
 
-    /// How often the connection was made that commands are sent through now.
+    /// How often the connection was made that commands are sent through from here.
     pub(super) fn age(&self) -> u64 {
-        self.connection.age()
-    }
-
-    /// Nothing under this lock panics, so a poisoned one is whole.
-    fn silence(&self) -> MutexGuard<'_, Silence> {
-        self.silence.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What it means that a call is dropped before it has come to an end.
-#[derive(Clone, Copy, PartialEq)]
-enum Dropped {
-    /// Somebody's limit, shorter than ours, was over.
-    Unanswered,
-    /// Nothing.
-    Unasked,
-}
-
-/// A command that was sent when the connection was of this age.
-struct Question<'a> {
-    link: &'a Link,
-    age: u64,
-    is_unanswered: bool,
-}
-
-impl Drop for Question<'_> {
-    fn drop(&mut self) {
-        if !self.is_unanswered {
-            return;
-        }
-        let mut silence = self.link.silence();
-        if self.age < silence.age {
-            return;
-        }
-        if self.age > silence.age {
-            let age = self.age;
-            *silence = Silence { age, unanswered: 0 };
-        }
-        silence.unanswered += 1;
-        if silence.unanswered >= UNANSWERED {
-            self.link.connection.discard(self.age);
-        }
+        self.connection().age()
     }
 }
 
@@ -209,28 +177,55 @@ fn may_be_repeated(error: &RedisError, repeatable: Repeatable) -> bool {
     error.is_connection_refusal() || (repeatable == Repeatable::Yes && error.is_io_error())
 }
 
-enum Failure {
+/// Why there is no answer.
+pub(super) enum Failure {
     Timeout,
     Redis(RedisError),
 }
 
 impl Failure {
-    fn into_error(self) -> StorageError {
+    /// Whether the server refused a command that writes, and may well read: it has no memory, no disk, too few replicas, or the
+    /// user no right to write. A replica's answers may be old, so it is not asked instead.
+    pub(super) fn is_refusal(&self) -> bool {
+        use ServerErrorKind::{MasterDown, ReadOnly};
+
+        match self {
+            Self::Redis(error) => match error.kind() {
+                ErrorKind::Server(kind) => ![ReadOnly, MasterDown].contains(&kind),
+                ErrorKind::Extension => true,
+                _ => false,
+            },
+            Self::Timeout => false,
+        }
+    }
+
+    pub(super) fn into_error(self) -> StorageError {
         match self {
             Self::Timeout => StorageError::timeout(),
-            Self::Redis(error) => error_of(error),
+            Self::Redis(error) => match error.code() {
+                Some("WRONGTYPE") => StorageError::unreadable(error),
+                Some("OOM") => StorageError::new(StorageErrorKind::Full, NoMemory(error)),
+                _ if error.is_timeout() => StorageError::new(StorageErrorKind::Timeout, error),
+                _ => StorageError::unavailable(error),
+            },
         }
     }
 }
 
-pub(super) fn error_of(error: RedisError) -> StorageError {
-    let kind = match error.code() {
-        Some("WRONGTYPE") => StorageErrorKind::Unreadable,
-        Some("OOM") => StorageErrorKind::Full,
-        _ if error.is_timeout() => StorageErrorKind::Timeout,
-        _ => StorageErrorKind::Unavailable,
-    };
-    StorageError::new(kind, error)
+/// `maxmemory` is reached, and nothing may be evicted.
+#[derive(Debug)]
+struct NoMemory(RedisError);
+
+impl fmt::Display for NoMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Redis has no memory left for it: raise `maxmemory` of Redis")
+    }
+}
+
+impl std::error::Error for NoMemory {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
 }
 
 pub(super) fn unexpected() -> StorageError {

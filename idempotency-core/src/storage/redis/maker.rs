@@ -1,22 +1,22 @@
-//! How connections are made: to one server, to the nodes of a Cluster, to the master that sentinels name.
+//! How connections are made: to one server, to the master that sentinels name.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
 use redis::{
-    AsyncConnectionConfig, Client, RedisResult,
+    AsyncConnectionConfig, Client, ConnectionInfo, RedisResult,
     aio::{ConnectionLike, MultiplexedConnection},
-    cluster::ClusterClient,
-    cluster_async::ClusterConnection,
+    io::tcp::{TcpSettings, socket2::TcpKeepalive},
     sentinel::SentinelClient,
 };
+use tokio::sync::oneshot;
+
+use super::connection::gone;
+use crate::Env;
 
 /// Makes connections that lead to the same records.
 pub(super) trait Maker: Send + Sync + 'static {
     /// Its clones share one connection.
     type Connection: ConnectionLike + Clone + Send + Sync + 'static;
-
-    /// Whether its connections replace what they lose by themselves.
-    const SEES_TO_ITSELF: bool = false;
 
     /// A new connection.
     fn make(&self) -> impl Future<Output = RedisResult<Self::Connection>> + Send;
@@ -43,20 +43,7 @@ impl Maker for One {
     }
 }
 
-/// A Cluster.
-pub(super) struct Nodes(pub(super) ClusterClient);
-
-impl Maker for Nodes {
-    type Connection = ClusterConnection;
-
-    const SEES_TO_ITSELF: bool = true;
-
-    async fn make(&self) -> RedisResult<ClusterConnection> {
-        self.0.get_async_connection().await
-    }
-}
-
-/// The master that sentinels name. Clones ask one at a time.
+/// The master that sentinels name. Clones share the connections to the sentinels, and ask one at a time.
 #[derive(Clone)]
 pub(super) struct Sentinels(Arc<tokio::sync::Mutex<SentinelClient>>);
 
@@ -68,9 +55,23 @@ impl Sentinels {
         Self(Arc::new(tokio::sync::Mutex::new(client)))
     }
 
-    /// Who is master. Sentinels that are silent take the driver a second.
+    /// Asks the sentinels for the master, in the background: all runtimes wait for the same lock, and one that stands still must
+    /// not hold it. One that does not respond costs the driver a second.
     pub(super) async fn master(&self) -> RedisResult<Client> {
-        self.0.lock().await.async_get_client().await
+        let Some(spawner) = Env::system().background() else {
+            return Err(gone("there is no tokio runtime to ask the sentinels on"));
+        };
+        let (tell, told) = oneshot::channel();
+        let sentinels = self.0.clone();
+        spawner.spawn(async move {
+            let master = sentinels.lock().await.async_get_client().await;
+            // Perhaps nobody waits for it any more.
+            let _ = tell.send(master);
+        });
+        let master = told
+            .await
+            .unwrap_or_else(|_| Err(gone("the tokio runtime ended")))?;
+        Client::open(with_tcp(master.get_connection_info()))
     }
 }
 
@@ -94,4 +95,39 @@ pub(super) async fn connect(
     client
         .get_multiplexed_async_connection_with_config(&config)
         .await
+}
+
+/// After so long without a word over a connection the kernel asks the peer whether it is still there, and then at this pace:
+/// sooner than the firewalls and balancers between forget a connection.
+const KEEPALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(10)];
+
+/// What of `settings` is not set, as every connection has it. Where the network swallows what is sent, the kernel gives it up.
+pub(super) fn tcp(settings: TcpSettings, limit: Duration) -> TcpSettings {
+    let settings = match settings.keepalive() {
+        Some(_) => settings,
+        None => {
+            let keepalive = TcpKeepalive::new().with_time(KEEPALIVE[0]);
+            #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
+            let keepalive = keepalive.with_interval(KEEPALIVE[1]);
+            settings.set_keepalive(keepalive)
+        }
+    };
+    #[cfg(any(target_os = "android", target_os = "fuchsia", target_os = "linux"))]
+    let settings = {
+        const SHORTEST: Duration = Duration::from_secs(1);
+        const LONGEST: Duration = Duration::from_secs(3600);
+
+        let ours = limit.saturating_mul(3).clamp(SHORTEST, LONGEST);
+        let timeout = settings.user_timeout().unwrap_or(ours);
+        settings.set_user_timeout(timeout)
+    };
+    #[cfg(not(any(target_os = "android", target_os = "fuchsia", target_os = "linux")))]
+    let _ = limit;
+    settings.set_nodelay(true)
+}
+
+/// The server of a user's client, with our settings where it has none.
+pub(super) fn with_tcp(server: &ConnectionInfo) -> ConnectionInfo {
+    let settings = tcp(server.tcp_settings().clone(), Sentinels::PATIENCE);
+    server.clone().set_tcp_settings(settings)
 }

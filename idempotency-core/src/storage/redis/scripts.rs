@@ -29,13 +29,17 @@ pub(super) const CHANGED: i64 = -1;
 /// Nothing is there: for one to run.
 pub(super) const FREE: i64 = -1;
 
-/// Token, value, TTL in milliseconds. Stores the value if the claim is the token's or nothing is there.
+/// Token, value, TTL in milliseconds. Stores the value if the claim is the token's or nothing is there. Where the token completed
+/// the key before, its record stays and its TTL starts anew.
 const COMPLETE_CODE: &str = "\
 local head = redis.call('GETRANGE', KEYS[1], 0, 17)
 local kind = string.sub(head, 1, 2)
 if kind == 'c1' or kind == 'r1' then
   if string.sub(head, 3) ~= ARGV[1] then return 0 end
-  if kind == 'r1' then return 1 end
+  if kind == 'r1' then
+    redis.call('PEXPIRE', KEYS[1], ARGV[3])
+    return 1
+  end
 elseif head ~= '' or redis.call('EXISTS', KEYS[1]) == 1 then
   return -1
 end

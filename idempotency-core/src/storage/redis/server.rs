@@ -7,12 +7,12 @@ use redis::{Client, Cmd, Value, aio::ConnectionLike, sentinel::SentinelClient};
 use super::{
     connection::{Own, Remade},
     layout::{self, Found},
-    link::{Link, Repeatable, bytes_of, milliseconds},
-    maker::Sentinels,
+    link::{Failure, Link, Repeatable, bytes_of, milliseconds},
+    maker::{Sentinels, with_tcp},
     scripts::{self, Script},
     subscriber::{Subscriber, Tellers},
 };
-use crate::{Env, Held, NewClaim, StorageError, StorageErrorKind, Token};
+use crate::{Env, Held, NewClaim, StorageError, Token};
 
 /// What Redis is asked through; clones share it.
 #[derive(Clone)]
@@ -43,13 +43,14 @@ impl Server {
     /// The master that sentinels name.
     pub(super) fn behind_sentinels(client: SentinelClient) -> Self {
         let sentinels = Sentinels::new(client);
-        let connection = Remade::new(sentinels.clone(), Env::system());
-        let link = Link::new(connection, Self::DEFAULT_LIMIT);
+        let connection = || Remade::new(sentinels.clone(), Env::system());
+        let link = Link::new(connection(), Self::DEFAULT_LIMIT).with_background(connection());
         Self::new(link, Tellers::Master(sentinels))
     }
 
     /// The same, with `client` to tell of the end of claims.
     pub(crate) fn told_by(self, client: Client) -> Self {
+        let client = Client::open(with_tcp(client.get_connection_info())).unwrap_or(client);
         Self::new(self.link, Tellers::Any(vec![client]))
     }
 
@@ -93,7 +94,8 @@ impl Server {
         self.link.run(script, name, arguments, repeatable).await
     }
 
-    /// Puts `claim` under `name` where nothing is, and says what is there otherwise: one command, but two where memory is full.
+    /// Puts `claim` under `name` where nothing is, and says what is there otherwise: one command, but two where Redis refuses to
+    /// write.
     pub(crate) async fn claim(
         &self,
         name: &str,
@@ -102,17 +104,17 @@ impl Server {
         let mut set = redis::cmd("SET");
         set.arg(name).arg(layout::claim(claim)).arg("NX").arg("GET");
         set.arg("PX").arg(milliseconds(claim.lease));
-        let answer = match self.ask(&set).await {
-            // For want of memory it is refused before it is looked whether something is there.
-            Err(full) if full.kind() == StorageErrorKind::Full => {
+        let answer = match self.link.try_ask(&set, Repeatable::Yes).await {
+            // Refused before Redis looks whether something is there: on OOM, on MISCONF (its disk), on NOREPLICAS.
+            Err(refused) if refused.is_refusal() => {
                 let mut get = redis::cmd("GET");
                 get.arg(name);
                 match self.ask(&get).await? {
-                    Value::Nil => return Err(full),
+                    Value::Nil => return Err(refused.into_error()),
                     found => found,
                 }
             }
-            answer => answer?,
+            answer => answer.map_err(Failure::into_error)?,
         };
         match bytes_of(answer)? {
             Some(bytes) => layout::read(bytes).map(Some),

@@ -1,13 +1,6 @@
 //! What a server tells of itself, and whether it is fit to keep records.
 
-use std::collections::BTreeMap;
-
-use redis::{
-    Cmd, RedisError, Value,
-    aio::MultiplexedConnection,
-    cluster_async::ClusterConnection,
-    cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo},
-};
+use redis::{Cmd, RedisError, Value, aio::MultiplexedConnection};
 
 use super::error::{OLDEST, Reason, RedisConnectError};
 
@@ -32,42 +25,6 @@ impl About {
             None => pairs(memory_settings().query_async(connection).await),
         };
         Self::read(&hello, &info, &config)
-    }
-
-    /// Asks every master of the Cluster that this server is a part of.
-    ///
-    /// # Errors
-    ///
-    /// If one of them does not answer.
-    pub(super) async fn masters(
-        self,
-        connection: &mut ClusterConnection,
-    ) -> Result<Vec<Self>, RedisError> {
-        let info = of_masters(connection, redis::cmd("INFO")).await?;
-        let mut masters: BTreeMap<_, _> = info
-            .into_iter()
-            .map(|(master, info)| (master, (lines(Ok(info)), Told::default())))
-            .collect();
-        let is_told = |(info, _): &(Told, Told)| info.of("maxmemory_policy").is_some();
-        if masters.is_empty() || !masters.values().all(is_told) {
-            for (master, config) in of_masters(connection, memory_settings()).await? {
-                masters.entry(master).or_default().1 = pairs(Ok(config));
-            }
-        }
-        if masters.is_empty() {
-            // They tell nothing.
-            return Ok(vec![Self {
-                version: self.version,
-                ..Self::default()
-            }]);
-        }
-        let masters = masters.into_values().map(|(info, config)| {
-            let mut about = Self::read(&Told::default(), &info, &config);
-            about.version = about.version.or_else(|| self.version.clone());
-            about.mode.clone_from(&self.mode);
-            about
-        });
-        Ok(masters.collect())
     }
 
     fn read(hello: &Told, info: &Told, config: &Told) -> Self {
@@ -156,24 +113,6 @@ fn memory_settings() -> Cmd {
     let mut config = redis::cmd("CONFIG");
     config.arg("GET").arg("maxmemory*");
     config
-}
-
-/// What every master answers, by its address; nothing if one of them refuses.
-async fn of_masters(
-    connection: &mut ClusterConnection,
-    command: Cmd,
-) -> Result<Vec<(String, Value)>, RedisError> {
-    let masters = RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None));
-    match connection.route_command(command, masters).await {
-        Ok(Value::Map(answers)) => {
-            let answers = answers
-                .into_iter()
-                .filter_map(|(master, answer)| Some((text(master)?, answer)));
-            Ok(answers.collect())
-        }
-        Err(error) if error.is_io_error() => Err(error),
-        _ => Ok(Vec::new()),
-    }
 }
 
 /// A map as either protocol gives it.

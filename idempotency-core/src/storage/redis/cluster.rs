@@ -1,0 +1,527 @@
+//! The nodes of a Cluster, with a connection to each.
+//!
+//! The driver's `ClusterConnection` is one task for all nodes, which does nothing else while it looks for the owners of the slots:
+//! for seconds, if one node is silent. Here a node that is silent delays only what is sent to it. That is simple because every
+//! command of ours is about one key.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use futures_util::{
+    FutureExt as _, StreamExt as _,
+    future::{BoxFuture, Shared, join_all},
+    stream::FuturesUnordered,
+};
+use redis::{
+    Arg, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult,
+    ServerErrorKind, Value,
+};
+use tokio::sync::oneshot;
+
+use super::{
+    connection::{Connection, Remade, gone},
+    maker::One,
+};
+use crate::Env;
+
+const SLOTS: usize = 16_384;
+
+/// How often a command follows a slot that moves.
+const REDIRECTIONS: usize = 5;
+
+/// How long the owners that were just asked for are taken for right.
+const FRESH: Duration = Duration::from_millis(100);
+
+/// A connection to each node. Clones share the connections.
+#[derive(Clone)]
+pub(super) struct Cluster(Arc<Inner>);
+
+struct Inner {
+    /// How nodes are connected to: user, password, TLS.
+    settings: ConnectionInfo,
+    /// Where the nodes are that were named.
+    named: Vec<Address>,
+    /// How long one connection, and one question for the owners, may take.
+    limit: Duration,
+    env: Env,
+    /// `std`'s lock, because sections are short and never await.
+    state: Mutex<State>,
+}
+
+/// Host and port.
+type Address = (String, u16);
+
+type Node = Arc<Remade<One>>;
+
+struct State {
+    owners: Owners,
+    nodes: HashMap<Address, Node>,
+    refresh: Option<Refresh>,
+}
+
+/// One question for the owners, for all who need the answer.
+struct Refresh {
+    since: Duration,
+    done: Shared<BoxFuture<'static, ()>>,
+}
+
+/// Which node has which slot.
+#[derive(Clone)]
+struct Owners {
+    addresses: Vec<Address>,
+    /// For each slot the place in `addresses`, or something that is none.
+    slots: Vec<usize>,
+}
+
+impl Cluster {
+    /// A Cluster of which these nodes are named, at least one; all others are connected to as the first is.
+    pub(super) fn new(named: &[ConnectionInfo], limit: Duration, env: Env) -> RedisResult<Self> {
+        let Some(settings) = named.first().cloned() else {
+            return Err(invalid("no node of the Cluster is named"));
+        };
+        let named = named
+            .iter()
+            .filter_map(|info| match info.addr() {
+                ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => {
+                    Some((host.clone(), *port))
+                }
+                _ => None,
+            })
+            .collect::<Vec<_>>();
+        if named.is_empty() {
+            return Err(invalid(
+                "the nodes of a Cluster are reached by host and port, not by a unix socket",
+            ));
+        }
+        Ok(Self(Arc::new(Inner {
+            settings,
+            named,
+            limit,
+            env,
+            state: Mutex::new(State {
+                owners: Owners::none(),
+                nodes: HashMap::new(),
+                refresh: None,
+            }),
+        })))
+    }
+
+    /// The same Cluster with connections of its own, for another runtime.
+    pub(super) fn apart(&self) -> Self {
+        let inner = &*self.0;
+        Self(Arc::new(Inner {
+            settings: inner.settings.clone(),
+            named: inner.named.clone(),
+            limit: inner.limit,
+            env: inner.env.clone(),
+            state: Mutex::new(State {
+                owners: inner.state().owners.clone(),
+                nodes: HashMap::new(),
+                refresh: None,
+            }),
+        }))
+    }
+
+    /// The masters, once it is known which there are.
+    pub(super) async fn masters(&self) -> RedisResult<Vec<Client>> {
+        self.refreshed().await;
+        let masters = self.0.state().owners.masters();
+        if masters.is_empty() {
+            return Err(gone("no node of the Cluster tells who has its slots"));
+        }
+        masters.iter().map(|master| self.0.client(master)).collect()
+    }
+
+    /// The answer of the node that has the slot of the command's key.
+    async fn ask(&self, command: &Cmd, patience: Duration) -> RedisResult<Value> {
+        let Some(key) = key_of(command) else {
+            return self.ask_masters(command, patience).await;
+        };
+        let slot = slot_of(key);
+        // If the call is dropped, its node may be gone.
+        let mut doubt = Doubt(Some(self));
+        let mut to = match self.owner(slot) {
+            Some(owner) => owner,
+            None => {
+                self.refreshed().await;
+                self.owner(slot)
+                    .ok_or_else(|| gone("no node of the Cluster has the slot of the key"))?
+            }
+        };
+        let mut is_asking = false;
+        for _ in 0..REDIRECTIONS {
+            let node = self.0.node(&to)?;
+            let answer = match is_asking {
+                false => node.send(command, patience).await,
+                true => node.send_asking(command, patience).await,
+            };
+            let Err(error) = answer else {
+                doubt.0 = None;
+                return answer;
+            };
+            match error.kind() {
+                ErrorKind::Server(kind @ (ServerErrorKind::Moved | ServerErrorKind::Ask)) => {
+                    let Some(other) = redirection(&error, &to) else {
+                        return Err(error);
+                    };
+                    is_asking = kind == ServerErrorKind::Ask;
+                    if !is_asking {
+                        self.0.state().owners.set(slot, &other);
+                        self.refresh();
+                    }
+                    to = other;
+                }
+                // The slot may have a new owner, for whoever sends the command again.
+                ErrorKind::Io | ErrorKind::Server(ServerErrorKind::ClusterDown) => {
+                    self.refreshed().await;
+                    doubt.0 = None;
+                    return Err(error);
+                }
+                _ => {
+                    doubt.0 = None;
+                    return Err(error);
+                }
+            }
+        }
+        Err(gone("the slot of the key moves faster than it is followed"))
+    }
+
+    /// An answer of all masters, of which none may fail.
+    async fn ask_masters(&self, command: &Cmd, patience: Duration) -> RedisResult<Value> {
+        if word(command, 0) != Some(b"SCRIPT") {
+            // `WAIT` says nothing without the connection of the claim.
+            return Err(invalid(
+                "`wait_replicas` is for one server with replicas, not for a Cluster",
+            ));
+        }
+        let masters = self.0.state().owners.masters();
+        let answers = masters.iter().map(|master| async {
+            let node = self.0.node(master)?;
+            node.send(command, patience).await
+        });
+        let answers: RedisResult<Vec<Value>> = join_all(answers).await.into_iter().collect();
+        Ok(answers?.pop().unwrap_or(Value::Nil))
+    }
+
+    fn owner(&self, slot: usize) -> Option<Address> {
+        self.0.state().owners.of(slot).cloned()
+    }
+
+    /// Asks for the owners of the slots, unless that was done a moment ago or is under way. Returns what ends when it is done.
+    fn refresh(&self) -> Option<Shared<BoxFuture<'static, ()>>> {
+        let inner = &*self.0;
+        let now = inner.env.now();
+        let mut state = inner.state();
+        if let Some(refresh) = &state.refresh {
+            let age = now.saturating_sub(refresh.since);
+            let is_over = refresh.done.peek().is_some();
+            // One whose runtime stands still does not count.
+            let lasts = if is_over {
+                FRESH
+            } else {
+                inner.limit.saturating_mul(3)
+            };
+            if age < lasts {
+                return Some(refresh.done.clone());
+            }
+        }
+        let spawner = inner.env.spawner()?;
+        let (tell, told) = oneshot::channel::<()>();
+        let done = told.map(drop).boxed().shared();
+        state.refresh = Some(Refresh {
+            since: now,
+            done: done.clone(),
+        });
+        // A runtime that shuts down drops the task at once.
+        drop(state);
+        let cluster = Self(self.0.clone());
+        spawner.spawn(async move {
+            if let Some(owners) = cluster.find_owners().await {
+                cluster.0.state().replace(owners, &cluster.0.named);
+            }
+            // Perhaps nobody waits for it.
+            let _ = tell.send(());
+        });
+        Some(done)
+    }
+
+    async fn refreshed(&self) {
+        if let Some(done) = self.refresh() {
+            done.await;
+        }
+    }
+
+    async fn find_owners(&self) -> Option<Owners> {
+        let known: Vec<Address> = self.0.state().nodes.keys().cloned().collect();
+        match self.owners_from(known).await {
+            Some(owners) => Some(owners),
+            None => self.owners_from(self.0.named.clone()).await,
+        }
+    }
+
+    /// Asks all these nodes at once. The first answer counts: if it is old, the nodes themselves correct it.
+    async fn owners_from(&self, nodes: Vec<Address>) -> Option<Owners> {
+        let inner = &*self.0;
+        let mut question = redis::cmd("CLUSTER");
+        question.arg("SLOTS");
+        let question = &question;
+        let answers = nodes.into_iter().map(|address| async move {
+            let node = inner.node(&address).ok()?;
+            let asked = node.send(question, inner.limit);
+            let answer = inner.env.within(inner.limit, asked).await?;
+            Owners::read(answer.ok()?, &address.0)
+        });
+        let mut answers: FuturesUnordered<_> = answers.collect();
+        while let Some(answer) = answers.next().await {
+            if answer.is_some() {
+                return answer;
+            }
+        }
+        None
+    }
+}
+
+impl Connection for Cluster {
+    fn send<'a>(
+        &'a self,
+        command: &'a Cmd,
+        patience: Duration,
+    ) -> BoxFuture<'a, RedisResult<Value>> {
+        self.ask(command, patience).boxed()
+    }
+}
+
+impl Inner {
+    /// Nothing under this lock panics, so a poisoned one is whole.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn client(&self, (host, port): &Address) -> RedisResult<Client> {
+        let (host, port) = (host.clone(), *port);
+        let address = match self.settings.addr().clone() {
+            ConnectionAddr::TcpTls {
+                insecure,
+                tls_params,
+                ..
+            } => ConnectionAddr::TcpTls {
+                host,
+                port,
+                insecure,
+                tls_params,
+            },
+            _ => ConnectionAddr::Tcp(host, port),
+        };
+        Client::open(self.settings.clone().set_addr(address))
+    }
+
+    fn node(&self, address: &Address) -> RedisResult<Node> {
+        let mut state = self.state();
+        if let Some(node) = state.nodes.get(address) {
+            return Ok(node.clone());
+        }
+        let one = One::new(self.client(address)?, self.limit);
+        let node = Arc::new(Remade::new(one, self.env.clone()));
+        state.nodes.insert(address.clone(), node.clone());
+        Ok(node)
+    }
+}
+
+impl State {
+    fn replace(&mut self, owners: Owners, named: &[Address]) {
+        self.owners = owners;
+        // The others have left.
+        let owners = &self.owners.addresses;
+        self.nodes
+            .retain(|address, _| owners.contains(address) || named.contains(address));
+    }
+}
+
+impl Owners {
+    fn none() -> Self {
+        Self {
+            addresses: Vec::new(),
+            slots: vec![usize::MAX; SLOTS],
+        }
+    }
+
+    /// What `CLUSTER SLOTS` answers; `None` if it tells of no slot. Where it names no host, it is the one that was asked.
+    fn read(answer: Value, asked: &str) -> Option<Self> {
+        let mut owners = Self::none();
+        let Value::Array(ranges) = answer else {
+            return None;
+        };
+        for range in ranges {
+            let Value::Array(range) = range else {
+                return None;
+            };
+            let [
+                Value::Int(first),
+                Value::Int(last),
+                Value::Array(master),
+                ..,
+            ] = &range[..]
+            else {
+                return None;
+            };
+            let [host, Value::Int(port), ..] = &master[..] else {
+                return None;
+            };
+            let host = match host {
+                Value::BulkString(host) => std::str::from_utf8(host).ok()?,
+                Value::SimpleString(host) => host,
+                _ => "",
+            };
+            let host = match host {
+                "" | "?" => asked,
+                host => host,
+            };
+            let master = (host.to_owned(), u16::try_from(*port).ok()?);
+            let [first, last] = [first, last].map(|slot| usize::try_from(*slot).ok());
+            for slot in first?..=last?.min(SLOTS - 1) {
+                owners.set(slot, &master);
+            }
+        }
+        (!owners.addresses.is_empty()).then_some(owners)
+    }
+
+    fn of(&self, slot: usize) -> Option<&Address> {
+        self.addresses.get(*self.slots.get(slot)?)
+    }
+
+    fn set(&mut self, slot: usize, owner: &Address) {
+        let known = self.addresses.iter().position(|address| address == owner);
+        let place = known.unwrap_or_else(|| {
+            self.addresses.push(owner.clone());
+            self.addresses.len() - 1
+        });
+        if let Some(slot) = self.slots.get_mut(slot) {
+            *slot = place;
+        }
+    }
+
+    fn masters(&self) -> Vec<Address> {
+        self.addresses.clone()
+    }
+}
+
+/// A command that has got no answer yet. If it is dropped, the owners are asked for.
+struct Doubt<'a>(Option<&'a Cluster>);
+
+impl Drop for Doubt<'_> {
+    fn drop(&mut self) {
+        if let Some(cluster) = self.0.take() {
+            cluster.refresh();
+        }
+    }
+}
+
+fn redirection(error: &RedisError, from: &Address) -> Option<Address> {
+    let (to, _) = error.redirect_node()?;
+    let (host, port) = to.rsplit_once(':')?;
+    let host = match host {
+        "" => &from.0,
+        host => host,
+    };
+    Some((host.to_owned(), port.parse().ok()?))
+}
+
+fn key_of(command: &Cmd) -> Option<&[u8]> {
+    let at = match word(command, 0)? {
+        b"EVAL" | b"EVALSHA" => 3,
+        b"SCRIPT" | b"WAIT" => return None,
+        _ => 1,
+    };
+    word(command, at)
+}
+
+fn word(command: &Cmd, at: usize) -> Option<&[u8]> {
+    match command.args_iter().nth(at)? {
+        Arg::Simple(word) => Some(word),
+        _ => None,
+    }
+}
+
+/// CRC-16 (XMODEM) of the key, or of what is in its first braces:
+/// <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#key-distribution-model>
+fn slot_of(key: &[u8]) -> usize {
+    let mut sum = 0_u16;
+    for byte in tag_of(key).unwrap_or(key) {
+        sum ^= u16::from(*byte) << 8;
+        for _ in 0..8 {
+            sum = match sum & 0x8000 {
+                0 => sum << 1,
+                _ => (sum << 1) ^ 0x1021,
+            };
+        }
+    }
+    usize::from(sum) % SLOTS
+}
+
+fn tag_of(key: &[u8]) -> Option<&[u8]> {
+    let open = key.iter().position(|byte| *byte == b'{')?;
+    let tail = key.get(open + 1..)?;
+    let close = tail.iter().position(|byte| *byte == b'}')?;
+    tail.get(..close).filter(|tag| !tag.is_empty())
+}
+
+fn invalid(what: &'static str) -> RedisError {
+    (ErrorKind::InvalidClientConfig, what).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use redis::cluster_routing::Slot;
+
+    use super::*;
+
+    #[test]
+    fn slots_are_those_of_redis() {
+        assert_eq!(slot_of(b"123456789"), 0x31c3);
+        for key in [
+            "",
+            "idempotency:00",
+            "{shop}:00",
+            "a{shop}b{c}",
+            "{}a",
+            "a{b",
+            "}{a}",
+            "{{a}}",
+        ] {
+            let slot = u16::try_from(slot_of(key.as_bytes())).ok();
+            assert_eq!(slot.and_then(Slot::new), Some(Slot::for_key(key)), "{key}");
+        }
+    }
+
+    #[test]
+    fn owners_are_read_from_what_nodes_tell() {
+        let node = |host: Value, port| Value::Array(vec![host, Value::Int(port)]);
+        let range =
+            |first, last, node| Value::Array(vec![Value::Int(first), Value::Int(last), node]);
+        let answer = Value::Array(vec![
+            range(0, 1, node(Value::BulkString(b"n1".to_vec()), 1)),
+            range(2, 2, node(Value::Nil, 2)),
+            range(3, 20_000, node(Value::BulkString(b"n1".to_vec()), 1)),
+        ]);
+        let owners = Owners::read(answer, "asked").unwrap_or_else(Owners::none);
+        let [one, two] = [("n1".to_owned(), 1), ("asked".to_owned(), 2)];
+        assert_eq!(
+            [0, 1, 2, 3].map(|slot| owners.of(slot)),
+            [Some(&one), Some(&one), Some(&two), Some(&one)]
+        );
+        assert_eq!(owners.of(SLOTS - 1), Some(&one));
+        assert_eq!(owners.of(SLOTS), None);
+        for odd in [
+            Value::Nil,
+            Value::Array(vec![]),
+            Value::Array(vec![Value::Int(0)]),
+            Value::Array(vec![range(0, 1, node(Value::Nil, 70_000))]),
+            Value::Array(vec![range(-1, 1, node(Value::Nil, 1))]),
+        ] {
+            assert!(Owners::read(odd, "asked").is_none());
+        }
+    }
+}

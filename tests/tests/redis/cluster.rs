@@ -1,0 +1,189 @@
+//! Nodes of a Cluster that die, say nothing, or give their slots away.
+
+use std::{error::Error as _, pin::pin, time::Duration};
+
+use idempotency_axum::{
+    Begin, EncodedKey, Entry, Held, NewClaim, RedisStorage, Storage, StorageErrorKind, Token,
+};
+use idempotency_tests::redis::{Cluster, Redis};
+
+use super::{KEY, claim, until};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dead_master_takes_only_its_keys() {
+    let mut cluster = Cluster::start().await;
+    let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+    let mut keys = Vec::new();
+    for master in 0..3 {
+        keys.push(cluster.key_on(master, "idempotency", 0).await);
+    }
+    let claim = NewClaim {
+        token: Token::random(),
+        fingerprint: None,
+        lease: Duration::from_secs(60),
+    };
+    for key in &keys {
+        assert_eq!(storage.begin(key, &claim).await.unwrap(), Begin::Acquired);
+    }
+
+    cluster.kill(1);
+
+    // The others may have to be asked anew, through connections that have not noticed yet.
+    let other = NewClaim {
+        token: Token::random(),
+        ..claim
+    };
+    for master in [0, 2] {
+        let begun = storage.begin(&keys[master], &other).await;
+        assert!(
+            matches!(begun, Ok(Begin::InFlight { .. })),
+            "{master}: {begun:?}"
+        );
+    }
+    let error = storage.begin(&keys[1], &other).await.unwrap_err();
+    let kinds = [StorageErrorKind::Unavailable, StorageErrorKind::Timeout];
+    assert!(kinds.contains(&error.kind()), "{error:?}");
+    for master in [0, 2] {
+        let begun = storage.begin(&keys[master], &other).await;
+        assert!(
+            matches!(begun, Ok(Begin::InFlight { .. })),
+            "{master}: {begun:?}"
+        );
+    }
+}
+
+/// It lets everybody connect, and says nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_master_delays_no_other_key() {
+    let mut cluster = Cluster::start().await;
+    let storage = RedisStorage::connect(cluster.url()).time_limit(Duration::from_millis(300));
+    let storage = storage.await.unwrap();
+    let claim = NewClaim {
+        token: Token::random(),
+        fingerprint: None,
+        lease: Duration::from_secs(60),
+    };
+    let mut keys = Vec::new();
+    for master in 0..3 {
+        let key = cluster.key_on(master, "idempotency", 0).await;
+        assert_eq!(storage.begin(&key, &claim).await.unwrap(), Begin::Acquired);
+        keys.push(key);
+    }
+    let silent = cluster.master(1).port();
+    cluster.kill(1);
+    let _silent = std::net::TcpListener::bind(("127.0.0.1", silent)).unwrap();
+
+    let failing = async {
+        for _ in 0..6 {
+            let error = storage.renew(&keys[1], claim.token, claim.lease).await;
+            let error = error.unwrap_err();
+            let kinds = [StorageErrorKind::Unavailable, StorageErrorKind::Timeout];
+            assert!(kinds.contains(&error.kind()), "{error:?}");
+        }
+    };
+    let mut failing = pin!(failing);
+    let mut renewed = 0;
+    loop {
+        for master in [0, 2] {
+            let held = storage.renew(&keys[master], claim.token, claim.lease);
+            assert_eq!(held.await.unwrap(), Held::Yes, "{master}");
+            renewed += 1;
+        }
+        let pause = tokio::time::timeout(Duration::from_millis(20), failing.as_mut());
+        if pause.await.is_ok() {
+            break;
+        }
+    }
+    // The other one took 300 ms for each of its renewals.
+    assert!(renewed > 20, "{renewed}");
+}
+
+/// As resharding does it: first the keys go, one by one, and then the slot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_moves_is_followed() {
+    let cluster = Cluster::start().await;
+    let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+    let key = cluster.key_on(0, "idempotency", 0).await;
+    let claim = claim();
+    assert_eq!(storage.begin(&key, &claim).await.unwrap(), Begin::Acquired);
+
+    let [from, to] = [0, 1].map(|master| cluster.master(master));
+    let ids = [id(from).await, id(to).await];
+    let slot = slot(from, &key).await;
+    let (set, name) = (["CLUSTER", "SETSLOT"], format!("idempotency:{key}"));
+    let words = |tail: [&str; 2]| [set[0], set[1], &slot, tail[0], tail[1]].map(str::to_owned);
+    let _: String = to.ask(&words(["IMPORTING", &ids[0]])).await;
+    let _: String = from.ask(&words(["MIGRATING", &ids[1]])).await;
+    let port = to.port().to_string();
+    let migrate = ["MIGRATE", "127.0.0.1", &port, &name, "0", "5000"];
+    let _: String = from.ask(&migrate).await;
+    let follows = async || {
+        let found = storage.get(&key).await.unwrap();
+        assert!(matches!(found, Some(Entry::Claimed { .. })), "{found:?}");
+        let held = storage.renew(&key, claim.token, claim.lease).await;
+        assert_eq!(held.unwrap(), Held::Yes);
+    };
+    follows().await;
+
+    for master in [to, from, cluster.master(2)] {
+        let _: String = master.ask(&words(["NODE", &ids[1]])).await;
+    }
+    follows().await;
+    follows().await;
+    let released = storage.release(&key, claim.token).await;
+    assert_eq!(released.unwrap(), Held::Yes);
+}
+
+/// What it would be told is not of the connection that claimed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replicas_of_a_cluster_are_not_waited_for() {
+    let cluster = Cluster::start().await;
+    let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+    let waiting = storage.clone().wait_replicas(1, Duration::from_millis(100));
+    let error = waiting.begin(&KEY, &claim()).await.unwrap_err();
+    let cause = error.source().unwrap().to_string();
+    assert!(cause.contains("`wait_replicas`"), "{cause}");
+    assert_eq!(storage.get(&KEY).await.unwrap(), None);
+}
+
+/// As after a failover.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_new_owner_of_a_slot_is_found_when_the_old_one_is_gone() {
+    for is_silent in [false, true] {
+        let mut cluster = Cluster::start().await;
+        let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+        let key = cluster.key_on(1, "idempotency", 0).await;
+        let new = claim();
+        assert_eq!(storage.begin(&key, &new).await.unwrap(), Begin::Acquired);
+        let port = cluster.master(1).port();
+        cluster.kill(1);
+        let _silent = is_silent.then(|| std::net::TcpListener::bind(("127.0.0.1", port)).unwrap());
+
+        let owner = id(cluster.master(0)).await;
+        let slot = slot(cluster.master(0), &key).await;
+        for master in [0, 2] {
+            let set = ["CLUSTER", "SETSLOT", &slot, "NODE", &owner];
+            let _: String = cluster.master(master).ask(&set).await;
+        }
+        // Of its claim it knows nothing.
+        let mut failures = 0;
+        let begun = until(async || {
+            let begun = storage.begin(&key, &claim()).await;
+            failures += usize::from(begun.is_err());
+            begun.ok()
+        });
+        assert_eq!(begun.await, Begin::Acquired);
+        assert!(failures <= 3, "silent: {is_silent}, {failures} failures");
+    }
+}
+
+async fn id(node: &Redis) -> String {
+    node.ask(&["CLUSTER", "MYID"]).await
+}
+
+async fn slot(node: &Redis, key: &EncodedKey) -> String {
+    let slot: u16 = node
+        .ask(&["CLUSTER", "KEYSLOT", &format!("idempotency:{key}")])
+        .await;
+    slot.to_string()
+}
