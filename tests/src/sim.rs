@@ -84,7 +84,7 @@ impl Terms {
             0 => 0,
             _ => 1 + chance.below(most),
         };
-        let (hung, endless) = (rate(200) * 0, rate(200) * 0);
+        let (hung, endless) = (rate(200), rate(200));
         Self {
             max_hold: match chance.below(2) {
                 0 => Self::LONGEST_HOLD,
