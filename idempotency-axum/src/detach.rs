@@ -3,26 +3,33 @@
 //! hyper drops a request's future when its connection is gone. From the moment that a claim may have been taken the future is
 //! then adopted by a task of its own, so neither a disconnect during the claim nor one before the record leaves an orphan. The
 //! common path pays no spawn for it.
+//!
+//! After [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) the engine gives the claim up: its key has a tombstone. What still
+//! runs then and has no client, or loses it later, is of use to nobody, and might run for ever. It is dropped, and a [`Route`]
+//! says so in the log.
 
 use std::{
     future::Future,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll},
 };
 
-use futures_util::future::BoxFuture;
+use axum::extract::MatchedPath;
+use futures_util::future::{BoxFuture, Either, select};
+use http::{Method, request::Parts};
 use idempotency_core::{Event, Progress, Spawner};
 use tracing::{Instrument, Span};
 
 use crate::Engine;
 
-/// A future that goes on in a task when it is dropped after `progress` says that it is committed.
+/// A future that goes on in a task when it is dropped after `progress` says that it is committed, until its claim is given up.
 ///
 /// Not if the drop comes from a panic in its own poll: then what it holds is dropped, and its claim released.
 pub(crate) struct Detachable<T: 'static> {
     future: Option<BoxFuture<'static, T>>,
     progress: Progress,
     engine: Engine,
+    route: Route,
     home: Option<Home>,
     in_poll: bool,
 }
@@ -34,11 +41,17 @@ struct Home {
 }
 
 impl<T: 'static> Detachable<T> {
-    pub(crate) fn new(future: BoxFuture<'static, T>, progress: Progress, engine: Engine) -> Self {
+    pub(crate) fn new(
+        future: BoxFuture<'static, T>,
+        progress: Progress,
+        engine: Engine,
+        route: Route,
+    ) -> Self {
         Self {
             future: Some(future),
             progress,
             engine,
+            route,
             home: None,
             in_poll: false,
         }
@@ -77,11 +90,18 @@ impl<T: 'static> Drop for Detachable<T> {
         let (Some(future), Some(home)) = (self.future.take(), self.home.take()) else {
             return;
         };
+        if self.progress.is_given_up() {
+            return home.span.in_scope(|| {
+                drop(future);
+                self.route.report_dropped();
+            });
+        }
         match home.spawner {
             Some(spawner) => {
                 self.engine.config().emit(&Event::Adopted);
-                // The span is the request's, so what the handler still logs can be found under it. The output has no reader.
-                spawner.spawn(HandOver(future).instrument(home.span));
+                // The span is the request's, so what the handler still logs can be found under it.
+                let carried = carry(future, self.progress.clone(), self.route.clone());
+                spawner.spawn(carried.instrument(home.span));
             }
             None => tracing::error!(
                 target: "idempotency",
@@ -91,13 +111,109 @@ impl<T: 'static> Drop for Detachable<T> {
     }
 }
 
-/// Runs a future and lets its output go.
-struct HandOver<T>(BoxFuture<'static, T>);
+/// Runs a future to its end, if that comes before its claim is given up. The output has no reader.
+async fn carry<T>(future: BoxFuture<'static, T>, progress: Progress, route: Route) {
+    let given_up = pin!(progress.given_up());
+    if let Either::Right(((), future)) = select(future, given_up).await {
+        drop(future);
+        route.report_dropped();
+    }
+}
 
-impl<T> Future for HandOver<T> {
-    type Output = ();
+/// Where an operation came from, for the log: as few names as there are routes.
+#[derive(Clone, Debug)]
+pub(crate) struct Route {
+    method: Method,
+    path: Option<MatchedPath>,
+}
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        self.0.as_mut().poll(cx).map(drop)
+impl Route {
+    pub(crate) fn of(parts: &Parts) -> Self {
+        Self {
+            method: parts.method.clone(),
+            path: parts.extensions.get().cloned(),
+        }
+    }
+
+    /// The operation had no client any more and was dropped before its end, since its claim was given up.
+    pub(crate) fn report_dropped(&self) {
+        tracing::error!(
+            target: "idempotency",
+            method = %self.method,
+            path = self.path.as_ref().map_or("", MatchedPath::as_str),
+            cure = "give what this route waits for a time limit of its own, or raise `LockPolicy::max_hold`",
+            "an operation ran for longer than `max_hold` and its client is gone: it was dropped, and retries of its key get the \
+             tombstone"
+        );
+    }
+}
+
+#[cfg(all(test, feature = "memory"))]
+mod tests {
+    use std::future::pending;
+
+    use futures_util::FutureExt;
+    use idempotency_core::{Claim, Config, Decision, Encoded, EncodedKey, MemoryStorage};
+    use tokio::sync::oneshot::{self, error::TryRecvError};
+
+    use super::*;
+
+    /// An operation that holds a claim and never ends, under way; and what is told when it is dropped.
+    async fn running() -> (Detachable<()>, Progress, oneshot::Receiver<()>) {
+        let engine = Engine::new(MemoryStorage::new(), Config::default());
+        let progress = Progress::new();
+        let claim = claim(&engine, &progress).await;
+        let (held, dropped) = oneshot::channel::<()>();
+        let operation = async move {
+            let _held = (claim, held);
+            pending::<()>().await;
+        };
+        let route = Route {
+            method: Method::POST,
+            path: None,
+        };
+        let mut running = Detachable::new(operation.boxed(), progress.clone(), engine, route);
+        assert_eq!((&mut running).now_or_never(), None);
+        (running, progress, dropped)
+    }
+
+    async fn claim(engine: &Engine, progress: &Progress) -> Claim {
+        let encoded = Encoded {
+            key: EncodedKey::from_bytes([1; 32]),
+            fingerprint: None,
+        };
+        match engine.begin_with(&encoded, progress).await {
+            Decision::Execute(claim) => claim,
+            decision => panic!("{decision:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn an_adopted_operation_goes_on_until_it_is_given_up() {
+        let (running, progress, mut dropped) = running().await;
+        drop(running);
+        rest().await;
+        assert_eq!(dropped.try_recv(), Err(TryRecvError::Empty));
+        progress.give_up();
+        rest().await;
+        assert_eq!(dropped.try_recv(), Err(TryRecvError::Closed));
+    }
+
+    /// All tasks run on this thread, so each comes as far as it can.
+    async fn rest() {
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn an_operation_that_is_given_up_goes_on_for_its_client() {
+        let (mut running, progress, mut dropped) = running().await;
+        progress.give_up();
+        assert_eq!((&mut running).now_or_never(), None);
+        assert_eq!(dropped.try_recv(), Err(TryRecvError::Empty));
+        // Its client leaves, and nobody adopts it.
+        drop(running);
+        assert_eq!(dropped.try_recv(), Err(TryRecvError::Closed));
     }
 }

@@ -72,9 +72,40 @@ impl IdempotencyLayer {
         Self::new(Mode::Exempt, storage)
     }
 
+    /// A request with a key is protected, one without runs unprotected, unless the handler says otherwise.
+    ///
+    /// `storage` is the default cache.
+    pub fn optional(storage: impl Storage) -> Self {
+        Self::new(Mode::Optional, storage)
+    }
+
     /// Replaces the configuration. Default: [`Config::default`].
     pub fn config(self, config: Config) -> Self {
         self.with(|choices| choices.config = config)
+    }
+
+    /// Changes the configuration, for example the one that [settings](Self::from_settings) loaded.
+    ///
+    /// ```
+    /// use idempotency_axum::{IdempotencyLayer, Scope, Settings};
+    ///
+    /// #[derive(Clone)]
+    /// struct UserId(u64);
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let settings: Settings = serde_json::from_str(r#"{ "preset": "ietf" }"#)?;
+    /// let layer = IdempotencyLayer::from_settings(settings).await?.map_config(|config| {
+    ///     config.scope(Scope::from_fn(|parts| {
+    ///         Some(parts.extensions.get::<UserId>()?.0.to_be_bytes().to_vec())
+    ///     }))
+    /// });
+    /// # let _ = layer;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn map_config(self, change: impl FnOnce(Config) -> Config) -> Self {
+        self.with(|choices| choices.config = change(choices.config.clone()))
     }
 
     /// Adds a cache of this name, for handlers with `cache_name = "…"`.
@@ -141,20 +172,10 @@ impl IdempotencyLayer {
         &self.shared.engine
     }
 
-    /// The engine of the cache of this name.
-    ///
-    /// # Panics
-    ///
-    /// Panics if this layer has no such cache, and names those that it has.
+    /// The engine of the cache of this name; `None` if this layer has no such cache.
     #[must_use]
-    pub fn engine_of(&self, cache_name: &str) -> &Engine {
-        match self.shared.engines.get(cache_name) {
-            Some(engine) => engine,
-            None => panic!(
-                "this layer has no cache {cache_name:?}; it has: {}",
-                self.shared.cache_names().join(", ")
-            ),
-        }
+    pub fn engine_of(&self, cache_name: &str) -> Option<&Engine> {
+        self.shared.engines.get(cache_name)
     }
 
     /// Waits until no operation of any cache runs; see [`Engine::drain`].

@@ -33,7 +33,7 @@
 //!
 //! ```text
 //! request ─ safe method, CONNECT, exempt, or optional without a key ─► handler
-//!    │ key read (400 if missing or invalid), body buffered (413 over the limit)
+//!    │ key read (400 if missing or invalid), body buffered (413 over the limit, 408 if it stops coming, 503 without room)
 //!    │ encoded: SHA-256 over key, method, original path and query, caller, body
 //!    ▼ one atomic step at the storage
 //!    ├ claimed ─────────► handler ─► answer recorded ─► client
@@ -129,9 +129,14 @@
 //!
 //! # A client that leaves
 //!
-//! From the claim on a request is carried to its end: if hyper drops it because the connection is gone, a task adopts it. So a
-//! retry finds the record, or the claim still held, never half an operation. [`IdempotencyLayer::drain`] waits for all of them
-//! at shutdown.
+//! From the claim on a request is carried on, whether its client is there or not: if hyper drops it because the connection is
+//! gone, a task adopts it, and an answer that streams is read on. So a retry finds the record, or the claim still held.
+//! [`IdempotencyLayer::drain`] waits for all of them at shutdown.
+//!
+//! * An answer that can't be recorded (an event stream, one with trailers, one past [`Config::max_response_body`] or without room
+//!   in [`Config::max_buffered`]) ends with its client, as it would without this layer. Its key has a tombstone by then.
+//! * All others go on to their end, or to [`LockPolicy::max_hold`]. Then their key gets a tombstone; what still has a client goes
+//!   on for it, and what has none is dropped, with an error in the log that names the route.
 //!
 //! # Features
 //!
@@ -143,6 +148,7 @@
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod detach;
 mod discovery;
 mod extract;

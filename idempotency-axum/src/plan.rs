@@ -85,6 +85,8 @@ pub(crate) struct Applied {
     pub(crate) relies_on: Option<&'static str>,
     /// Set on the layer itself, so inner policies accept it.
     pub(crate) is_fixed: bool,
+    /// The mode's own, so it asks for keys on the methods of the configuration only.
+    pub(crate) is_default: bool,
 }
 
 impl Shared {
@@ -102,6 +104,7 @@ impl Shared {
             default_policy: match choices.mode {
                 Mode::Enforce => KeyPolicy::required(),
                 Mode::Exempt => KeyPolicy::exempt(),
+                Mode::Optional => KeyPolicy::required().optional(),
             },
             choices,
             has_layered: AtomicBool::new(false),
@@ -140,7 +143,7 @@ impl Shared {
     pub(crate) fn plan_for(&self, found: Discovery) -> Plan {
         match found {
             Discovery::Layered => Plan::Layered,
-            Discovery::Nothing | Discovery::Many => self.plan(self.default_policy.clone(), None),
+            Discovery::Nothing | Discovery::Many => Plan::Apply(self.default_applied()),
             Discovery::Policy(Announced { policy, handler }) => self.plan(policy, Some(handler)),
         }
     }
@@ -163,6 +166,7 @@ impl Shared {
             engine: engine.clone(),
             relies_on: handler.filter(|_| policy.is_more_lenient_than(&self.default_policy)),
             is_fixed: self.choices.fixed.is_some(),
+            is_default: false,
             policy,
         })
     }
@@ -174,6 +178,7 @@ impl Shared {
             engine: self.engine.clone(),
             relies_on: None,
             is_fixed: false,
+            is_default: true,
         }
     }
 

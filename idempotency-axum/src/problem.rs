@@ -8,9 +8,10 @@
 //! | <a id="key-reused"></a>`#key-reused` | 422 | the key was used for another request | no: use a new key |
 //! | <a id="not-replayable"></a>`#not-replayable` | 409 | the operation ran, its answer was not recorded | no: look at what it did |
 //! | <a id="body-too-large"></a>`#body-too-large` | 413 | the request's body is over the limit | no |
+//! | <a id="body-unreadable"></a>`#body-unreadable` | 400 | the request's body broke off or can't be decoded, or (408) stopped coming; nothing ran | yes: send all of it |
 //! | <a id="scope-required"></a>`#scope-required` | 403 | the request does not say whose key it is | no: authenticate |
 //! | <a id="storage-unavailable"></a>`#storage-unavailable` | 503 | the storage failed, nothing ran | yes, after `Retry-After` |
-//! | <a id="overloaded"></a>`#overloaded` | 503 | too many operations run or wait, nothing ran | yes, after `Retry-After` |
+//! | <a id="overloaded"></a>`#overloaded` | 503 | too many operations run or wait, or too many bytes are held in memory; nothing ran | yes, after `Retry-After` |
 
 use std::fmt;
 
@@ -86,6 +87,14 @@ impl Problem {
         }
     }
 
+    /// With the status of what went wrong.
+    pub(crate) fn body_unreadable(status: StatusCode, config: &Config) -> Self {
+        Self {
+            status,
+            ..Self::new(Refusal::BodyUnreadable, config)
+        }
+    }
+
     pub(crate) fn not_replayable(reason: TombstoneReason, config: &Config) -> Self {
         Self {
             detail: Detail::Tombstone(reason),
@@ -135,9 +144,10 @@ impl Problem {
             Refusal::KeyReused => "Idempotency key was used for another request",
             Refusal::NotReplayable => "The answer can't be replayed",
             Refusal::BodyTooLarge => "Request body is too large",
+            Refusal::BodyUnreadable => "Request body can't be read",
             Refusal::ScopeRequired => "The caller is unknown",
             Refusal::StorageUnavailable => "Idempotency storage is unavailable",
-            Refusal::Overloaded => "Too many requests are running or waiting",
+            Refusal::Overloaded => "Too many requests are running, waiting or held in memory",
             _ => "The request was refused",
         }
     }
@@ -167,6 +177,10 @@ impl Problem {
                 }
                 Refusal::BodyTooLarge => {
                     "The request's body is larger than this server takes. Nothing was run."
+                }
+                Refusal::BodyUnreadable => {
+                    "The request's body could not be read to its end. Nothing was run. Send the whole request again, with the \
+                     same key."
                 }
                 Refusal::ScopeRequired => {
                     "A request with an idempotency key must say whose key it is, usually by its credentials."

@@ -7,43 +7,78 @@
 //! ```text
 //! handler's body ──► recorder ──► tape ──► client
 //!                        └─ at the end: stored; then the client's end
-//!                        └─ over the limit, broken, trailers: tombstone; then the client reads the body itself
+//!                        └─ over the limit, no room, broken, trailers, given up: tombstone; then the client reads the body itself
 //! ```
 //!
 //! What can't be recorded whatever its body says (an event stream, announced trailers or length) has its tombstone before its
-//! head goes out, and is not touched.
+//! head goes out, and is not touched. Past the tombstone an answer ends with its client, as it would without us.
+//!
+//! # Where an answer ends
+//!
+//! At what its body says is the end: [`is_end_stream`](http_body::Body::is_end_stream), or no more frames. Trailers may follow
+//! the last byte, also where the length is known. But a client that was told a length reads no further, so it has its end with
+//! the last byte, which is why the tape keeps that back until the record is stored. The two meet in a body that has given all
+//! its bytes, has not ended, and has nothing more yet. Then
+//!
+//! * the client gets the last byte at once: it is not held back for an end that may never come;
+//! * the body is read on, until its end (the answer is recorded), until trailers (they are passed on, and are a tombstone), or
+//!   until the run is given up;
+//! * a client that has taken all bytes and lets go of the body, as a server of HTTP/1 does at the announced length, can't be
+//!   given more: this is the end, and the answer is recorded as that client got it.
+//!
+//! # What holds memory
+//!
+//! What is on a tape is reserved from [`Config::max_buffered`](crate::Config::max_buffered) until the client has it too. An answer
+//! for which there is no room gets a tombstone, and goes on as one over the limit does. What comes before the first pause is in
+//! memory anyway: it is counted, and not refused.
+//!
+//! # A run that is given up
+//!
+//! After [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) the engine has put a tombstone in the place of the record to come.
+//! Recording stops: the client gets what is on the tape and then the body itself; if it is gone, the body is dropped.
 
 use std::{
     fmt,
     future::poll_fn,
     panic::{AssertUnwindSafe, resume_unwind},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
 };
 
 use axum::{body::Body, response::Response};
 use bytes::Bytes;
-use futures_util::FutureExt;
+use futures_util::{
+    FutureExt,
+    future::{Either, select},
+};
 use http::{HeaderMap, StatusCode, header};
 use http_body::{Body as _, Frame};
-use idempotency_core::TombstoneReason;
+use idempotency_core::{Progress, TombstoneReason};
 use tracing::{Instrument, Span};
 
-use self::{
-    data::{Data, End},
-    tape::{Tail, Tape},
+use self::tape::{Tail, Tape};
+use crate::{
+    Engine,
+    buffer::{Buffer, Overflow},
+    detach::Route,
+    response,
+    run::Run,
 };
-use crate::{Engine, response, run::Run};
 
-mod data;
 mod tape;
 
 /// A frame of a body, or what it broke with.
 type Next = Result<Frame<Bytes>, axum::Error>;
 
 /// Ends `run` with this answer, now or when it has been read to its end, and gives the client what it is to get.
-pub(crate) async fn record(run: Run, response: Response, engine: &Engine) -> Response {
+pub(crate) async fn record(
+    run: Run,
+    response: Response,
+    engine: &Engine,
+    progress: &Progress,
+    route: &Route,
+) -> Response {
     let (parts, body) = response.into_parts();
     let config = engine.config();
     let stored = |body| response::stored(parts.status, &parts.headers, body, config);
@@ -58,18 +93,18 @@ pub(crate) async fn record(run: Run, response: Response, engine: &Engine) -> Res
         return Response::from_parts(parts, source.body);
     }
 
-    let mut data = Data::new(limit);
+    let mut buffer = Buffer::counted(limit, &config.budget);
     let end = loop {
         let polled = poll_fn(|cx| Poll::Ready(source.poll_next(cx)));
         match AssertUnwindSafe(polled).catch_unwind().await {
             Ok(Poll::Ready(next)) => {
-                if let Some(end) = data.take(next) {
+                if let Some(end) = take(&mut buffer, next, Buffer::hold) {
                     break source.judge(end);
                 }
             }
             Ok(Poll::Pending) => match config.env.spawner() {
                 Some(spawner) => {
-                    let tape = Arc::new(Tape::new(data));
+                    let tape = Arc::new(Tape::new(buffer));
                     let reader = tape.clone().reader(&source);
                     let recorder = Recorder {
                         run: Some(run),
@@ -79,6 +114,8 @@ pub(crate) async fn record(run: Run, response: Response, engine: &Engine) -> Res
                         status: parts.status,
                         headers: parts.headers.clone(),
                         engine: engine.clone(),
+                        progress: progress.clone(),
+                        route: route.clone(),
                     };
                     spawner.spawn(recorder.run().instrument(Span::current()));
                     return Response::from_parts(parts, Body::new(reader));
@@ -95,16 +132,47 @@ pub(crate) async fn record(run: Run, response: Response, engine: &Engine) -> Res
     };
     let body = match end {
         End::Whole => {
-            let bytes = data.into_bytes();
+            // Given back once it is stored.
+            let (bytes, _reservation) = buffer.into_parts();
             run.store(stored(bytes.clone())).await;
             Body::from(bytes)
         }
         End::Unrecorded(reason, next) => {
             run.store_none(reason).await;
-            Body::new(Tail::new(data.into_bytes(), next, Some(source.body)))
+            Body::new(Tail::new(buffer, next, Some(source.body)))
         }
     };
     Response::from_parts(parts, body)
+}
+
+/// How a body ended, as far as recording goes.
+enum End {
+    /// All of it is here.
+    Whole,
+    /// It can't be recorded; and what it went on with.
+    Unrecorded(TombstoneReason, Option<Next>),
+}
+
+/// Puts what a body gave into `buffer`, by `push` or `hold`, if it is not the end.
+fn take(
+    buffer: &mut Buffer,
+    next: Option<Next>,
+    put: fn(&mut Buffer, &Bytes) -> Result<(), Overflow>,
+) -> Option<End> {
+    let frame = match next {
+        None => return Some(End::Whole),
+        Some(Ok(frame)) => frame,
+        broken @ Some(Err(_)) => {
+            return Some(End::Unrecorded(TombstoneReason::StreamBroken, broken));
+        }
+    };
+    let reason = match frame.data_ref().map(|data| put(buffer, data)) {
+        Some(Ok(())) => return None,
+        Some(Err(Overflow::TooLong)) => TombstoneReason::ResponseTooLarge,
+        Some(Err(Overflow::NoRoom)) => TombstoneReason::NoRoom,
+        None => TombstoneReason::Trailers,
+    };
+    Some(End::Unrecorded(reason, Some(Ok(frame))))
 }
 
 /// HTTP has no body with these, so whatever one there is will not be read.
@@ -155,22 +223,25 @@ impl Source {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Next>> {
+        if self.body.is_end_stream() {
+            return Poll::Ready(None);
+        }
         let polled = Pin::new(&mut self.body).poll_frame(cx);
-        match &polled {
-            Poll::Ready(Some(Ok(frame))) => {
-                self.read += frame.data_ref().map_or(0, |data| data.len() as u64);
-            }
-            // Nobody reads further than the announced length: what produces the body need not end it.
-            Poll::Pending if self.length == Some(self.read) => return Poll::Ready(None),
-            Poll::Pending | Poll::Ready(None | Some(Err(_))) => {}
+        if let Poll::Ready(Some(Ok(frame))) = &polled {
+            self.read += frame.data_ref().map_or(0, |data| data.len() as u64);
         }
         polled
+    }
+
+    /// Whether all the bytes that were announced are here.
+    fn is_all_read(&self) -> bool {
+        self.length == Some(self.read)
     }
 
     /// An end at another place than was announced is none: the body broke off.
     fn judge(&self, end: End) -> End {
         match end {
-            End::Whole if self.length.is_some_and(|length| length != self.read) => {
+            End::Whole if self.length.is_some() && !self.is_all_read() => {
                 let error = axum::Error::new(Fault::WrongLength);
                 End::Unrecorded(TombstoneReason::StreamBroken, Some(Err(error)))
             }
@@ -189,26 +260,37 @@ struct Recorder {
     status: StatusCode,
     headers: HeaderMap,
     engine: Engine,
+    progress: Progress,
+    route: Route,
 }
 
 impl Recorder {
     async fn run(mut self) {
-        let end = self.read().await;
+        let progress = self.progress.clone();
+        let end = match select(pin!(self.read()), pin!(progress.given_up())).await {
+            Either::Left((end, _)) => end,
+            Either::Right(_) => End::Unrecorded(TombstoneReason::MaxHold, None),
+        };
+        let recorded = match end {
+            End::Whole => {
+                self.source = None;
+                self.tape.recorded().ok_or(TombstoneReason::StreamBroken)
+            }
+            End::Unrecorded(reason, next) => {
+                self.next = next;
+                Err(reason)
+            }
+        };
         let Some(run) = self.run.take() else {
             return;
         };
-        match end {
-            End::Whole => {
-                self.source = None;
-                let body = self.tape.recorded();
+        match recorded {
+            Ok(body) => {
                 let config = self.engine.config();
                 let stored = response::stored(self.status, &self.headers, body, config);
                 run.store(stored).await;
             }
-            End::Unrecorded(reason, next) => {
-                self.next = next;
-                run.store_none(reason).await;
-            }
+            Err(reason) => run.store_none(reason).await,
         }
     }
 
@@ -217,7 +299,14 @@ impl Recorder {
             return End::Whole;
         };
         loop {
-            let polled = poll_fn(|cx| source.poll_next(cx));
+            let polled = poll_fn(|cx| {
+                let polled = source.poll_next(cx);
+                // What still comes, nobody could take.
+                let is_over = polled.is_pending()
+                    && source.is_all_read()
+                    && self.tape.poll_taken(cx).is_ready();
+                if is_over { Poll::Ready(None) } else { polled }
+            });
             let next = AssertUnwindSafe(polled).catch_unwind().await;
             let next = next.unwrap_or_else(|_| Some(Err(axum::Error::new(Fault::Panicked))));
             if let Some(end) = self.tape.take(next) {
@@ -235,8 +324,19 @@ impl Drop for Recorder {
             let _ = run.store_none(TombstoneReason::StreamBroken).now_or_never();
         }
         let rest = self.source.take().map(|source| source.body);
-        self.tape.end(self.next.take(), rest);
+        let is_cut_short = rest.is_some() && self.progress.is_given_up();
+        let client = self.tape.end(self.next.take(), rest);
+        if is_cut_short && client == Client::Gone {
+            self.route.report_dropped();
+        }
     }
+}
+
+/// Whether an answer still has a reader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Client {
+    Reads,
+    Gone,
 }
 
 /// What is wrong with a body that gave no error of its own.
@@ -257,3 +357,104 @@ impl fmt::Display for Fault {
 }
 
 impl std::error::Error for Fault {}
+
+#[cfg(all(test, feature = "memory"))]
+mod tests {
+    use std::convert::Infallible;
+
+    use futures_util::stream;
+    use http::Request;
+    use http_body_util::BodyExt;
+    use idempotency_core::{
+        Config, Decision, Encoded, EncodedKey, MemoryStorage, Outcome, TombstoneReason,
+    };
+    use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+    use super::*;
+
+    /// An answer that streams what is sent, and is being recorded.
+    struct Streaming {
+        engine: Engine,
+        progress: Progress,
+        sender: UnboundedSender<&'static str>,
+        client: Body,
+    }
+
+    const ENCODED: Encoded = Encoded {
+        key: EncodedKey::from_bytes([1; 32]),
+        fingerprint: None,
+    };
+
+    async fn streaming() -> Streaming {
+        let engine = Engine::new(MemoryStorage::new(), Config::default());
+        let progress = Progress::new();
+        let Decision::Execute(claim) = engine.begin_with(&ENCODED, &progress).await else {
+            panic!("the key is new");
+        };
+        let (sender, mut receiver) = unbounded_channel();
+        let frames = stream::poll_fn(move |cx| receiver.poll_recv(cx));
+        let body = Body::from_stream(futures_util::StreamExt::map(frames, Ok::<_, Infallible>));
+        let route = Route::of(&Request::new(()).into_parts().0);
+        let run = Run::First(claim);
+        let response = record(run, Response::new(body), &engine, &progress, &route).await;
+        Streaming {
+            client: response.into_body(),
+            engine,
+            progress,
+            sender,
+        }
+    }
+
+    impl Streaming {
+        async fn read(&mut self) -> Bytes {
+            match self.client.frame().await {
+                Some(Ok(frame)) => frame
+                    .into_data()
+                    .unwrap_or_else(|frame| panic!("{frame:?}")),
+                end => panic!("{end:?}"),
+            }
+        }
+
+        async fn has_tombstone(&self) -> bool {
+            let tombstone = Outcome::Tombstone(TombstoneReason::MaxHold);
+            let again = self.engine.begin(&ENCODED).await;
+            matches!(again, Decision::Replay(replay) if replay.record.outcome == tombstone)
+        }
+    }
+
+    #[tokio::test]
+    async fn a_recording_that_is_given_up_goes_on_for_its_client() {
+        let mut streaming = streaming().await;
+        streaming.sender.send("one").unwrap();
+        assert_eq!(streaming.read().await, "one");
+        streaming.progress.give_up();
+        rest().await;
+        assert!(streaming.has_tombstone().await);
+        streaming.sender.send("two").unwrap();
+        assert_eq!(streaming.read().await, "two");
+        assert!(!streaming.sender.is_closed());
+        // From here on it ends with its client.
+        drop(streaming.client);
+        assert!(streaming.sender.is_closed());
+    }
+
+    #[tokio::test]
+    async fn a_recording_without_a_client_is_dropped_when_it_is_given_up() {
+        let mut streaming = streaming().await;
+        drop(std::mem::take(&mut streaming.client));
+        streaming.sender.send("one").unwrap();
+        rest().await;
+        assert!(!streaming.sender.is_closed(), "it is read on");
+        streaming.progress.give_up();
+        rest().await;
+        assert!(streaming.sender.is_closed());
+        assert!(streaming.has_tombstone().await);
+    }
+
+    /// All tasks run on this thread, so each comes as far as it can.
+    async fn rest() {
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+    }
+}

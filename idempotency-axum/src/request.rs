@@ -1,4 +1,4 @@
-//! What a request carries from the layer to the handler, and how its body and path are read.
+//! What a request carries from the layer to the handler, and how its path is read.
 
 use std::{
     fmt,
@@ -8,11 +8,9 @@ use std::{
     },
 };
 
-use axum::{body::Body, extract::OriginalUri};
-use bytes::Bytes;
-use http::{Uri, header, request::Parts};
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use idempotency_core::{BoxError, EncodedKey, Key, Record};
+use axum::extract::OriginalUri;
+use http::{Uri, request::Parts};
+use idempotency_core::{EncodedKey, Key, Record};
 
 use crate::policy::{KeyPolicy, Requirement, Terms};
 
@@ -132,56 +130,6 @@ pub(crate) fn path_and_query(uri: &Uri) -> &str {
         .map_or_else(|| uri.path(), |path_and_query| path_and_query.as_str())
 }
 
-/// A body that could not be buffered.
-#[derive(Debug)]
-pub(crate) enum Unbuffered {
-    TooLarge,
-    /// A layer outside has a lower limit, which nobody tells us.
-    TooLargeOutside,
-    Broken(BoxError),
-}
-
-/// The whole body in memory, and the same body to read again, trailers included.
-pub(crate) async fn buffer(
-    parts: &Parts,
-    body: Body,
-    limit: usize,
-) -> Result<(Bytes, Body), Unbuffered> {
-    if announced_length(parts).is_some_and(|length| length > limit as u64) {
-        return Err(Unbuffered::TooLarge);
-    }
-    let collected = Limited::new(body, limit).collect().await;
-    let collected = collected.map_err(|error| {
-        if error.is::<LengthLimitError>() {
-            Unbuffered::TooLarge
-        } else if has_length_limit(&*error) {
-            Unbuffered::TooLargeOutside
-        } else {
-            Unbuffered::Broken(error)
-        }
-    })?;
-    let trailers = collected.trailers().cloned();
-    let bytes = collected.to_bytes();
-    let full = Full::new(bytes.clone());
-    let body = match trailers {
-        None => Body::new(full),
-        Some(trailers) => Body::new(full.with_trailers(std::future::ready(Some(Ok(trailers))))),
-    };
-    Ok((bytes, body))
-}
-
-/// `Content-Length`, so that a body over the limit is refused before it is read.
-fn announced_length(parts: &Parts) -> Option<u64> {
-    let length = parts.headers.get(header::CONTENT_LENGTH)?;
-    length.to_str().ok()?.parse().ok()
-}
-
-/// Whether a limit was hit somewhere. Our own says so itself, that of a layer outside is in the error of the body.
-fn has_length_limit(error: &(dyn std::error::Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |error| error.source())
-        .any(|error| error.is::<LengthLimitError>())
-}
-
 #[cfg(test)]
 mod tests {
     use http::Request;
@@ -190,26 +138,6 @@ mod tests {
 
     fn parts(uri: &str) -> Parts {
         Request::builder().uri(uri).body(()).unwrap().into_parts().0
-    }
-
-    #[tokio::test]
-    async fn the_limit_is_inclusive() {
-        let parts = parts("/");
-        let (bytes, again) = buffer(&parts, Body::from("12345"), 5).await.unwrap();
-        assert_eq!(bytes, "12345");
-        assert_eq!(again.collect().await.unwrap().to_bytes(), "12345");
-        let error = buffer(&parts, Body::from("123456"), 5).await.unwrap_err();
-        assert!(matches!(error, Unbuffered::TooLarge));
-    }
-
-    #[tokio::test]
-    async fn trailers_survive() {
-        let mut trailers = http::HeaderMap::new();
-        trailers.insert("x-checksum", http::HeaderValue::from_static("1"));
-        let body = Full::new(Bytes::from("x"))
-            .with_trailers(std::future::ready(Some(Ok(trailers.clone()))));
-        let (_, again) = buffer(&parts("/"), Body::new(body), 5).await.unwrap();
-        assert_eq!(again.collect().await.unwrap().trailers(), Some(&trailers));
     }
 
     #[test]

@@ -18,12 +18,13 @@ use futures_util::FutureExt;
 use http::{StatusCode, request::Parts};
 use idempotency_core::{
     BoxError, Config, Decision, Encoded, Event, Key, ManualDecision, Outcome, Progress, Record,
-    Refusal, RequestView, StoreOn, TombstoneReason,
+    Refusal, RequestView, Reservation, StoreOn, TombstoneReason,
 };
 use tower_service::Service;
 
 use crate::{
-    detach::Detachable,
+    buffer::request::{Buffered, buffer},
+    detach::{Detachable, Route},
     discovery::{self, Suspended},
     future::ResponseFuture,
     plan::{Applied, Plan, Shared, matched_path},
@@ -31,9 +32,7 @@ use crate::{
     problem::Problem,
     receipt::{Acknowledgement, Receipt},
     record::record,
-    request::{
-        Conflict, Decided, Protection, Unbuffered, WithoutKey, buffer, original_uri, path_and_query,
-    },
+    request::{Conflict, Decided, Protection, WithoutKey, original_uri, path_and_query},
     response,
     run::Run,
 };
@@ -201,7 +200,7 @@ where
     fn apply(
         &mut self,
         applied: &Applied,
-        mut request: Request,
+        request: Request,
         receipt: Option<Receipt>,
     ) -> ResponseFuture<S> {
         let config = applied.engine.config();
@@ -213,12 +212,10 @@ where
         if request.extensions().get::<Protection>().is_some() {
             return self.pass(request);
         }
-        if !config.checks(request.method()) {
-            request.extensions_mut().insert(Decided);
-            return self.pass(request);
-        }
+        let is_asked = policy.requirement == Requirement::Required
+            && (!applied.is_default || config.asks(request.method()));
         let key = match Key::from_headers(request.headers(), &config.header) {
-            Ok(None) if policy.requirement == Requirement::Optional => {
+            Ok(None) if !is_asked => {
                 return self.pass_unprotected(applied, request, receipt);
             }
             Ok(None) => return self.refuse(Problem::new(Refusal::MissingKey, config)),
@@ -244,6 +241,7 @@ where
         }
 
         let progress = Progress::new();
+        let route = Route::of(&parts);
         let exchange = Exchange {
             shared: self.shared.clone(),
             engine: applied.engine.clone(),
@@ -253,11 +251,13 @@ where
             owner,
             is_routed: parts.extensions.get::<MatchedPath>().is_some(),
             progress: progress.clone(),
+            route: route.clone(),
         };
         ResponseFuture::protected(Detachable::new(
             exchange.run(self.inner.clone(), parts, body).boxed(),
             progress,
             applied.engine.clone(),
+            route,
         ))
     }
 
@@ -286,6 +286,7 @@ struct Exchange {
     /// Whether a route matched, as far as this layer sees.
     is_routed: bool,
     progress: Progress,
+    route: Route,
 }
 
 impl Exchange {
@@ -295,7 +296,8 @@ impl Exchange {
         R: http_body::Body<Data = Bytes> + Send + 'static,
         R::Error: Into<BoxError>,
     {
-        let (encoded, body) = match self.encode(&parts, body).await {
+        // The reservation is for the whole exchange: whoever waits or runs holds the body.
+        let (encoded, body, _reservation) = match self.encode(&parts, body).await {
             Ok(encoded) => encoded,
             Err(refusal) => return Ok(refusal),
         };
@@ -359,30 +361,30 @@ impl Exchange {
     }
 
     /// Reads the body if the encoder wants it, and encodes. An error is the answer to the client.
-    async fn encode(&self, parts: &Parts, body: Body) -> Result<(Encoded, Body), Response> {
+    async fn encode(
+        &self,
+        parts: &Parts,
+        body: Body,
+    ) -> Result<(Encoded, Body, Option<Reservation>), Response> {
         let config = self.config();
-        let (bytes, body) = if config.encoder.reads_body() {
+        let (bytes, body, reservation) = if config.encoder.reads_body() {
             let limit = self
                 .terms
                 .max_request_body
                 .unwrap_or(config.max_request_body);
-            match buffer(parts, body, limit).await {
-                Ok(buffered) => buffered,
-                Err(Unbuffered::TooLarge) => {
-                    let problem = Problem::body_too_large(limit, config);
+            match buffer(parts, body, limit, config).await {
+                Ok(Buffered {
+                    bytes,
+                    body,
+                    reservation,
+                }) => (bytes, body, Some(reservation)),
+                Err(unbuffered) => {
+                    let problem = unbuffered.into_problem(limit, config);
                     return Err(refusal(&self.shared, problem));
-                }
-                Err(Unbuffered::TooLargeOutside) => {
-                    let problem = Problem::new(Refusal::BodyTooLarge, config);
-                    return Err(refusal(&self.shared, problem));
-                }
-                Err(Unbuffered::Broken(error)) => {
-                    tracing::debug!(target: "idempotency", %error, "the request's body broke off; nothing was run");
-                    return Err(StatusCode::BAD_REQUEST.into_response());
                 }
             }
         } else {
-            (Bytes::new(), body)
+            (Bytes::new(), body, None)
         };
         let encoded = config.encoder.encode(
             &self.key,
@@ -394,7 +396,7 @@ impl Exchange {
                 scope: self.owner.as_deref(),
             },
         );
-        Ok((encoded, body))
+        Ok((encoded, body, reservation))
     }
 
     /// The request for the handler, with what protects it.
@@ -454,7 +456,15 @@ impl Exchange {
             }
         };
         match stores {
-            Ok(true) => Ok(record(run, response, &self.engine).await),
+            Ok(true) => {
+                let Self {
+                    engine,
+                    progress,
+                    route,
+                    ..
+                } = &self;
+                Ok(record(run, response, engine, progress, route).await)
+            }
             Ok(false) => {
                 run.release().await;
                 Ok(response)

@@ -59,6 +59,7 @@ impl IdempotencyLayer {
         let layer = match mode {
             Mode::Enforce => Self::enforce(storage),
             Mode::Exempt => Self::exempt(storage),
+            Mode::Optional => Self::optional(storage),
         };
         let layer = layer.config(config).default_cache(default_cache);
         let caches = caches.into_iter();

@@ -106,10 +106,43 @@ impl Reservation {
         }
         grown.is_ok()
     }
+
+    /// Reserves `more` bytes that are held in any case, be there room or not.
+    pub fn count(&mut self, more: usize) {
+        self.budget.0.used.fetch_add(more, Ordering::Relaxed);
+        self.bytes += more;
+    }
 }
 
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.budget.0.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_reserved_once_the_budget_is_used_up() {
+        let budget = Budget::new(10);
+        let all = budget.reserve(10).unwrap();
+        assert!(budget.reserve(0).is_none());
+        drop(all);
+        assert_eq!(budget.reserve(0).unwrap().bytes(), 0);
+        assert!(budget.reserve(11).is_none());
+        assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn what_is_counted_may_go_over_the_limit() {
+        let budget = Budget::new(10);
+        let mut counted = budget.count(8);
+        counted.count(8);
+        assert_eq!((budget.used(), counted.bytes()), (16, 16));
+        assert!(!counted.grow(0) && budget.reserve(0).is_none());
+        drop(counted);
+        assert_eq!(budget.used(), 0);
     }
 }

@@ -114,6 +114,14 @@ pub enum OnUnreadable {
 }
 
 impl Config {
+    /// What `django-idempotency-key` does: another name of [`Config::default`].
+    ///
+    /// A retry gets the stored body with 409, so that a client which knows nothing of idempotency keys does not take it for a second
+    /// success. A new service most likely wants [`Config::ietf`].
+    pub fn django() -> Self {
+        Self::default()
+    }
+
     /// `Idempotency-Key` as in [draft-ietf-httpapi-idempotency-key-header-07][draft]: the body is a fingerprint (422 when a
     /// key is reused for another one), the original status is replayed, 409 while the original runs, and every answer below
     /// 500 is stored except 401, 403, 408, 409, 423, 425 and 429.
@@ -121,6 +129,7 @@ impl Config {
     /// [draft]: https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/07/
     pub fn ietf() -> Self {
         Self::default()
+            .methods([Method::POST, Method::PATCH])
             .encoder(FingerprintKeyEncoder)
             .conflict_status(None)
             .in_flight_status(StatusCode::CONFLICT)
@@ -141,6 +150,7 @@ impl Config {
     /// extractors reject is stored too; see [`StoreOn::except_rejections`].
     pub fn stripe() -> Self {
         Self::ietf()
+            .methods([Method::POST])
             .encoder(KeyOnlyEncoder)
             .mismatch_status(StatusCode::BAD_REQUEST)
             .replay_header(HeaderName::from_static("idempotent-replayed"))
@@ -163,7 +173,11 @@ impl Config {
         self
     }
 
-    /// The methods that use keys. Default: all except GET, HEAD, OPTIONS, TRACE and CONNECT, which never do, listed or not.
+    /// The methods on which a key is asked for, where the mode is `enforce` and the handler has no policy. Default: all except GET, HEAD,
+    /// OPTIONS, TRACE and CONNECT, which never use keys, listed or not; POST and PATCH in [`Config::ietf`], POST in [`Config::stripe`].
+    ///
+    /// A policy on the handler asks whatever the method. On other methods a key that is present is honoured all the same, except in
+    /// `exempt` mode.
     pub fn methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         self.methods = Some(methods.into_iter().collect());
         self
@@ -330,9 +344,9 @@ impl Config {
         self
     }
 
-    /// Whether requests of `method` use keys.
+    /// Whether a request of `method` needs a key where its handler has no policy and the mode is `enforce`.
     #[must_use]
-    pub fn checks(&self, method: &Method) -> bool {
+    pub fn asks(&self, method: &Method) -> bool {
         // What CONNECT opens is a tunnel, also a WebSocket over HTTP/2: its 200 is no answer that could be replayed.
         if method.is_safe() || method == Method::CONNECT {
             return false;
@@ -438,11 +452,11 @@ mod tests {
     #[test]
     fn safe_methods_and_connect_are_never_checked() {
         let config = Config::default().methods([Method::GET, Method::CONNECT, Method::POST]);
-        assert!(!config.checks(&Method::GET));
-        assert!(!config.checks(&Method::CONNECT));
-        assert!(!Config::default().checks(&Method::CONNECT));
-        assert!(config.checks(&Method::POST));
-        assert!(!config.checks(&Method::PUT));
+        assert!(!config.asks(&Method::GET));
+        assert!(!config.asks(&Method::CONNECT));
+        assert!(!Config::default().asks(&Method::CONNECT));
+        assert!(config.asks(&Method::POST));
+        assert!(!config.asks(&Method::PUT));
     }
 
     #[test]

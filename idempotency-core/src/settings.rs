@@ -18,7 +18,7 @@ use self::{
     value::Value,
 };
 use crate::{
-    AnyStorage, BasicKeyEncoder, Config, FingerprintKeyEncoder, KeyFormat, KeyOnlyEncoder,
+    AnyStorage, BasicKeyEncoder, Budget, Config, FingerprintKeyEncoder, KeyFormat, KeyOnlyEncoder,
     LockPolicy, OnStorageError, OnUnreadable, Scope, StoreOn,
 };
 
@@ -107,6 +107,8 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `on_unreadable` | `reject`, `treat_as_absent` | `reject` | |
 /// | `storage_timeout` | duration: how long a call of a storage may take | 1 s | |
 /// | `max_request_body`, `max_response_body` | bytes | 2 MiB, 1 MiB | |
+/// | `max_buffered` | bytes: how much is held in memory at once | 256 MiB | |
+/// | `body_timeout` | duration: how long a request body may be silent | 30 s | |
 /// | `max_running`, `max_waiting` | number | 16,384 | |
 /// | `replay_header` | name of a header; null for none | `idempotency-replayed` | |
 /// | `strip_headers`, `keep_headers` | lists of names: not recorded; recorded after all | | |
@@ -152,15 +154,17 @@ pub struct Settings {
     storages: BTreeMap<String, StorageSettings>,
 }
 
-// Not `#[non_exhaustive]`: a middleware does the one or the other.
+// Not `#[non_exhaustive]`: a middleware does one of these.
 /// What becomes of a request whose handler says nothing about keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// One with an unsafe method needs a key.
+    /// It needs a key, if its method is one of [`Config::methods`](crate::Config::methods).
     #[default]
     Enforce,
     /// It runs unprotected.
     Exempt,
+    /// It is protected if it has a key, and runs unprotected if it has none.
+    Optional,
 }
 
 /// What differs from the preset.
@@ -184,6 +188,8 @@ struct Terms {
     max_response_body: Option<usize>,
     max_running: Option<usize>,
     max_waiting: Option<usize>,
+    max_buffered: Option<usize>,
+    body_timeout: Option<Duration>,
     replay_header: Option<Option<HeaderName>>,
     strip_headers: Vec<HeaderName>,
     keep_headers: Vec<HeaderName>,
@@ -270,6 +276,8 @@ impl Settings {
             max_response_body,
             max_running,
             max_waiting,
+            max_buffered,
+            body_timeout,
             replay_header,
             strip_headers,
             keep_headers,
@@ -301,6 +309,8 @@ impl Settings {
         set(&mut config.max_response_body, max_response_body);
         set(&mut config.max_running, max_running);
         set(&mut config.max_waiting, max_waiting);
+        set(&mut config.budget, max_buffered.map(Budget::new));
+        set(&mut config.body_timeout, body_timeout);
         set(&mut config.replay_header, replay_header);
         config.lock = self.lock.policy(config.lock);
         let config = strip_headers.into_iter().fold(config, Config::strip_header);

@@ -46,8 +46,10 @@ pub enum Fed {
 pub enum Length {
     /// Nothing, so HTTP/1.1 sends it in chunks.
     Unknown,
-    /// So many bytes, as its size hint.
+    /// So many bytes, as its size hint, and nothing after them.
     Known(u64),
+    /// So many bytes, as its size hint, and perhaps trailers: with the last byte it does not say that it is over.
+    BeforeTrailers(u64),
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -119,8 +121,9 @@ impl Feed {
             receiver: receiver.expect("a feed is one body"),
             left: match length {
                 Length::Unknown => None,
-                Length::Known(bytes) => Some(bytes),
+                Length::Known(bytes) | Length::BeforeTrailers(bytes) => Some(bytes),
             },
+            has_trailers: matches!(length, Length::BeforeTrailers(_)),
             feed: self.clone(),
         })
     }
@@ -188,7 +191,15 @@ struct FeedBody {
     receiver: UnboundedReceiver<Fed>,
     /// Bytes that are still to come, if that was said beforehand.
     left: Option<u64>,
+    /// Whether something may follow the last byte.
+    has_trailers: bool,
     feed: Feed,
+}
+
+impl FeedBody {
+    fn is_over(&self) -> bool {
+        self.left == Some(0) && !self.has_trailers
+    }
 }
 
 impl http_body::Body for FeedBody {
@@ -207,7 +218,7 @@ impl http_body::Body for FeedBody {
                     .0
                     .reading
                     .send_modify(|reading| reading.frames += 1);
-                if self.left == Some(0) {
+                if self.is_over() {
                     self.feed.note_end(End::Read);
                 }
                 Some(Ok(frame))
@@ -225,7 +236,7 @@ impl http_body::Body for FeedBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.left == Some(0)
+        self.is_over()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -1,5 +1,5 @@
-//! How much memory an answer that streams takes while its client does not read: its recording at most twice the limit, however
-//! large the answer, however small its frames.
+//! How much memory bodies take, however small their frames: that of a request at most twice its size, and an answer that streams
+//! while its client does not read at most twice the limit, however large it is.
 //!
 //! The service is asked without a connection, so that no buffer but ours counts.
 
@@ -118,7 +118,7 @@ where
         let body = Body::from_stream(answer().map(Ok::<_, Infallible>));
         std::future::ready(body)
     };
-    let small = async || Body::from_stream(after_a_pause(frames(1..3)).map(Ok::<_, Infallible>));
+    let small = async || body(1..3);
     let app = Router::new()
         .route("/measured", post(handler))
         .route("/warm-up", post(small))
@@ -234,5 +234,64 @@ async fn an_answer_at_the_limit_in_three_frames() {
         let [first, second] = [first * LIMIT / 100, second * LIMIT / 100];
         let third = LIMIT - first - second;
         assert_bounded(move || [first, second, third].into_iter()).await;
+    }
+}
+
+fn body(lengths: impl Iterator<Item = usize> + Send + 'static) -> Body {
+    Body::from_stream(after_a_pause(frames(lengths)).map(Ok::<_, Infallible>))
+}
+
+/// The most that a request with a body of these frames takes, beyond what was before it.
+async fn peak_of_request(
+    frame_lengths: impl Iterator<Item = usize> + Clone + Send + 'static,
+) -> usize {
+    let layer = IdempotencyLayer::enforce(MemoryStorage::new());
+    let length = |body: Bytes| std::future::ready(body.len().to_string());
+    let app = Router::new().route("/length", post(length)).layer(layer);
+    let app: Router = app.with_state(());
+    let send = async |key, body| {
+        let request = Request::post("/length").header("idempotency-key", key);
+        let Ok(response) = app
+            .clone()
+            .oneshot(request.body(body).expect("a request"))
+            .await;
+        let length = response.into_body().collect().await;
+        length.expect("an answer").to_bytes()
+    };
+    // What is made once is made before.
+    for key in ["a", "b"] {
+        send(key, body(1..3)).await;
+    }
+    let before = LIVE.get();
+    PEAK.set(before);
+    let length = send("abc", body(frame_lengths.clone())).await;
+    assert_eq!(length, frame_lengths.sum::<usize>().to_string());
+    usize::try_from(PEAK.get() - before).expect("a peak is above")
+}
+
+async fn assert_at_most_twice(size: usize, frame: usize) {
+    let nothing = peak_of_request(std::iter::empty()).await;
+    assert!(nothing < 64 * KIB, "{nothing}");
+    let rest = size % frame;
+    let frames = std::iter::repeat_n(frame, size / frame).chain((rest > 0).then_some(rest));
+    let peak = peak_of_request(frames).await;
+    assert!(peak > size, "{peak}: it was held");
+    assert!(peak <= 2 * size + nothing, "{size} by {frame}: {peak}");
+}
+
+/// Also while it grows, and while it is joined.
+#[tokio::test]
+async fn a_request_body_in_frames_of_one_byte() {
+    for size in [1 << 20, 100_000] {
+        assert_at_most_twice(size, 1).await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_body_in_larger_frames() {
+    for size in [1 << 20, (1 << 20) + 1, (1 << 20) - 1, 3 << 19, 100_000] {
+        for frame in [1000, 64 * KIB, size / 3, size / 2, size - 1, size] {
+            assert_at_most_twice(size, frame).await;
+        }
     }
 }

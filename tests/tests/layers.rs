@@ -233,7 +233,13 @@ impl Case {
         let (_, encoded) = first.text().split_once(' ').expect("a run and its key");
         let encoded: EncodedKey = encoded.parse().expect("the handler saw its key");
         let default = self.layer.engine().get(&encoded).await.unwrap();
-        let named = self.layer.engine_of("orders").get(&encoded).await.unwrap();
+        let named = self
+            .layer
+            .engine_of("orders")
+            .unwrap()
+            .get(&encoded)
+            .await
+            .unwrap();
         let is_record = |entry| matches!(entry, Some(Entry::Completed(_)));
         assert_eq!(is_record(default), !named_cache, "{path}");
         assert_eq!(is_record(named), named_cache, "{path}");

@@ -327,7 +327,7 @@ mod fixed_policy {
                 let first = post(&app, "/api/cached", Some(wall)).await;
                 let retry = post(&app, "/api/cached", Some(wall)).await;
                 assert_eq!((first.code(), retry.is_replay()), (200, true));
-                assert!(is_recorded(layer.engine_of("orders"), &first).await);
+                assert!(is_recorded(layer.engine_of("orders").unwrap(), &first).await);
                 assert!(!is_recorded(layer.engine(), &first).await);
             }
         }

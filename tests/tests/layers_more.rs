@@ -654,6 +654,9 @@ mod transactions {
 /// The timeouts are real. What they are to end stands at a gate or feeds on the test, so it can't end before; what they must
 /// not end is seen to outlive a request that came later and did time out.
 mod timeouts {
+    use idempotency_axum::{Env, SimulatedClock};
+    use idempotency_tests::Logs;
+    use tokio::sync::oneshot;
     use tower_http::timeout::{ResponseBodyTimeoutLayer, TimeoutLayer};
 
     use super::*;
@@ -686,6 +689,93 @@ mod timeouts {
         shop.layer.drain().await;
         assert_replay(&shop.call().send().await, "order 1");
         assert_eq!(runs.count(), 1);
+    }
+
+    const MAX_HOLD: Duration = Duration::from_secs(600);
+
+    /// One place, and a handler that enters it, says so at the gate, and never returns.
+    async fn shop_with_one_place(
+        gate: &Gate,
+        outside: impl FnOnce(Router) -> Router,
+    ) -> (Shop, SimulatedClock, oneshot::Receiver<()>) {
+        let (env, clock) = Env::simulated(1);
+        let storage = MemoryStorage::builder().env(env.clone()).build();
+        let lock = LockPolicy::default()
+            .timeout(Duration::ZERO)
+            .max_hold(MAX_HOLD);
+        let events = Events::new();
+        let config = Config::default().env(env).lock(lock).max_running(1);
+        let layer = IdempotencyLayer::enforce(storage).config(config.observer(events.clone()));
+        let (held, dropped) = oneshot::channel::<()>();
+        let (gate, held) = (gate.clone(), Arc::new(Mutex::new(Some(held))));
+        let never = async move || {
+            let _held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
+            gate.enter().await;
+            std::future::pending::<()>().await;
+        };
+        let routes = Router::new()
+            .route("/order", post(never))
+            .route("/other", post(async || "other"));
+        let server = Server::start(outside(routes.layer(layer.clone()))).await;
+        let shop = Shop {
+            server,
+            layer,
+            events,
+        };
+        (shop, clock, dropped)
+    }
+
+    /// Moves the clock past `MAX_HOLD`, a third of a lease at a time.
+    async fn give_up(shop: &Shop, clock: &SimulatedClock) {
+        for _ in 0..61 {
+            while shop.events.count("tombstoned") == 0 && clock.sleeping() == 0 {
+                tokio::task::yield_now().await;
+            }
+            clock.advance(Duration::from_secs(10));
+            for _ in 0..20 {
+                tokio::task::yield_now().await;
+            }
+        }
+        shop.events.until("tombstoned", 1).await;
+    }
+
+    /// Its key has a tombstone, its place is free, nothing of it is left, and the log says where to look.
+    async fn assert_given_up(shop: &Shop, dropped: oneshot::Receiver<()>, logs: &Logs) {
+        let dropped = tokio::time::timeout(Duration::from_secs(20), dropped).await;
+        assert!(dropped.expect("it is dropped").is_err());
+        assert_refused(&shop.call().send().await, 409, "not-replayable");
+        let other = shop.server.post("/other").key("def").send().await;
+        assert_eq!((other.code(), other.text()), (200, "other"));
+        shop.layer.drain().await;
+        assert_eq!(logs.with(&["ERROR", "POST", "/order", "max_hold"]).len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_never_returns_is_dropped_after_max_hold() {
+        let (logs, _guard) = Logs::install();
+        let gate = Gate::new();
+        gate.open(1);
+        let (shop, clock, dropped) = shop_with_one_place(&gate, |it| it.layer(timeout())).await;
+        assert_eq!(shop.call().send().await.code(), 408);
+        let other = shop.server.post("/other").key("def").send().await;
+        assert_refused(&other, 503, "overloaded");
+        give_up(&shop, &clock).await;
+        assert_given_up(&shop, dropped, &logs).await;
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_after_max_hold_takes_its_handler_along() {
+        let (logs, _guard) = Logs::install();
+        let gate = Gate::new();
+        gate.open(1);
+        let (shop, clock, mut dropped) = shop_with_one_place(&gate, nothing).await;
+        let first = shop.call().start();
+        gate.arrived(1).await;
+        give_up(&shop, &clock).await;
+        assert!(dropped.try_recv() == Err(oneshot::error::TryRecvError::Empty));
+        first.abort();
+        assert_given_up(&shop, dropped, &logs).await;
+        assert_eq!(shop.events.count("adopted"), 0);
     }
 
     /// On either side, since it ends with the head.
@@ -1042,6 +1132,50 @@ mod body_limits {
             assert_refused(&refused, 413, "body-too-large");
         }
         assert_eq!(shop.call().body("1234").send().await.text(), "order 1 4");
+    }
+}
+
+/// A body that a layer outside can't give whole, and says so only while we read.
+mod broken_bodies {
+    use tower_http::{decompression::RequestDecompressionLayer, timeout::RequestBodyTimeoutLayer};
+
+    use super::*;
+
+    /// `order` in gzip.
+    const GZIP: [u8; 25] = [
+        0x1f, 0x8b, 0x08, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0xff, 0xcb, 0x2f, 0x4a, 0x49, 0x2d,
+        0x02, 0x00, 0x98, 0x93, 0x29, 0xf5, 0x05, 0x00, 0x00, 0x00,
+    ];
+
+    #[tokio::test]
+    async fn what_can_not_be_decompressed_is_refused() {
+        let runs = Runs::new();
+        let around = |it: Router| it.layer(RequestDecompressionLayer::new());
+        let shop = Shop::open(counted(&runs), around).await;
+        let zipped = |body| shop.call().header("content-encoding", "gzip").body(body);
+        let mut corrupt = GZIP;
+        corrupt[12] ^= 0xff;
+        for corrupt in [corrupt.to_vec(), GZIP[..20].to_vec(), b"not gzip".to_vec()] {
+            let refused = zipped(corrupt).send().await;
+            assert_refused(&refused, 400, "body-unreadable");
+        }
+        assert_eq!((runs.count(), shop.events.count("executing")), (0, 0));
+        assert_eq!(shop.events.count("refused"), 3);
+        assert_ran(&zipped(GZIP.to_vec()).send().await, 1);
+        // However it was sent, it is the same body.
+        assert_replay(&shop.call().body("order").send().await, "order 1");
+    }
+
+    #[tokio::test]
+    async fn a_timeout_of_the_request_body_is_408() {
+        let runs = Runs::new();
+        let around = |it: Router| it.layer(RequestBodyTimeoutLayer::new(super::timeouts::SHORT));
+        let shop = Shop::open(counted(&runs), around).await;
+        let request = "POST /order HTTP/1.1\r\nhost: shop\r\nconnection: close\r\nidempotency-key: abc\r\n\
+                       content-length: 5\r\n\r\nor";
+        assert_refused(&shop.server.raw(request).await, 408, "body-unreadable");
+        assert_eq!((runs.count(), shop.events.count("executing")), (0, 0));
+        assert_ran(&shop.call().body("order").send().await, 1);
     }
 }
 

@@ -217,20 +217,16 @@ async fn custom_methods() {
         "order 1"
     );
     assert!(server.post("/orders").key("abc").send().await.is_replay());
-    // Keys mean nothing to the other methods.
-    for number in 2..=3 {
-        let answer = server.call(Method::PUT, "/orders").key("abc").send().await;
-        assert_eq!(
-            (answer.code(), answer.text()),
-            (201, &*format!("order {number}"))
-        );
-    }
+    // The other methods are not asked, and a key is honoured.
+    let put = || server.call(Method::PUT, "/orders").key("abc").send();
+    assert_eq!(put().await.text(), "order 2");
+    assert!(put().await.is_replay());
     let without = server.call(Method::DELETE, "/orders").send().await;
-    assert_eq!(without.text(), "order 4");
+    assert_eq!(without.text(), "order 3");
 }
 
 #[tokio::test]
-async fn custom_methods_hold_for_handlers_that_require_a_key() {
+async fn custom_methods_change_nothing_for_handlers_with_a_policy() {
     let runs = Runs::new();
     let config = Config::default().methods([Method::POST]);
     let handler = runs.handler().idempotency_key(KeyPolicy::required());
@@ -238,7 +234,8 @@ async fn custom_methods_hold_for_handlers_that_require_a_key() {
     let server = Server::start(router.layer(exempt().config(config))).await;
     assert_eq!(server.post("/orders").send().await.code(), 400);
     let answer = server.call(Method::PUT, "/orders").send().await;
-    assert_eq!((answer.code(), answer.text()), (201, "order 1"));
+    assert_eq!(answer.problem().as_deref(), Some("missing-key"));
+    assert_eq!(runs.count(), 0);
 }
 
 #[tokio::test]
@@ -512,4 +509,120 @@ async fn extractors_without_a_layer() {
             answer.text()
         );
     }
+}
+
+// ---- the third mode, and the methods that are asked
+
+fn optional() -> IdempotencyLayer {
+    IdempotencyLayer::optional(MemoryStorage::new())
+}
+
+#[tokio::test]
+async fn optional_honours_a_key_and_asks_for_none() {
+    let runs = Runs::new();
+    let server = serve(optional(), &runs).await;
+    for method in unsafe_methods() {
+        let before = runs.count();
+        let call = || server.call(method.clone(), "/orders");
+        for run in 1..=2 {
+            assert_eq!(call().send().await.code(), 201, "{method}");
+            assert_eq!(runs.count(), before + run, "{method}");
+        }
+        let first = call().key("abc").send().await;
+        let retry = call().key("abc").send().await;
+        assert_eq!((first.code(), retry.code()), (201, 409), "{method}");
+        assert_eq!(retry.text(), first.text(), "{method}");
+        let invalid = call().key("\"invalid").send().await;
+        assert_eq!(invalid.problem().as_deref(), Some("invalid-key"));
+        assert_eq!(runs.count(), before + 3, "{method}");
+    }
+}
+
+#[tokio::test]
+async fn handlers_override_optional() {
+    let runs = Runs::new();
+    let required = runs.handler().idempotency_key(KeyPolicy::required());
+    let router = Router::new()
+        .route("/required", post(required))
+        .route("/exempt", post(runs.handler().idempotency_exempt()));
+    let server = Server::start(router.layer(optional())).await;
+    let missing = server.post("/required").send().await;
+    assert_eq!(missing.problem().as_deref(), Some("missing-key"));
+    for run in 1..=2 {
+        let answer = server.post("/exempt").key("abc").send().await;
+        assert_eq!(answer.code(), 201);
+        assert_eq!(runs.count(), run);
+    }
+}
+
+#[tokio::test]
+async fn safe_methods_are_exempt_in_optional() {
+    let runs = Runs::new();
+    assert_safe_methods_run(&serve(optional(), &runs).await, &runs).await;
+}
+
+#[tokio::test]
+async fn presets_ask_on_their_methods_and_honour_a_key_on_others() {
+    let all = unsafe_methods().to_vec();
+    for (config, asked) in [
+        (Config::default(), all.clone()),
+        (Config::django(), all),
+        (Config::ietf(), vec![Method::POST, Method::PATCH]),
+        (Config::stripe(), vec![Method::POST]),
+    ] {
+        let runs = Runs::new();
+        let server = serve(enforce().config(config), &runs).await;
+        for method in unsafe_methods() {
+            let call = || server.call(method.clone(), "/orders");
+            let before = runs.count();
+            let without = call().send().await;
+            if asked.contains(&method) {
+                assert_eq!(without.problem().as_deref(), Some("missing-key"));
+                assert_eq!(runs.count(), before, "{method}");
+            } else {
+                assert_eq!(without.code(), 201, "{method}");
+                assert_eq!(runs.count(), before + 1, "{method}");
+            }
+            let before = runs.count();
+            let key = format!("of-{method}");
+            let first = call().key(&key).send().await;
+            assert_eq!(first.code(), 201, "{method}");
+            assert_eq!(call().key(&key).send().await.text(), first.text());
+            assert_eq!(runs.count(), before + 1, "{method}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_policy_asks_whatever_the_method() {
+    let runs = Runs::new();
+    let handler = || runs.handler().idempotency_key(KeyPolicy::required());
+    for layer in [enforce(), exempt(), optional()] {
+        let layer = layer.config(Config::stripe());
+        let router = Router::new().route("/orders", any(handler())).layer(layer);
+        let server = Server::start(router).await;
+        for method in unsafe_methods() {
+            let missing = server.call(method.clone(), "/orders").send().await;
+            assert_eq!(
+                missing.problem().as_deref(),
+                Some("missing-key"),
+                "{method}"
+            );
+        }
+    }
+    assert_eq!(runs.count(), 0);
+}
+
+#[tokio::test]
+async fn map_config_changes_what_was_set() {
+    let runs = Runs::new();
+    let layer = enforce()
+        .config(Config::ietf())
+        .map_config(|config| config.header(http::HeaderName::from_static("x-request-id")));
+    let server = serve(layer, &runs).await;
+    let call = || server.post("/orders").header("x-request-id", "abc").send();
+    assert_eq!(call().await.code(), 201);
+    let retry = call().await;
+    assert_eq!(retry.code(), 201, "the preset is still that of IETF");
+    assert!(retry.is_replay());
 }

@@ -601,7 +601,7 @@ async fn what_is_stored_is_found_under_its_key_alone() {
         .cache("FiveMinuteCache", MemoryStorage::new());
     let engines = [
         layer.engine().clone(),
-        layer.engine_of("FiveMinuteCache").clone(),
+        layer.engine_of("FiveMinuteCache").unwrap().clone(),
     ];
     let site = Site::open(layer).await;
     for engine in &engines {

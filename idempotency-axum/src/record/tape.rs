@@ -10,8 +10,9 @@ use std::{
 use axum::body::Body;
 use bytes::Bytes;
 use http_body::{Body as _, Frame, SizeHint};
+use idempotency_core::TombstoneReason;
 
-use super::{Data, End, Next, Source};
+use super::{Buffer, Client, End, Next, Source, take};
 
 /// Holds what was read of a body until the client has read it too, and its end back until the recorder is done.
 ///
@@ -21,21 +22,30 @@ pub(super) struct Tape {
 }
 
 struct State {
-    data: Data,
-    /// What comes after `data`, once the recorder is done.
+    /// `None` while it is being joined, and once it is in the tail.
+    buffer: Option<Buffer>,
+    /// What the client gets once the recorder is done.
     tail: Option<Tail>,
+    /// The last byte of a known length may be given though the recorder is not done.
+    has_all: bool,
     client: Option<Waker>,
-    client_is_gone: bool,
+    client_is: Client,
+    /// How much the client had got when it left.
+    taken: usize,
+    recorder: Option<Waker>,
 }
 
 impl Tape {
-    pub(super) fn new(data: Data) -> Self {
+    pub(super) fn new(buffer: Buffer) -> Self {
         Self {
             state: Mutex::new(State {
-                data,
+                buffer: Some(buffer),
                 tail: None,
+                has_all: false,
                 client: None,
-                client_is_gone: false,
+                client_is: Client::Reads,
+                taken: 0,
+                recorder: None,
             }),
         }
     }
@@ -55,40 +65,72 @@ impl Tape {
     /// Writes what the body gave.
     pub(super) fn take(&self, next: Option<Next>) -> Option<End> {
         let mut state = self.lock();
-        let end = state.data.take(next);
+        let end = match &mut state.buffer {
+            Some(buffer) => take(buffer, next, Buffer::push),
+            None => Some(End::Unrecorded(TombstoneReason::StreamBroken, next)),
+        };
         let client = state.client.take_if(|_| end.is_none());
         drop(state);
-        if let Some(client) = client {
-            client.wake();
-        }
+        wake(client);
         end
     }
 
-    /// All that was written.
-    pub(super) fn recorded(&self) -> Bytes {
-        self.lock().data.share()
+    /// All the bytes that were announced are written, and the body has not ended: lets the client have the last one. Ready once it
+    /// took all of them and left.
+    pub(super) fn poll_taken(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.lock();
+        let written = state.buffer.as_ref().map_or(0, Buffer::len);
+        if state.client_is == Client::Gone && state.taken == written {
+            return Poll::Ready(());
+        }
+        state.recorder = Some(cx.waker().clone());
+        state.has_all = true;
+        let client = state.client.take();
+        drop(state);
+        wake(client);
+        Poll::Pending
     }
 
-    /// The recorder is done: the client gets what is on the tape, then `next`, then `rest`.
-    pub(super) fn end(&self, next: Option<Next>, rest: Option<Body>) {
+    /// All that was written, if the recorder is not done.
+    pub(super) fn recorded(&self) -> Option<Bytes> {
+        let mut buffer = self.lock().buffer.take()?;
+        // Not under the lock: this may be a long copy.
+        let bytes = buffer.join();
         let mut state = self.lock();
-        let tail = Tail::new(state.data.share(), next, rest);
-        let unread = match state.client_is_gone {
-            true => Some(tail),
-            false => state.tail.replace(tail),
+        state.buffer = Some(buffer);
+        let client = state.client.take();
+        drop(state);
+        wake(client);
+        Some(bytes)
+    }
+
+    /// The recorder is done: the client, if it is still there, gets what is on the tape, then `next`, then `rest`.
+    pub(super) fn end(&self, next: Option<Next>, rest: Option<Body>) -> Client {
+        let buffer = self.lock().buffer.take();
+        let tail = buffer.map(|buffer| Tail::new(buffer, next, rest));
+        let mut state = self.lock();
+        let client_is = state.client_is;
+        let unread = match client_is {
+            Client::Gone => tail,
+            Client::Reads => mem::replace(&mut state.tail, tail),
         };
         let client = state.client.take();
         drop(state);
         // A body is the handler's code, which is not run under the lock.
         drop(unread);
-        if let Some(client) = client {
-            client.wake();
-        }
+        wake(client);
+        client_is
     }
 
     /// The state stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn wake(waker: Option<Waker>) {
+    if let Some(waker) = waker {
+        waker.wake();
     }
 }
 
@@ -104,14 +146,15 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// How much may be given before the recorder is done. Of a known length the last byte is the end.
-    fn readable(&self, written: usize) -> usize {
+    /// How much may be given before the recorder is done. Of a known length the last byte is the end, unless the body, which
+    /// `has_all` its bytes, has none yet.
+    fn readable(&self, written: usize, has_all: bool) -> usize {
         match self.length {
-            None => written,
-            Some(length) => {
+            Some(length) if !has_all => {
                 let before_end = length.saturating_sub(1).try_into().unwrap_or(usize::MAX);
                 written.min(before_end)
             }
+            _ => written,
         }
     }
 }
@@ -128,15 +171,17 @@ impl http_body::Body for Reader {
         let mut state = this.tape.lock();
         if let Some(mut tail) = state.tail.take() {
             drop(state);
-            drop(tail.data.split_to(this.given));
+            tail.skip(this.given);
             return Pin::new(this.tail.insert(tail)).poll_frame(cx);
         }
-        let readable = this.readable(state.data.len());
-        if this.given < readable {
-            let chunk = state.data.chunk(this.given, readable);
-            drop(state);
-            this.given += chunk.len();
-            return Poll::Ready(Some(Ok(Frame::data(chunk))));
+        if let Some(buffer) = &state.buffer {
+            let readable = this.readable(buffer.len(), state.has_all);
+            if this.given < readable {
+                let chunk = buffer.chunk(this.given, readable);
+                drop(state);
+                this.given += chunk.len();
+                return Poll::Ready(Some(Ok(Frame::data(chunk))));
+            }
         }
         state.client = Some(cx.waker().clone());
         Poll::Pending
@@ -159,25 +204,54 @@ impl http_body::Body for Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         let mut state = self.tape.lock();
-        state.client_is_gone = true;
+        state.client_is = Client::Gone;
+        state.taken = self.given;
         let unread = (state.tail.take(), state.client.take());
+        let recorder = state.recorder.take();
         drop(state);
         drop(unread);
+        wake(recorder);
     }
 }
 
 /// A body that was read in part: what was read, what it went on with, and the rest.
 pub(super) struct Tail {
-    data: Bytes,
+    /// `None` once the client has it.
+    read: Option<Buffer>,
+    /// How much of `read` the client had before.
+    given: usize,
     next: Option<Next>,
     rest: Option<Body>,
 }
 
 impl Tail {
-    pub(super) fn new(data: Bytes, next: Option<Next>, rest: Option<Body>) -> Self {
-        // Nothing comes after an error.
-        let rest = rest.filter(|_| !matches!(next, Some(Err(_))));
-        Self { data, next, rest }
+    pub(super) fn new(read: Buffer, next: Option<Next>, rest: Option<Body>) -> Self {
+        Self {
+            read: Some(read).filter(|read| read.len() > 0),
+            given: 0,
+            // Nothing comes after an error.
+            rest: rest.filter(|_| !matches!(next, Some(Err(_)))),
+            next,
+        }
+    }
+
+    /// Leaves out the first `given` bytes, which the client has.
+    fn skip(&mut self, given: usize) {
+        let has_all = self.read.take_if(|read| read.len() == given).is_some();
+        self.given = if has_all { 0 } else { given };
+    }
+
+    fn pop(&mut self) -> Option<Bytes> {
+        let read = self.read.as_mut()?;
+        let mut bytes = read.pop()?;
+        while self.given >= bytes.len() {
+            self.given -= bytes.len();
+            bytes = read.pop()?;
+        }
+        let bytes = bytes.split_off(mem::take(&mut self.given));
+        // What was reserved is given back with the last byte.
+        self.read.take_if(|read| read.len() == 0);
+        Some(bytes)
     }
 }
 
@@ -186,8 +260,7 @@ impl http_body::Body for Tail {
     type Error = axum::Error;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Next>> {
-        if !self.data.is_empty() {
-            let data = mem::take(&mut self.data);
+        if let Some(data) = self.pop() {
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
         if let Some(next) = self.next.take() {
@@ -201,17 +274,18 @@ impl http_body::Body for Tail {
 
     fn is_end_stream(&self) -> bool {
         let rest_is_over = self.rest.as_ref().is_none_or(Body::is_end_stream);
-        self.data.is_empty() && self.next.is_none() && rest_is_over
+        self.read.is_none() && self.next.is_none() && rest_is_over
     }
 
     fn size_hint(&self) -> SizeHint {
+        let read = self.read.as_ref().map_or(0, Buffer::len) - self.given;
         let next = match &self.next {
             Some(Ok(frame)) => frame.data_ref().map_or(0, Bytes::len),
             // What breaks off has no length, and whoever went by one would not see that it breaks.
             Some(Err(_)) => return SizeHint::new(),
             None => 0,
         };
-        let here = (self.data.len() + next) as u64;
+        let here = (read + next) as u64;
         let rest = match &self.rest {
             Some(rest) => rest.size_hint(),
             None => SizeHint::with_exact(0),

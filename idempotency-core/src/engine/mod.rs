@@ -171,7 +171,9 @@ impl Progress {
         }
     }
 
-    fn give_up(&self) {
+    /// What the engine says of a claim that it gives up; for tests of what follows.
+    #[doc(hidden)]
+    pub fn give_up(&self) {
         self.0.given_up.store(true, Ordering::Release);
         self.0.gave_up.notify_waiters();
     }

@@ -82,6 +82,11 @@ impl Terms {
             max_response_body: fields.read("max_response_body", Field::bytes)?,
             max_running: fields.read("max_running", read_max_running)?,
             max_waiting: fields.read("max_waiting", Field::count)?,
+            max_buffered: fields.read("max_buffered", read_max_buffered)?,
+            body_timeout: fields.read("body_timeout", |field| {
+                field
+                    .positive_duration("would refuse every request whose body is not there at once")
+            })?,
             replay_header: fields.read("replay_header", read_replay_header)?,
             documentation: fields.read("documentation", read_documentation)?.flatten(),
             strip_headers,
@@ -92,8 +97,12 @@ impl Terms {
 
 fn read_mode(field: &Field) -> Result<Mode> {
     field.one_of(
-        "\"enforce\" or \"exempt\"",
-        &[("enforce", Mode::Enforce), ("exempt", Mode::Exempt)],
+        "\"enforce\", \"exempt\" or \"optional\"",
+        &[
+            ("enforce", Mode::Enforce),
+            ("exempt", Mode::Exempt),
+            ("optional", Mode::Optional),
+        ],
     )
 }
 
@@ -242,6 +251,13 @@ fn read_max_running(field: &Field) -> Result<usize> {
     match field.count()? {
         0 => Err(field.refused("zero would refuse every request; give a higher number")),
         operations => Ok(operations),
+    }
+}
+
+fn read_max_buffered(field: &Field) -> Result<usize> {
+    match field.bytes()? {
+        0 => Err(field.refused("zero would refuse every request; give a higher number")),
+        bytes => Ok(bytes),
     }
 }
 

@@ -35,6 +35,12 @@ async fn every_refusal(config: Config) -> Vec<(Refusal, Answer)> {
     refusals.push((Refusal::InvalidKey, invalid));
     let too_large = call("/orders").body("123456789").send().await;
     refusals.push((Refusal::BodyTooLarge, too_large));
+    let broken = format!(
+        "POST /orders HTTP/1.1\r\nhost: x\r\nconnection: close\r\nidempotency-key: {KEY}\r\n\
+         transfer-encoding: chunked\r\n\r\nno length\r\n"
+    );
+    let unreadable = shop.server.raw(broken).await;
+    refusals.push((Refusal::BodyUnreadable, unreadable));
 
     let running = call("/gated").start();
     shop.work.gate.arrived(1).await;
@@ -66,7 +72,7 @@ async fn every_refusal(config: Config) -> Vec<(Refusal, Answer)> {
 
 async fn every_kind_of_problem(column: Column) {
     let refusals = every_refusal(column.config()).await;
-    assert_eq!(refusals.len(), column.pick(8, 9, 9));
+    assert_eq!(refusals.len(), column.pick(9, 10, 10));
     let mut types = HashSet::new();
     let mut titles = HashSet::new();
     for (refusal, answer) in &refusals {
@@ -76,6 +82,7 @@ async fn every_kind_of_problem(column: Column) {
             Refusal::KeyReused => (column.pick(0, 422, 400), None),
             Refusal::NotReplayable => (409, None),
             Refusal::BodyTooLarge => (413, None),
+            Refusal::BodyUnreadable => (400, None),
             Refusal::ScopeRequired => (403, None),
             Refusal::StorageUnavailable | Refusal::Overloaded => (503, Some("1")),
             other => panic!("a kind that the table does not know: {other}"),

@@ -1,6 +1,6 @@
 //! Requests whose handler does not run: too large, no storage, too many.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use axum::{Router, body::Bytes, extract::State, routing::post};
 use idempotency_axum::{
@@ -8,6 +8,11 @@ use idempotency_axum::{
     OnStorageError, OnUnreadable, Operation, RequestView,
 };
 use idempotency_tests::{Answer, Fault, FaultyStorage};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::Semaphore,
+};
 
 use crate::{Column, Shop, Work, assert_ran, assert_refused, impatient, patient};
 
@@ -16,12 +21,16 @@ columns!(
     request_body_over_the_limit,
     request_body_over_the_limit_in_chunks,
     request_body_announced_over_the_limit,
+    request_body_unreadable,
+    request_body_silent,
     storage_down,
     storage_too_slow,
     storage_that_waits_is_not_too_slow,
     record_unreadable,
     too_many_running,
     too_many_waiting,
+    too_many_bytes_buffered,
+    too_many_bytes_buffered_by_duplicates_that_wait,
 );
 
 async fn limited_shop(column: Column) -> Shop {
@@ -78,7 +87,67 @@ async fn request_body_announced_over_the_limit(column: Column) {
     assert_eq!(shop.runs(), 0);
 }
 
-/// An encoder that does not read the body does not limit it either.
+/// A refusal like others, and not a bare 400.
+async fn request_body_unreadable(column: Column) {
+    let shop = Shop::open(column.config()).await;
+    let head = "POST /orders HTTP/1.1\r\nhost: x\r\nconnection: close\r\nidempotency-key: abc\r\n\
+                transfer-encoding: chunked\r\n\r\n";
+    let refused = shop
+        .server
+        .raw(format!("{head}2\r\nhi\r\nno length\r\n"))
+        .await;
+    assert_refused(&refused, 400, "body-unreadable");
+    assert_eq!(refused.header("retry-after"), None);
+    assert_eq!((shop.runs(), shop.events.count("refused")), (0, 1));
+    assert_eq!(shop.events.count("executing"), 0, "before any claim");
+    let whole = shop.server.raw(format!("{head}2\r\nhi\r\n0\r\n\r\n")).await;
+    assert_eq!((whole.code(), shop.runs()), (201, 1));
+}
+
+/// 30 s since the last byte, by the clock that the test moves; what it held is given back.
+async fn request_body_silent(column: Column) {
+    let (env, clock) = Env::simulated(1);
+    let storage = MemoryStorage::builder().env(env.clone()).build();
+    let config = column.config().env(env);
+    let budget = config.budget.clone();
+    let shop = Shop::on(storage, config).await;
+    let mut stream = TcpStream::connect(shop.server.address()).await.unwrap();
+    let head = "POST /orders HTTP/1.1\r\nhost: x\r\nconnection: close\r\nidempotency-key: abc\r\n\
+                content-length: 3\r\n\r\n";
+    stream
+        .write_all(format!("{head}1").as_bytes())
+        .await
+        .unwrap();
+    until(|| budget.used() == 1 && clock.sleeping() == 1).await;
+    clock.advance(Duration::from_secs(29));
+    stream.write_all(b"2").await.unwrap();
+    until(|| budget.used() == 2 && clock.sleeping() == 1).await;
+    clock.advance(Duration::from_secs(29));
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(shop.events.count("refused"), 0, "it was not silent so long");
+    clock.advance(Duration::from_secs(1));
+
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert!(answer.contains("#body-unreadable"), "{answer}");
+    assert_eq!((shop.runs(), budget.used()), (0, 0));
+    assert_eq!(shop.events.count("refused"), 1);
+    assert_ran(&shop.server.post("/orders").key("abc").send().await, 1);
+}
+
+/// All tasks run on this thread.
+async fn until(mut is: impl FnMut() -> bool) {
+    let limit = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !is() {
+        assert!(tokio::time::Instant::now() < limit, "it never is so");
+        tokio::task::yield_now().await;
+    }
+}
+
+/// An encoder that does not read the body does not limit it either, nor hold it.
 #[tokio::test]
 async fn request_body_that_is_not_read_has_no_limit() {
     struct WithoutBody;
@@ -98,6 +167,7 @@ async fn request_body_that_is_not_read_has_no_limit() {
     };
     let routes = Router::new().route("/length", post(length));
     let config = Config::ietf().encoder(WithoutBody).max_request_body(8);
+    let config = config.max_buffered(8);
     let shop = Shop::with(MemoryStorage::new(), config, routes).await;
     let call = |body: &'static str| shop.server.post("/length").key("abc").body(body);
     assert_eq!(call("123456789").send().await.text(), "9");
@@ -160,7 +230,7 @@ async fn storage_that_waits_is_not_too_slow(column: Column) {
     let (env, clock) = Env::simulated(1);
     let storage = FaultyStorage::new(MemoryStorage::builder().env(env.clone()).build());
     let shop = Shop::on(storage.clone(), column.config().env(env)).await;
-    let gate = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
+    let gate = Arc::new(Semaphore::new(0));
     storage.set(Operation::Begin, Fault::Gate(gate.clone()));
     let call = shop.server.post("/orders").key("abc").start();
     while clock.sleeping() == 0 {
@@ -269,4 +339,90 @@ async fn too_many_waiting(column: Column) {
     shop.work.gate.open(1);
     assert_ran(&first.await.unwrap(), 1);
     column.assert_replay(&waiting.await.unwrap(), 201, "order 1");
+}
+
+async fn too_many_bytes_buffered(column: Column) {
+    let storage = FaultyStorage::new(MemoryStorage::new());
+    let config = column.config().max_buffered(10).lock(impatient());
+    let budget = config.budget.clone();
+    let shop = Shop::on(storage.clone(), config).await;
+    let order = |key, body: &'static str| shop.server.post("/orders").key(key).body(body).send();
+    let running = shop
+        .server
+        .post("/gated")
+        .key("abc")
+        .body("12345678")
+        .start();
+    shop.work.gate.arrived(1).await;
+    assert_overloaded(&order("def", "123").await);
+    assert_eq!(shop.events.count("refused"), 1);
+    assert_eq!(storage.calls(Operation::Begin), 1, "before any claim");
+    // What fits runs.
+    assert_ran(&order("ghi", "12").await, 1);
+
+    shop.work.gate.open(1);
+    assert_ran(&running.await.unwrap(), 2);
+    assert_eq!(budget.used(), 0);
+    assert_ran(&order("def", "123").await, 3);
+}
+
+/// Its size counts for as long as its request runs.
+#[tokio::test]
+async fn request_body_that_the_handler_ignores_is_counted() {
+    let ignores = |State(work): State<Work>| async move { work.gate.enter().await };
+    let routes = Router::new().route("/ignores", post(ignores));
+    let config = Config::default().max_buffered(8);
+    let shop = Shop::with(MemoryStorage::new(), config, routes).await;
+    let running = shop
+        .server
+        .post("/ignores")
+        .key("abc")
+        .body("12345678")
+        .start();
+    shop.work.gate.arrived(1).await;
+    assert_overloaded(&shop.server.post("/orders").key("other").send().await);
+    shop.work.gate.open(1);
+    assert_eq!(running.await.unwrap().code(), 200);
+    assert_ran(&shop.server.post("/orders").key("other").send().await, 1);
+}
+
+async fn too_many_bytes_buffered_by_duplicates_that_wait(column: Column) {
+    let config = column.config().max_buffered(16).lock(patient());
+    let budget = config.budget.clone();
+    let shop = Shop::open(config).await;
+    let call = || shop.server.post("/gated").key("abc").body("12345678");
+    let first = call().start();
+    shop.work.gate.arrived(1).await;
+    let waiting = call().start();
+    shop.events.until("waiting", 1).await;
+    // All is used up, so nothing fits, not even nothing.
+    assert_overloaded(&shop.server.post("/orders").key("other").send().await);
+
+    shop.work.gate.open(1);
+    assert_ran(&first.await.unwrap(), 1);
+    column.assert_replay(&waiting.await.unwrap(), 201, "order 1");
+    assert_eq!(budget.used(), 0);
+    assert_ran(&shop.server.post("/orders").key("other").send().await, 2);
+}
+
+/// It is there already. While it is being stored, others are refused.
+#[tokio::test]
+async fn an_answer_that_is_there_at_once_is_counted_and_recorded() {
+    let storage = FaultyStorage::new(MemoryStorage::new());
+    let config = Config::default()
+        .max_buffered(4)
+        .storage_timeout(Duration::from_secs(60));
+    let budget = config.budget.clone();
+    let shop = Shop::on(storage.clone(), config).await;
+    let gate = Arc::new(Semaphore::new(0));
+    storage.set(Operation::Complete, Fault::Gate(gate.clone()));
+    let call = || shop.server.post("/orders").key("abc");
+    let first = call().start();
+    storage.called(Operation::Complete, 1).await;
+    assert_eq!(budget.used(), "order 1".len());
+    assert_overloaded(&shop.server.post("/orders").key("other").send().await);
+    gate.add_permits(1);
+    assert_ran(&first.await.unwrap(), 1);
+    assert_eq!(budget.used(), 0);
+    Column::Default.assert_replay(&call().send().await, 201, "order 1");
 }

@@ -272,6 +272,14 @@ async fn a_named_cache_has_the_record() {
     assert_ran(&call().await, 2, "201 run 1");
     assert_ran(&call().await, 3, "201 run 2");
     let key = encoded(&first);
-    assert!(layer.engine_of("orders").get(&key).await.unwrap().is_some());
+    assert!(
+        layer
+            .engine_of("orders")
+            .unwrap()
+            .get(&key)
+            .await
+            .unwrap()
+            .is_some()
+    );
     assert!(layer.engine().get(&key).await.unwrap().is_none());
 }

@@ -127,7 +127,7 @@ async fn a_running_operation_is_known_under_both_names_of_its_cache() {
         .start();
     app.kitchen.gate.arrived(1).await;
     assert_eq!(app.layer.engine().running(), 1);
-    assert_eq!(app.layer.engine_of("default").running(), 1);
+    assert_eq!(app.layer.engine_of("default").unwrap().running(), 1);
     app.kitchen.gate.open(1);
     assert_eq!(running.await.unwrap().code(), 201);
 }
@@ -360,6 +360,7 @@ async fn mode() {
         (json!("enforce"), 400),
         (json!("exempt"), 201),
         (json!("EXEMPT"), 201),
+        (json!("optional"), 201),
     ] {
         let app = App::new(json!({ "mode": mode })).await;
         assert_eq!(app.post("/orders").code().await, code, "{mode}");
@@ -601,6 +602,40 @@ async fn max_running_and_max_waiting() {
     }
     app.kitchen.gate.open(1);
     first.await.unwrap();
+}
+
+#[tokio::test]
+async fn max_buffered_is_a_limit_on_all_bodies_together() {
+    for bytes in [json!(1024), json!("1KiB")] {
+        let app = App::new(json!({ "max_buffered": bytes })).await;
+        let post = |key| app.post("/orders").key(key).body(&"x".repeat(600));
+        let first = post("a").with("x-gate", "").start();
+        app.kitchen.gate.arrived(1).await;
+        let refused = post("b").send().await;
+        assert_eq!(
+            (refused.code(), refused.problem().as_deref()),
+            (503, Some("overloaded"))
+        );
+        app.kitchen.gate.open(1);
+        assert_eq!(first.await.unwrap().code(), 201);
+        assert_eq!(post("b").code().await, 201);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn body_timeout_is_how_long_a_body_may_be_silent() {
+    for (body_timeout, seconds) in [(json!("5s"), 5), (json!(0.5), 0), (json!("1m"), 60)] {
+        let app = App::in_process(json!({ "body_timeout": body_timeout })).await;
+        let silent = axum::body::Body::from_stream(futures_util::stream::pending::<
+            Result<axum::body::Bytes, std::convert::Infallible>,
+        >());
+        let request = http::Request::post("/orders").header("idempotency-key", "a");
+        let since = Instant::now();
+        let answer = app.router.oneshot(request.body(silent).unwrap()).await;
+        assert_eq!(answer.unwrap().status(), 408);
+        assert_eq!(since.elapsed().as_secs(), seconds);
+        assert_eq!(app.kitchen.runs.count(), 0);
+    }
 }
 
 #[tokio::test]

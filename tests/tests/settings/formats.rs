@@ -27,6 +27,8 @@ on_storage_error = "run_unprotected"
 storage_timeout = 0.5
 max_request_body = "64KiB"
 max_running = 10
+max_buffered = "1MiB"
+body_timeout = 5.0
 replay_header = "x-replayed"
 strip_headers = ["location", "etag"]
 
@@ -64,6 +66,8 @@ const JSON: &str = r#"{
     "storage_timeout": "500ms",
     "max_request_body": 65536,
     "max_running": 10,
+    "max_buffered": 1048576,
+    "body_timeout": "5s",
     "replay_header": "x-replayed",
     "strip_headers": ["location", "etag"],
     "lock": { "enable": false, "timeout": "100ms", "ttl": 10.0, "class": "storage", "name": "MyLock" },
@@ -71,7 +75,7 @@ const JSON: &str = r#"{
     "storages": { "orders": "memory", "refunds": { "class": "memory", "when_full": "refuse" } }
 }"#;
 
-const ENVIRONMENT: [(&str, &str); 30] = [
+const ENVIRONMENT: [(&str, &str); 32] = [
     ("IDEMPOTENCY__MODE", "exempt"),
     ("IDEMPOTENCY__PRESET", "ietf"),
     ("IDEMPOTENCY__HEADER", "X-Key"),
@@ -89,6 +93,8 @@ const ENVIRONMENT: [(&str, &str); 30] = [
     ("IDEMPOTENCY__STORAGE_TIMEOUT", "0.5"),
     ("IDEMPOTENCY__MAX_REQUEST_BODY", "64KiB"),
     ("IDEMPOTENCY__MAX_RUNNING", "10"),
+    ("IDEMPOTENCY__MAX_BUFFERED", "1 MiB"),
+    ("IDEMPOTENCY__BODY_TIMEOUT", "5"),
     ("IDEMPOTENCY__REPLAY_HEADER", "x-replayed"),
     ("IDEMPOTENCY__STRIP_HEADERS", "location, etag"),
     ("IDEMPOTENCY__LOCK__ENABLE", "false"),

@@ -25,7 +25,7 @@ async fn unknown_fields() {
         (
             json!({ "lock_timeout": 5 }),
             "lock_timeout",
-            "lock, max_request_body",
+            "lock, max_buffered, max_request_body",
         ),
         (json!({ "Mode": "exempt" }), "Mode", "mode"),
         (
@@ -89,7 +89,7 @@ async fn wrong_types_and_values() {
         (
             json!({ "mode": "strict" }),
             "mode",
-            "expected \"enforce\" or \"exempt\", found \"strict\"",
+            "expected \"enforce\", \"exempt\" or \"optional\", found \"strict\"",
         ),
         (json!({ "mode": null }), "mode", "found null"),
         (
@@ -284,6 +284,18 @@ async fn wrong_types_and_values() {
             "a whole number",
         ),
         (
+            json!({ "max_buffered": "256M" }),
+            "max_buffered",
+            "a number of bytes",
+        ),
+        (
+            json!({ "max_buffered": -1 }),
+            "max_buffered",
+            "a number of bytes",
+        ),
+        (json!({ "body_timeout": "soon" }), "body_timeout", DURATION),
+        (json!({ "body_timeout": null }), "body_timeout", DURATION),
+        (
             json!({ "replay_header": 1 }),
             "replay_header",
             "the name of an HTTP header",
@@ -391,6 +403,16 @@ async fn what_would_not_protect() {
             json!({ "max_running": 0 }),
             "max_running",
             "would refuse every request",
+        ),
+        (
+            json!({ "max_buffered": 0 }),
+            "max_buffered",
+            "would refuse every request",
+        ),
+        (
+            json!({ "body_timeout": "0s" }),
+            "body_timeout",
+            "would refuse every request whose body is not there at once",
         ),
         (
             json!({ "storage": { "max_bytes": 0 } }),

@@ -74,7 +74,7 @@ fn urls() -> Vec<String> {
     urls
 }
 
-const FIELDS: [&str; 26] = [
+const FIELDS: [&str; 28] = [
     "mode",
     "preset",
     "encoder",
@@ -95,6 +95,8 @@ const FIELDS: [&str; 26] = [
     "max_request_body",
     "max_running",
     "max_waiting",
+    "max_buffered",
+    "body_timeout",
     "replay_header",
     "strip_headers",
     "keep_headers",

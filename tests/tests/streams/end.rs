@@ -8,7 +8,7 @@ use idempotency_axum::{Config, MemoryStorage, Operation};
 use idempotency_tests::{Fault, FaultyStorage, Length, Protocol};
 use tokio::sync::Semaphore;
 
-use crate::{Play, impatient};
+use crate::{Play, impatient, patient};
 
 over_both!(
     waits_for_the_record,
@@ -18,6 +18,8 @@ over_both!(
     a_retry_right_after_it_gets_the_replay,
     a_retry_right_after_it_gets_the_replay_with_a_known_length,
     a_retry_right_after_it_gets_the_replay_with_a_content_length,
+    that_comes_late_holds_no_byte_back,
+    that_never_comes_is_where_the_client_leaves,
 );
 
 async fn waits_for_the_record(protocol: Protocol) {
@@ -113,4 +115,41 @@ async fn retry_at_the_end(protocol: Protocol, play: Play) {
     stage.feed.end();
     assert_eq!(first.finish().await.whole(), "two");
     stage.assert_replays(protocol, b"onetwo").await;
+}
+
+/// A body that has given all that was announced, and does not say that it is over.
+fn without_end(config: Config) -> Play {
+    Play::new(config).length(Length::BeforeTrailers(6))
+}
+
+async fn that_comes_late_holds_no_byte_back(protocol: Protocol) {
+    let stage = without_end(Config::default().lock(patient())).open().await;
+    stage.feed.data("one");
+    let mut first = stage.call(protocol).open().await;
+    assert_eq!(first.read(3).await, "one");
+    stage.feed.data("two");
+    assert_eq!(first.read(3).await, "two");
+    stage.feed.end();
+    assert_eq!(first.finish().await.whole(), "");
+    stage.assert_replays(protocol, b"onetwo").await;
+    assert_eq!(stage.events.count("tombstoned"), 0);
+}
+
+/// Over HTTP/1 the server itself lets go of the body after the last byte.
+async fn that_never_comes_is_where_the_client_leaves(protocol: Protocol) {
+    let stage = without_end(Config::default().lock(patient())).open().await;
+    stage.feed.data("one");
+    let mut first = stage.call(protocol).open().await;
+    assert_eq!(first.read(3).await, "one");
+    stage.feed.data("two");
+    match protocol {
+        Protocol::Http1 => assert_eq!(first.finish().await.whole(), "two"),
+        Protocol::Http2 => {
+            assert_eq!(first.read(3).await, "two");
+            crate::leaving::leave(&stage, first).await;
+        }
+    }
+    stage.layer.engine().drain().await;
+    stage.assert_replays(protocol, b"onetwo").await;
+    assert_eq!(stage.events.count("completed"), 1);
 }

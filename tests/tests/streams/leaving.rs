@@ -88,7 +88,7 @@ impl Drop for Observed {
 }
 
 /// The client has left, and the server knows.
-async fn leave(stage: &Stage, client: Incoming) {
+pub(crate) async fn leave(stage: &Stage, client: Incoming) {
     let connection = client.leave();
     stage.let_go.until(1).await;
     drop(connection);

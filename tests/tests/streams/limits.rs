@@ -33,6 +33,8 @@ over_both!(
     a_retry_while_the_rest_flows,
     the_rest_breaks,
     a_client_that_does_not_read_holds_the_handler_back,
+    an_answer_for_which_there_is_no_room,
+    an_answer_for_which_there_is_room,
 );
 
 fn limited(limit: usize) -> Config {
@@ -225,4 +227,43 @@ async fn a_client_that_does_not_read_holds_the_handler_back(protocol: Protocol) 
     let all = first.finish().await.whole();
     assert_eq!(all.len(), FRAMES * FRAME);
     assert_eq!((made.count(), runs.count()), (FRAMES, 1));
+}
+
+/// It goes on as one over the limit does.
+async fn an_answer_for_which_there_is_no_room(protocol: Protocol) {
+    let config = Config::default().max_buffered(5).lock(impatient());
+    let budget = config.budget.clone();
+    let stage = Play::new(config).open().await;
+    let mut first = stage.call(protocol).open().await;
+    stage.feed.data("one");
+    assert_eq!(first.read(3).await, "one");
+    assert_eq!(budget.used(), 3);
+    stage.feed.data("two");
+    assert_eq!(first.read(3).await, "two");
+    assert_eq!(budget.used(), 0);
+    let retry = stage.call(protocol).send().await;
+    assert_not_replayable(&retry);
+    assert!(retry.text().contains("no memory left"), "{}", retry.text());
+    assert_eq!(stage.layer.engine().running(), 0);
+    stage.feed.data("three");
+    assert_eq!(first.read(5).await, "three");
+    stage.feed.end();
+    assert_eq!(first.finish().await.whole(), "");
+    stage.assert_not_replayable(protocol).await;
+    assert_eq!(stage.events.count("tombstoned"), 1);
+}
+
+async fn an_answer_for_which_there_is_room(protocol: Protocol) {
+    let config = Config::default().max_buffered(7);
+    let budget = config.budget.clone();
+    let stage = Play::new(config).open().await;
+    let mut first = stage.call(protocol).open().await;
+    stage.feed.data("one");
+    assert_eq!(first.read(3).await, "one");
+    stage.feed.data("two");
+    stage.feed.end();
+    assert_eq!(first.finish().await.whole(), "two");
+    stage.layer.engine().drain().await;
+    stage.assert_replays(protocol, b"onetwo").await;
+    assert_eq!(budget.used(), 0);
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use idempotency_axum::{Config, Env, LockPolicy, MemoryStorage, Operation, SimulatedClock};
-use idempotency_tests::{End, Fault, FaultyStorage, Length, Protocol};
+use idempotency_tests::{End, Fault, FaultyStorage, Length, Logs, Protocol};
 
 use crate::{Play, Stage, impatient, patient};
 
@@ -15,6 +15,7 @@ over_both!(
     the_operation_is_given_up_in_mid_stream,
     the_operation_is_given_up_while_a_duplicate_waits,
     a_client_that_left_is_given_up_too,
+    a_client_that_leaves_after_it_was_given_up,
 );
 
 async fn the_record_can_not_be_stored_yet(protocol: Protocol) {
@@ -147,20 +148,58 @@ async fn the_operation_is_given_up_while_a_duplicate_waits(protocol: Protocol) {
     assert_eq!(first.finish().await.whole(), "");
 }
 
+/// Its body is dropped: it may never end, and nobody would read it.
 async fn a_client_that_left_is_given_up_too(protocol: Protocol) {
+    let (logs, _guard) = Logs::install();
     let (stage, clock) = on_a_simulated_clock(impatient()).await;
     let mut first = stage.call(protocol).open().await;
     stage.feed.data("one");
     assert_eq!(first.read(3).await, "one");
-    drop(first);
+    crate::leaving::leave(&stage, first).await;
+    stage.feed.data("two");
+    stage.feed.until_taken(2).await;
     give_up(&stage, &clock).await;
-    stage.assert_not_replayable(protocol).await;
-    stage.feed.end();
-    assert_eq!(
-        stage.feed.ended().await,
-        End::Read,
-        "it is read on all the same"
-    );
+    assert_eq!(stage.feed.ended().await, End::Dropped);
     stage.layer.engine().drain().await;
     stage.assert_not_replayable(protocol).await;
+    assert_eq!(
+        logs.with(&["ERROR", "POST", "/stream", "max_hold"]).len(),
+        1
+    );
+}
+
+/// Past the tombstone the answer ends with its client.
+async fn a_client_that_leaves_after_it_was_given_up(protocol: Protocol) {
+    let (stage, clock) = on_a_simulated_clock(impatient()).await;
+    let mut first = stage.call(protocol).open().await;
+    stage.feed.data("one");
+    assert_eq!(first.read(3).await, "one");
+    give_up(&stage, &clock).await;
+    stage.layer.engine().drain().await;
+    stage.feed.data("two");
+    assert_eq!(first.read(3).await, "two");
+    crate::leaving::leave(&stage, first).await;
+    assert_eq!(stage.feed.ended().await, End::Dropped);
+    stage.assert_not_replayable(protocol).await;
+}
+
+/// All the data is there, and the end, or trailers, never come. HTTP/1 has no end after the announced length.
+#[tokio::test]
+async fn an_end_that_never_comes_is_given_up() {
+    let (env, clock) = Env::simulated(1);
+    let storage = MemoryStorage::builder().env(env.clone()).build();
+    let config = Config::default()
+        .env(env)
+        .lock(impatient().max_hold(MAX_HOLD));
+    let play = Play::new(config).length(Length::BeforeTrailers(3));
+    let stage = play.on(storage).await;
+    let mut first = stage.call(Protocol::Http2).open().await;
+    stage.feed.data("one");
+    assert_eq!(first.read(3).await, "one");
+    stage.assert_in_flight(Protocol::Http2).await;
+    give_up(&stage, &clock).await;
+    stage.layer.engine().drain().await;
+    stage.assert_not_replayable(Protocol::Http2).await;
+    stage.feed.end();
+    assert_eq!(first.finish().await.whole(), "");
 }
