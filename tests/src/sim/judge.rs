@@ -146,6 +146,8 @@ struct Execution {
     claimed: Duration,
     since: Duration,
     ended: Option<(End, Duration)>,
+    /// Its handler has returned an answer whose body is still to come.
+    is_streaming: bool,
     /// The server has a tombstone for it because it was held too long.
     is_given_up: bool,
     /// When the server will forget, or forgot, its answer.
@@ -576,6 +578,10 @@ impl Judge {
 
     /// Whether another execution may begin, as far as it goes by this one.
     fn may_run_again(&self, case: &Case, it: &Execution, now: Duration) -> bool {
+        if it.is_streaming && it.is_given_up {
+            // Its answer is passed on past the tombstone, as one over the limit is. The tombstone itself is looked at elsewhere.
+            return true;
+        }
         let Some((end, ended)) = it.ended else {
             // It runs, or it has died with its node, which is disturbed then. A tombstone that nobody can read can't be kept alive.
             return it.is_given_up && case.was_corrupt;
@@ -647,7 +653,8 @@ impl Judge {
             for it in case.executions.iter().filter(|it| !it.is_overtaken) {
                 // A first run that was held too long is a conflict for all others, also while it runs; its node knows first.
                 let is_given_up = it.is_given_up || it.home == home && it.claimed + earliest <= now;
-                if it.ended.is_none() && !(it.is_first() && is_given_up) {
+                let is_passed_on = it.is_streaming && it.claimed + earliest <= now;
+                if it.ended.is_none() && !is_passed_on && !(it.is_first() && is_given_up) {
                     others.push((it.home, it.is_first()));
                 }
                 is_running |= it.ended.is_none() && it.is_first() && is_given_up;
@@ -728,6 +735,7 @@ impl Judge {
                 claimed: claim.map_or(now, |(_, at)| at),
                 since: now,
                 ended: None,
+                is_streaming: false,
                 is_given_up: false,
                 expires: None,
                 had_record: false,
@@ -748,6 +756,11 @@ impl Judge {
             )
         });
         (number, body)
+    }
+
+    /// A handler returned the head of an answer, whose body will come.
+    pub(super) fn streams(&self, key: &EncodedKey, number: usize) {
+        self.with(key, |case| case.executions[number].is_streaming = true);
     }
 
     pub(super) fn ended(&self, key: &EncodedKey, number: usize, end: End) {

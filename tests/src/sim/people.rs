@@ -203,6 +203,7 @@ impl Node {
             frames.push(Bytes::from([b'x'; LIMIT].to_vec()));
         }
         self.judge.count("fault: slow body");
+        self.judge.streams(&running.key, running.number);
         let world = self.world.clone();
         let frames = frames.into_iter();
         let step =
