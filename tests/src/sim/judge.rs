@@ -124,6 +124,7 @@ struct Stored {
     /// Of the first run.
     token: Token,
     outcome: Outcome,
+    since: Duration,
     expires: Duration,
 }
 
@@ -464,6 +465,7 @@ impl Judge {
                     case.before = case.record.replace(Stored {
                         token,
                         outcome: record.outcome.clone(),
+                        since: now,
                         expires,
                     });
                 }
@@ -492,7 +494,8 @@ impl Judge {
                     let run = if first.body.as_bytes() == answer.body() {
                         Some(first)
                     } else {
-                        // It was replaced before it could be stored.
+                        // Its tombstone was replaced before it could be stored, or its answer was.
+                        first.is_given_up |= first.ended.is_none();
                         case.by_body_mut(answer.body()).filter(|it| !it.is_first())
                     };
                     match run {
@@ -900,6 +903,10 @@ impl Judge {
             }
             // Otherwise it was gone before it could be replaced.
             let stored = case.live(now).filter(|_| it.had_record)?;
+            if ended < stored.since + MOMENT {
+                // It was replaced on this node, while it was being stored.
+                return None;
+            }
             let of = stored.body().and_then(|body| {
                 case.executions
                     .iter()
