@@ -221,21 +221,24 @@ pub fn explore(seed: u64, steps: u64) -> Explored {
 }
 
 /// Every fault and every state, as they are counted.
-const REACHED: [&str; 42] = [
+const REACHED: [&str; 53] = [
     "answer: 201",
     "answer: 409",
     "answer: 409 replay",
     "answer: 423",
     "answer: 500",
     "answer: 503",
+    "answer: 503 overloaded",
     "engine: adopted",
     "engine: completed",
+    "engine: conflict",
     "engine: deferred",
     "engine: executing",
     "engine: lost",
     "engine: reclaimed",
     "engine: refused",
     "engine: released",
+    "engine: replaced",
     "engine: replayed",
     "engine: storage_failed",
     "engine: tombstoned",
@@ -244,6 +247,7 @@ const REACHED: [&str; 42] = [
     "fault: a client left in its answer",
     "fault: a waiter was cancelled",
     "fault: answer lost",
+    "fault: body never ends",
     "fault: clock skew",
     "fault: crash",
     "fault: delay",
@@ -251,6 +255,7 @@ const REACHED: [&str; 42] = [
     "fault: delivered twice",
     "fault: error after the effect",
     "fault: error before the effect",
+    "fault: handler hangs",
     "fault: handler panics",
     "fault: handler slower than its lease",
     "fault: partition",
@@ -261,8 +266,14 @@ const REACHED: [&str; 42] = [
     "fault: unreadable record",
     "state: a client gave up",
     "state: a client was answered",
+    "state: a conflict run",
+    "state: a conflict run kept the record",
     "state: a late completion was lost",
     "state: a node was overtaken",
+    "state: a record was replaced",
+    "state: a run outlived the TTL of its tombstone",
+    "state: an operation without a client was dropped",
+    "state: ran again after the TTL",
     "state: renewed",
 ];
 

