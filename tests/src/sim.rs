@@ -95,7 +95,7 @@ impl Terms {
                 _ => chance.millis(20_000, 400_000),
             },
             max_running: match chance.below(3) {
-                0 => 2 + chance.below(4),
+                0 => 1 + chance.below(3),
                 _ => Self::NO_LIMIT,
             },
             manual: chance.below(4) == 0,

@@ -94,7 +94,7 @@ struct Troubles {
     /// How many requests it has, and when a client left one of them last.
     under_way: usize,
     was_left: Option<Duration>,
-    /// When some of them ended.
+    /// When the latest ended.
     answered: Vec<Duration>,
 }
 
@@ -179,6 +179,12 @@ impl Execution {
 
     fn end(&self) -> Option<End> {
         self.ended.map(|(end, _)| end)
+    }
+
+    /// Until when its answer must be kept, by a clock that may be fast.
+    fn kept_until(&self, ttl: Duration) -> Duration {
+        let ended = self.ended.map_or(Duration::ZERO, |(_, ended)| ended);
+        ended.saturating_add(scaled(ttl, 98))
     }
 
     /// The time from which on nobody may say any more what it left, as far as its node's clock can be trusted.
@@ -520,13 +526,15 @@ impl Judge {
                     match run {
                         None => finding = Some("has another answer than was given"),
                         Some(it) => match it.end() {
+                            Some(End::Answer) if expires < it.kept_until(self.2.ttl) => {
+                                finding = Some("is kept too short");
+                            }
                             Some(End::Answer) => it.expires = Some(expires),
                             Some(_) => finding = Some("has an answer that is none"),
                             None => finding = Some("was completed before its handler ended"),
                         },
                     }
                 }
-                (Outcome::Tombstone(_), Some(_)) => {}
             }
             case.claim = None;
             case.free_since = now;
@@ -557,6 +565,9 @@ impl Judge {
                             return Err("an answer that is none");
                         }
                         None => return Err("an answer that nobody gave"),
+                        Some(it) if now.saturating_add(ttl) < it.kept_until(self.2.ttl) => {
+                            return Err("an answer that is kept too short");
+                        }
                         Some(it) => it.expires = Some(now.saturating_add(ttl)),
                     }
                     Some(answer.body().clone())
@@ -604,14 +615,13 @@ impl Judge {
             // Its answer is passed on past the tombstone, as one over the limit is. The tombstone itself is looked at elsewhere.
             return true;
         }
-        let Some((end, ended)) = it.ended else {
+        let Some(end) = it.end() else {
             // It runs, or it has died with its node, which is disturbed then. A tombstone that nobody can read can't be kept alive.
             return it.is_given_up && case.was_corrupt;
         };
         match end {
             End::Failure if !it.is_given_up => true,
-            // By a clock that may be fast.
-            _ => ended.saturating_add(scaled(self.2.ttl, 98)) <= now,
+            _ => it.kept_until(self.2.ttl) <= now,
         }
     }
 
@@ -839,14 +849,20 @@ impl Judge {
     /// What ought to have happened by now.
     pub(super) fn look(&self) {
         let now = self.1.now();
+        let earliest = self.earliest();
+        let state = self.lock();
         let mut late = Vec::new();
-        for (key, case) in &self.lock().keys {
+        for (key, case) in &state.keys {
             for it in case.executions.iter().filter(|it| it.ended.is_none()) {
                 let latest = it.since + scaled(self.2.max_hold, 102) + 2 * LEASE;
                 if now < latest || it.is_overtaken {
                     continue;
                 }
-                let is_forgiven = case.was_corrupt || !it.is_first();
+                // A tombstone that can't be stored is tried until its TTL is over, if nothing runs but the answer.
+                let tampered = state.nodes[it.home.node].tampered;
+                let is_abandoned =
+                    it.is_streaming && tampered.is_some_and(|at| it.claimed + earliest <= at);
+                let is_forgiven = case.was_corrupt || !it.is_first() || is_abandoned;
                 if !it.is_given_up && !is_forgiven {
                     late.push((
                         it.home,
@@ -858,6 +874,7 @@ impl Judge {
                 }
             }
         }
+        drop(state);
         for (home, finding) in late {
             if !self.is_disturbed(home) && !self.is_tampered(home.node, 2 * LEASE) {
                 self.find(format!("{finding} on node {}", home.node));
@@ -968,34 +985,41 @@ impl Judge {
         }
     }
 
-    /// A 503 because too many run or wait: all the places must be taken.
-    pub(super) fn overloaded(&self, home: Home) {
+    /// A 503 because too many run, or wait, as `waiting` do now: all the places must be taken.
+    pub(super) fn overloaded(&self, home: Home, waiting: usize) {
         let now = self.1.now();
-        let settled = Duration::from_secs(120);
-        let (finding, was_left) = {
+        // Until then an outcome may have to be stored again.
+        let settled = 2 * LEASE;
+        let finding = {
             let state = self.lock();
             let node = &state.nodes[home.node];
-            let (mut free, mut taken) = (0, 0);
-            for it in state.keys.values().flat_map(|case| &case.executions) {
-                let is_given_up = it.since + scaled(self.2.max_hold, 102) + 2 * LEASE < now;
-                match it.ended {
-                    _ if it.home != home => {}
-                    // Counted among the requests.
-                    None if it.client.left().is_none() => free += usize::from(is_given_up),
-                    None => taken += usize::from(!is_given_up),
-                    Some((_, ended)) => taken += usize::from(now < ended + settled),
+            let recent = |at: &&Duration| now < **at + MOMENT;
+            let answered = node.answered.iter().filter(recent).count();
+            if node.was_left.is_some_and(|at| now < at + 2 * MOMENT)
+                || Terms::MAX_WAITING <= waiting + answered
+            {
+                return;
+            }
+            // Whoever waits may have been at the storage just then. The one that is refused has no place.
+            let mut places = (node.under_way + answered).saturating_sub(1);
+            for case in state.keys.values() {
+                for it in case.executions.iter().filter(|it| it.home == home) {
+                    let has_client = it.client.left().is_none();
+                    let is_given_up = it.since + scaled(self.2.max_hold, 102) + settled < now;
+                    match it.ended {
+                        // Its request has been counted.
+                        None if has_client => places = places.saturating_sub(is_given_up.into()),
+                        None => places += usize::from(!is_given_up),
+                        Some((_, ended)) => {
+                            places += usize::from(now < ended + settled || case.was_corrupt);
+                        }
+                    }
                 }
             }
-            let recent = |at: &&Duration| now < **at + MOMENT;
-            let under_way = node.under_way + node.answered.iter().filter(recent).count();
-            let places = under_way.saturating_sub(free) + taken;
             let finding = format!("node {} refused, with {places} places taken", home.node);
-            let is_full = self.2.max_running <= places || Terms::MAX_WAITING < under_way;
-            ((!is_full).then_some(finding), node.was_left)
+            (places < self.2.max_running).then_some(finding)
         };
-        let is_settled = was_left.is_none_or(|at| at + settled < now);
         if let Some(finding) = finding
-            && is_settled
             && !self.is_tampered(home.node, settled)
             && !self.is_disturbed(home)
         {

@@ -342,7 +342,7 @@ impl Node {
         let problem = response.extensions().get::<Problem>();
         if problem.is_some_and(|problem| problem.refusal() == Refusal::Overloaded) {
             self.judge.count("answer: 503 overloaded");
-            self.judge.overloaded(self.home);
+            self.judge.overloaded(self.home, self.engine().waiting());
         }
         let came = self.read(response, leaves, &client).await;
         self.tell(key, came, asked)
