@@ -498,6 +498,15 @@ impl Judge {
                 }
                 Some(_) => finding = Some("was completed twice"),
             }
+            let mut others = case.executions.iter_mut();
+            let was_lost = |it: &&mut Execution| {
+                it.is_first() && it.kind != Kind::First(token) && it.ended.is_none()
+            };
+            // Their leases were over, or there would be a finding.
+            others
+                .by_ref()
+                .filter(was_lost)
+                .for_each(|it| it.is_overtaken = true);
             let granted = case.granted_at(token);
             let execution = case.by_token(token);
             match (&record.outcome, execution) {
@@ -1027,28 +1036,40 @@ impl Judge {
         }
     }
 
-    /// A 423 after the whole wait: somebody must have held the key until a moment ago.
+    /// A 423 after the whole wait: somebody must have held the key until a moment ago, and left no outcome before that.
     pub(super) fn refused_in_flight(&self, home: Home, key: &EncodedKey) {
         let now = self.1.now();
         let slack = Duration::from_secs(3);
-        let is_free = self.with(key, |case| {
+        let (is_free, has_outcome) = self.with(key, |case| {
             let free_since = match case.claim {
                 Some((_, until)) => until,
                 None => case.free_since,
             };
-            // After a conflict run that was held too long, as long as after a crash, and perhaps for the second time.
             let blocks = |it: &Execution| match it.ended {
-                None => true,
+                None => !it.is_first() || self.1.is_alive(it.home),
+                // After a conflict run that was held too long, as long as after a crash, and perhaps for the second time.
                 Some((_, ended)) => !it.is_first() && now < ended + 6 * LEASE,
             };
-            free_since + slack < now && !case.executions.iter().any(blocks)
+            let is_free = free_since + slack < now && !case.executions.iter().any(blocks);
+            // Conflicts wait for their turns.
+            let outcome = case.live(now).filter(|_| !self.2.manual);
+            (is_free, outcome.is_some_and(|it| it.since + slack < now))
         });
         // Whoever was waiting for a turn had to wait longer.
         let window = if self.2.manual { self.2.max_hold } else { WAIT } + LEASE;
-        if is_free && !self.is_tampered(home.node, window) && !self.is_tampered(SERVER, window) {
+        if self.is_tampered(home.node, window) || self.is_tampered(SERVER, window) {
+            return;
+        }
+        let key = short(key);
+        if is_free {
             self.find(format!(
-                "a duplicate of {} was forgotten on node {}",
-                short(key),
+                "a duplicate of {key} was forgotten on node {}",
+                home.node
+            ));
+        }
+        if has_outcome {
+            self.find(format!(
+                "{key} was in flight on node {}, with an outcome",
                 home.node
             ));
         }
