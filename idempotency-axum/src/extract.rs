@@ -11,6 +11,7 @@ use http::{HeaderMap, StatusCode, request::Parts};
 use idempotency_core::{EncodedKey, Key, Outcome, StoredResponse};
 
 use crate::{
+    handler::{self, route_path},
     policy::{ExtractorNeeds, Needs},
     request::{Conflict, Protection},
 };
@@ -112,9 +113,9 @@ impl<S: Sync> FromRequestParts<S> for IdempotencyKey {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NotProtected> {
         let protection = parts.extensions.get::<Protection>();
-        protection.map(Self::from).ok_or(NotProtected {
-            extractor: "IdempotencyKey",
-        })
+        protection
+            .map(Self::from)
+            .ok_or_else(|| NotProtected::new("IdempotencyKey", parts))
     }
 }
 
@@ -133,6 +134,10 @@ impl From<&Protection> for IdempotencyKey {
             encoded: protection.encoded(),
         }
     }
+}
+
+impl ExtractorNeeds for IdempotencyKey {
+    const NEEDS: Needs = Needs::KEY;
 }
 
 /// What stands recorded, for a handler that answers conflicts itself.
@@ -207,9 +212,9 @@ impl<S: Sync> FromRequestParts<S> for ManualIdempotency {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NotProtected> {
         let protection = parts.extensions.get::<Protection>();
         let conflict = protection.and_then(Protection::conflict);
-        conflict.map(Self::from).ok_or(NotProtected {
-            extractor: "ManualIdempotency",
-        })
+        conflict
+            .map(Self::from)
+            .ok_or_else(|| NotProtected::new("ManualIdempotency", parts))
     }
 }
 
@@ -276,34 +281,61 @@ impl IntoResponse for ReplayedResponse {
     }
 }
 
-/// An extractor was used where no idempotency layer protects the request: 500, since the client can't help it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// An extractor was used where the request is not protected, or not as the extractor needs it: 500, since the client can't help it.
+///
+/// The answer says nothing of what is inside, and is never recorded. The log names the handler, if it has a policy, the path of the
+/// route, and the cure.
+#[derive(Clone, Debug)]
 pub struct NotProtected {
     extractor: &'static str,
+    handler: Option<&'static str>,
+    path: String,
+    /// The request is protected, but not by a manual policy.
+    protection: Option<Protection>,
 }
 
 impl NotProtected {
+    fn new(extractor: &'static str, parts: &Parts) -> Self {
+        Self {
+            extractor,
+            handler: handler::running(),
+            path: route_path(&parts.extensions, &parts.uri).to_owned(),
+            protection: parts.extensions.get().cloned(),
+        }
+    }
+
     /// The status of the answer.
     #[must_use]
     pub fn status(&self) -> StatusCode {
         StatusCode::INTERNAL_SERVER_ERROR
     }
 
-    /// The body of the answer.
-    #[must_use]
-    pub fn body_text(&self) -> String {
-        self.to_string()
+    fn cure(&self) -> String {
+        let extractor = self.extractor;
+        match (extractor, &self.protection) {
+            ("ManualIdempotency", Some(_)) => {
+                "the layer can't see what a handler without a policy takes: give it one that is manual, as in \
+                 `.idempotency_key(KeyPolicy::required().manual())`"
+                    .to_owned()
+            }
+            ("ManualIdempotency", None) => format!(
+                "put an `IdempotencyLayer` around this route and give the handler a manual policy, as in \
+                 `.idempotency_key(KeyPolicy::required().manual())`; where a key is optional take `Option<{extractor}>`"
+            ),
+            _ => format!(
+                "put an `IdempotencyLayer` around this route and require a key, or take `Option<{extractor}>`"
+            ),
+        }
     }
 }
 
 impl fmt::Display for NotProtected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "`{0}` found no protected request: put an `IdempotencyLayer` around this route and require a key, or take \
-             `Option<{0}>`",
-            self.extractor
-        )
+        let extractor = self.extractor;
+        match self.protection {
+            Some(_) => write!(f, "`{extractor}` found a policy that is not manual"),
+            None => write!(f, "`{extractor}` found no protected request"),
+        }
     }
 }
 
@@ -311,7 +343,16 @@ impl std::error::Error for NotProtected {}
 
 impl IntoResponse for NotProtected {
     fn into_response(self) -> Response {
-        tracing::error!(target: "idempotency", "{self}");
-        (self.status(), self.body_text()).into_response()
+        if let Some(protection) = &self.protection {
+            protection.refuse();
+        }
+        tracing::error!(
+            target: "idempotency",
+            handler = self.handler,
+            path = self.path,
+            cure = self.cure(),
+            "{self}; the request was refused"
+        );
+        self.status().into_response()
     }
 }

@@ -1,6 +1,7 @@
 //! Handlers that carry a policy: what the attributes expand to, and the combinators.
 
 use std::{
+    cell::Cell,
     fmt,
     future::Future,
     pin::Pin,
@@ -9,11 +10,11 @@ use std::{
 };
 
 use axum::{
-    extract::Request,
+    extract::{MatchedPath, OriginalUri, Request},
     handler::Handler,
     response::{IntoResponse, Response},
 };
-use http::StatusCode;
+use http::{Extensions, StatusCode, Uri};
 use pin_project_lite::pin_project;
 
 use crate::{
@@ -27,8 +28,10 @@ use crate::{
 /// crates.
 ///
 /// The **outermost** policy wins, also over an attribute on the function itself. A combinator says all that an attribute can, and
-/// what it can't: [`store_on`](KeyPolicy::store_on), [`scope`](KeyPolicy::scope) and
-/// [`max_request_body`](KeyPolicy::max_request_body) for one route.
+/// takes the key from the body besides: [`key_from`](KeyPolicy::key_from).
+///
+/// It goes on the handler, inside of `post(…)`. What `post(…)` returns is no handler but a `MethodRouter`, and a policy around
+/// that is no route any more: the compiler finds a `WithPolicy<MethodRouter>` where it expects a `MethodRouter`.
 ///
 /// ```
 /// use axum::{Router, routing::post};
@@ -155,7 +158,7 @@ fn admitted<F>(
 ) -> HandlerFuture<F> {
     acknowledge(policy, &mut request);
     match admit(seat, policy, &request) {
-        Ok(entry) => HandlerFuture::running(handler(request, entry)),
+        Ok(entry) => HandlerFuture::running(name, handler(request, entry)),
         Err(misplaced) => {
             if let Some(protection) = request.extensions().get::<Protection>() {
                 protection.refuse();
@@ -163,6 +166,7 @@ fn admitted<F>(
             tracing::error!(
                 target: "idempotency",
                 handler = name,
+                path = route_path(request.extensions(), request.uri()),
                 policy = ?policy,
                 cure = misplaced.cure(),
                 "{misplaced}; the request was refused"
@@ -268,6 +272,44 @@ impl Entry {
     }
 }
 
+/// The path of the route, for the log: its pattern, so that nothing of the client's is in it, or the path as it was sent where no
+/// route matched.
+pub(crate) fn route_path<'a>(extensions: &'a Extensions, uri: &'a Uri) -> &'a str {
+    if let Some(matched) = extensions.get::<MatchedPath>() {
+        return matched.as_str();
+    }
+    let original = extensions.get::<OriginalUri>();
+    original.map_or(uri, |OriginalUri(uri)| uri).path()
+}
+
+thread_local! {
+    static RUNNING: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// The handler with a policy that this thread polls, so that its extractors can name it in the log, and no request pays for that.
+pub(crate) fn running() -> Option<&'static str> {
+    RUNNING.get()
+}
+
+/// Puts back what was there before, also when a poll panics.
+struct Running {
+    outer: Option<&'static str>,
+}
+
+impl Running {
+    fn enter(handler: &'static str) -> Self {
+        Self {
+            outer: RUNNING.replace(Some(handler)),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        RUNNING.set(self.outer);
+    }
+}
+
 pin_project! {
     /// Future of a handler that carries a policy.
     pub struct HandlerFuture<F> {
@@ -279,15 +321,15 @@ pin_project! {
 pin_project! {
     #[project = KindProj]
     enum Kind<F> {
-        Running { #[pin] future: F },
+        Running { #[pin] future: F, name: &'static str },
         Refused { response: Option<Response> },
     }
 }
 
 impl<F> HandlerFuture<F> {
-    fn running(future: F) -> Self {
+    fn running(name: &'static str, future: F) -> Self {
         Self {
-            kind: Kind::Running { future },
+            kind: Kind::Running { future, name },
         }
     }
 
@@ -305,7 +347,10 @@ impl<F: Future<Output = Response>> Future for HandlerFuture<F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
         match self.project().kind.project() {
-            KindProj::Running { future } => future.poll(cx),
+            KindProj::Running { future, name } => {
+                let _running = Running::enter(name);
+                future.poll(cx)
+            }
             KindProj::Refused { response } => match response.take() {
                 Some(response) => Poll::Ready(response),
                 None => panic!("`HandlerFuture` was polled after completion"),

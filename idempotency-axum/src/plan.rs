@@ -104,7 +104,7 @@ impl Shared {
             default_policy: match choices.mode {
                 Mode::Enforce => KeyPolicy::required(),
                 Mode::Exempt => KeyPolicy::exempt(),
-                Mode::Optional => KeyPolicy::required().optional(),
+                Mode::Optional => KeyPolicy::optional(),
             },
             choices,
             has_layered: AtomicBool::new(false),

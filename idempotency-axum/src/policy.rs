@@ -1,9 +1,9 @@
 //! What a handler wants of the middleware.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
-use http::Method;
-use idempotency_core::{Scope, StoreOn};
+use http::{HeaderMap, HeaderName, Method, request::Parts};
+use idempotency_core::{Config, InvalidKey, Key, Scope, StoreOn};
 
 /// What a handler wants of the middleware: whether a key is required, and what differs from the layer's
 /// [`Config`](crate::Config).
@@ -49,6 +49,7 @@ pub(crate) fn can_use_keys(method: &Method) -> bool {
 /// How a key protects, where it differs from the layer's configuration.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Terms {
+    pub(crate) key: KeySource,
     pub(crate) cache_name: Option<Cow<'static, str>>,
     pub(crate) ttl: Option<Duration>,
     pub(crate) manual: bool,
@@ -57,21 +58,91 @@ pub(crate) struct Terms {
     pub(crate) max_request_body: Option<usize>,
 }
 
+/// Where the key of a request is.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) enum KeySource {
+    /// In the header that the configuration names.
+    #[default]
+    Configured,
+    Header(HeaderName),
+    Fn(KeyFn),
+}
+
+impl KeySource {
+    /// The key, if headers have it: `None` if the body must be read first.
+    pub(crate) fn in_headers(
+        &self,
+        headers: &HeaderMap,
+        config: &Config,
+    ) -> Option<Result<Option<Key>, InvalidKey>> {
+        let header = match self {
+            Self::Configured => &config.header,
+            Self::Header(header) => header,
+            Self::Fn(_) => return None,
+        };
+        let key = Key::from_headers(headers, header);
+        Some(key.and_then(|key| checked(key, config)))
+    }
+
+    /// The key of a request whose body is read.
+    pub(crate) fn find(
+        &self,
+        parts: &Parts,
+        body: &[u8],
+        config: &Config,
+    ) -> Result<Option<Key>, InvalidKey> {
+        if let Some(key) = self.in_headers(&parts.headers, config) {
+            return key;
+        }
+        let key = match self {
+            Self::Fn(KeyFn(find)) => find(parts, body),
+            Self::Configured | Self::Header(_) => None,
+        };
+        let key = key.map(|key| key.parse()).transpose()?;
+        checked(key, config)
+    }
+}
+
+fn checked(key: Option<Key>, config: &Config) -> Result<Option<Key>, InvalidKey> {
+    if let Some(key) = &key {
+        config.key_format.check(key)?;
+    }
+    Ok(key)
+}
+
+/// Finds the key in a request's head and body.
+#[derive(Clone)]
+pub(crate) struct KeyFn(Arc<FindKey>);
+
+type FindKey = dyn Fn(&Parts, &[u8]) -> Option<String> + Send + Sync;
+
+/// Functions are equal only to themselves: to compare the addresses of `fn`s is not reliable.
+impl PartialEq for KeyFn {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl fmt::Debug for KeyFn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("fn")
+    }
+}
+
 impl KeyPolicy {
     /// A key is required: a request without one is refused with 400.
     pub fn required() -> Self {
         Self::new(Requirement::Required)
     }
 
+    /// A request without a key runs unprotected; one with a key is protected.
+    pub fn optional() -> Self {
+        Self::new(Requirement::Optional)
+    }
+
     /// Keys are ignored: every request runs.
     pub fn exempt() -> Self {
         Self::new(Requirement::Exempt)
-    }
-
-    /// A request without a key runs unprotected; one with a key is protected.
-    pub fn optional(mut self) -> Self {
-        self.requirement = Requirement::Optional;
-        self
     }
 
     /// Keeps claims and records in the cache of this name, see
@@ -171,7 +242,7 @@ impl KeyPolicy {
     /// Default: [`Config::max_request_body`](crate::Config::max_request_body).
     ///
     /// For the one route that takes uploads, so that the limit of all the others can stay low. It concerns only requests with a
-    /// key, and only encoders that read the body. axum's own `DefaultBodyLimit` is asked besides.
+    /// key, and only encoders that read the body; with [`key_from`](Self::key_from) all requests, since their body has the key. axum's own `DefaultBodyLimit` is asked besides.
     ///
     /// ```
     /// use axum::{Router, body::Body, http::{Request, StatusCode}, routing::post};
@@ -195,6 +266,84 @@ impl KeyPolicy {
     /// ```
     pub fn max_request_body(mut self, bytes: usize) -> Self {
         self.terms.max_request_body = Some(bytes);
+        self
+    }
+
+    /// The request header that has the key, instead of [`Config::header`](crate::Config::header), which is ignored then. A
+    /// request without this one is refused with 400, which names it.
+    ///
+    /// For webhooks, whose senders name their deliveries themselves:
+    ///
+    /// ```
+    /// use axum::{Router, body::Body, http::{HeaderName, Request, StatusCode}, routing::post};
+    /// use idempotency_axum::{IdempotencyHandler, IdempotencyLayer, KeyPolicy, MemoryStorage};
+    /// use tower::ServiceExt;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let policy = KeyPolicy::required().header(HeaderName::from_static("x-github-delivery"));
+    /// let app = Router::new()
+    ///     .route("/webhooks", post((async || "taken").idempotency_key(policy)))
+    ///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));
+    ///
+    /// let delivery = || Request::post("/webhooks").header("x-github-delivery", "72d3162e").body(Body::empty());
+    /// let first = app.clone().oneshot(delivery()?).await?;
+    /// let again = app.oneshot(delivery()?).await?;
+    /// assert_eq!(first.status(), StatusCode::OK);
+    /// assert_eq!(again.headers()["idempotency-replayed"], "true");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// This and [`key_from`](Self::key_from) replace each other.
+    pub fn header(mut self, header: HeaderName) -> Self {
+        self.terms.key = KeySource::Header(header);
+        self
+    }
+
+    /// The key is what `find` takes from the head and the body of a request, instead of the value of a header.
+    ///
+    /// The body is buffered before the key is known, also with an encoder that does not read it; see
+    /// [`max_request_body`](Self::max_request_body). `None` is a missing key, so a request that `find` can't read is one
+    /// without a key. What is found counts as if it had been sent in the header: it must be a valid [`Key`](crate::Key) of
+    /// the configuration's [`KeyFormat`](crate::KeyFormat), or the answer is 400.
+    ///
+    /// `find` runs for every request that may be protected, before authentication by the handler: it gets what the client
+    /// sent.
+    ///
+    /// ```
+    /// use axum::{Router, body::Body, http::{Request, StatusCode}, routing::post};
+    /// use idempotency_axum::{IdempotencyHandler, IdempotencyLayer, KeyPolicy, MemoryStorage};
+    /// use tower::ServiceExt;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// // The sender puts the event's id into the body.
+    /// let policy = KeyPolicy::required().key_from(|_parts, body| {
+    ///     let event: serde_json::Value = serde_json::from_slice(body).ok()?;
+    ///     Some(event.get("id")?.as_str()?.to_owned())
+    /// });
+    /// let app = Router::new()
+    ///     .route("/events", post((async || "taken").idempotency_key(policy)))
+    ///     .layer(IdempotencyLayer::enforce(MemoryStorage::new()));
+    ///
+    /// let event = |body| Request::post("/events").body(Body::from(body));
+    /// let first = app.clone().oneshot(event(r#"{"id":"evt_7"}"#)?).await?;
+    /// let again = app.clone().oneshot(event(r#"{"id":"evt_7"}"#)?).await?;
+    /// let nameless = app.oneshot(event("{}")?).await?;
+    /// assert_eq!(first.status(), StatusCode::OK);
+    /// assert_eq!(again.headers()["idempotency-replayed"], "true");
+    /// assert_eq!(nameless.status(), StatusCode::BAD_REQUEST);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Two policies with `key_from` are the same only if one is a clone of the other.
+    pub fn key_from(
+        mut self,
+        find: impl Fn(&Parts, &[u8]) -> Option<String> + Send + Sync + 'static,
+    ) -> Self {
+        self.terms.key = KeySource::Fn(KeyFn(Arc::new(find)));
         self
     }
 
@@ -230,11 +379,11 @@ pub trait ExtractorNeeds {
 }
 
 impl<T: ExtractorNeeds> ExtractorNeeds for Option<T> {
-    const NEEDS: Needs = T::NEEDS;
+    const NEEDS: Needs = T::NEEDS.without_key();
 }
 
 impl<T: ExtractorNeeds, E> ExtractorNeeds for Result<T, E> {
-    const NEEDS: Needs = T::NEEDS;
+    const NEEDS: Needs = T::NEEDS.without_key();
 }
 
 /// What extractors can need; see [`ExtractorNeeds`].
@@ -242,20 +391,40 @@ impl<T: ExtractorNeeds, E> ExtractorNeeds for Result<T, E> {
 #[must_use]
 pub struct Needs {
     manual: bool,
+    key: bool,
 }
 
 impl Needs {
     /// Nothing.
-    pub const NONE: Self = Self { manual: false };
+    pub const NONE: Self = Self {
+        manual: false,
+        key: false,
+    };
 
     /// The handler runs on conflicts too, as with [`KeyPolicy::manual`].
-    pub const MANUAL: Self = Self { manual: true };
+    pub const MANUAL: Self = Self {
+        manual: true,
+        ..Self::NONE
+    };
+
+    /// Each request has a key: the extractor rejects one without. On a handler that is optional or exempt an attribute makes
+    /// this a compile error. An `Option` or a `Result` of the extractor does not need it.
+    pub const KEY: Self = Self {
+        key: true,
+        ..Self::NONE
+    };
 
     /// What either needs.
     pub const fn and(self, other: Self) -> Self {
         Self {
             manual: self.manual || other.manual,
+            key: self.key || other.key,
         }
+    }
+
+    /// What is left for an extractor that may fail.
+    const fn without_key(self) -> Self {
+        Self { key: false, ..self }
     }
 
     /// Whether the handler runs on conflicts too.
@@ -264,7 +433,43 @@ impl Needs {
         self.manual
     }
 
+    /// Whether each request must have a key.
+    #[must_use]
+    pub const fn is_key(self) -> bool {
+        self.key
+    }
+
     pub(crate) fn apply(self, policy: KeyPolicy) -> KeyPolicy {
         if self.manual { policy.manual() } else { policy }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_is_equal_to_its_clones() {
+        let of = |policy: KeyPolicy| (policy.clone(), policy);
+        let (policy, clone) = of(KeyPolicy::required().key_from(|_, _| None));
+        assert_eq!(policy, clone);
+        assert_ne!(policy, KeyPolicy::required().key_from(|_, _| None));
+        assert_ne!(policy, KeyPolicy::required());
+
+        let named = |name| KeyPolicy::required().header(HeaderName::from_static(name));
+        assert_eq!(named("x-delivery"), named("x-delivery"));
+        assert_ne!(named("x-delivery"), named("x-event"));
+        assert_ne!(named("idempotency-key"), KeyPolicy::required());
+    }
+
+    #[test]
+    fn an_extractor_that_may_fail_needs_no_key() {
+        struct Both;
+        impl ExtractorNeeds for Both {
+            const NEEDS: Needs = Needs::KEY.and(Needs::MANUAL);
+        }
+        assert_eq!(<Option<Both>>::NEEDS, Needs::MANUAL);
+        assert_eq!(<Result<Both, ()>>::NEEDS, Needs::MANUAL);
+        assert!(Both::NEEDS.is_key() && Both::NEEDS.is_manual());
     }
 }

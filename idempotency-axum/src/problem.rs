@@ -23,6 +23,8 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use idempotency_core::{Config, InvalidKey, Refusal, TombstoneReason};
 use serde_json::json;
 
+use crate::policy::KeySource;
+
 /// Where the kinds of problem are described; the fragment names the kind.
 const TYPE_BASE: &str = "https://docs.rs/idempotency-axum/latest/idempotency_axum/problem/#";
 
@@ -43,6 +45,7 @@ pub struct Problem {
 enum Detail {
     Usual,
     Header(http::HeaderName),
+    NoHeader,
     InvalidKey(InvalidKey),
     Limit(usize),
     Tombstone(TombstoneReason),
@@ -70,6 +73,21 @@ impl Problem {
             },
             retry_after,
             documentation: config.documentation.clone(),
+        }
+    }
+
+    pub(crate) fn missing_key(source: &KeySource, config: &Config) -> Self {
+        let usual = Self::new(Refusal::MissingKey, config);
+        match source {
+            KeySource::Configured => usual,
+            KeySource::Header(header) => Self {
+                detail: Detail::Header(header.clone()),
+                ..usual
+            },
+            KeySource::Fn(_) => Self {
+                detail: Detail::NoHeader,
+                ..usual
+            },
         }
     }
 
@@ -160,6 +178,9 @@ impl Problem {
                 "This operation requires the request header `{header}`. Send a value that is unique to the operation, and the \
                  same one with every retry."
             ),
+            Detail::NoHeader => "This operation requires a key, which is not in a header here, and none was found in the request. \
+                                 Nothing was run."
+                .to_owned(),
             Detail::InvalidKey(error) => error.to_string(),
             Detail::Limit(limit) => format!(
                 "A request with an idempotency key may have a body of at most {limit} bytes here. Nothing was run."

@@ -28,7 +28,7 @@ use crate::{
     discovery::{self, Suspended},
     future::ResponseFuture,
     plan::{Applied, Plan, Shared, matched_path},
-    policy::{Requirement, can_use_keys},
+    policy::{Requirement, Terms, can_use_keys},
     problem::Problem,
     receipt::{Acknowledgement, Receipt},
     record::record,
@@ -214,47 +214,42 @@ where
         }
         let is_asked = policy.requirement == Requirement::Required
             && (!applied.is_default || config.asks(request.method()));
-        let key = match Key::from_headers(request.headers(), &config.header) {
-            Ok(None) if !is_asked => {
+        let key = match policy.terms.key.in_headers(request.headers(), config) {
+            Some(Ok(None)) if !is_asked => {
                 return self.pass_unprotected(applied, request, receipt);
             }
-            Ok(None) => return self.refuse(Problem::new(Refusal::MissingKey, config)),
-            Ok(Some(key)) => config.key_format.check(&key).map(|()| key),
-            Err(error) => Err(error),
-        };
-        let key = match key {
-            Ok(key) => key,
-            Err(error) => return self.refuse(Problem::invalid_key(error, config)),
+            Some(Ok(None)) => {
+                return self.refuse(Problem::missing_key(&policy.terms.key, config));
+            }
+            Some(Ok(Some(key))) => Some(key),
+            Some(Err(error)) => return self.refuse(Problem::invalid_key(error, config)),
+            None => None,
         };
         let (parts, body) = request.into_parts();
-        let scope = policy.terms.scope.as_ref().unwrap_or(&config.scope);
-        let owner = match scope.of(&parts) {
-            Ok(owner) => owner,
-            Err(unknown) => {
-                self.shared
-                    .report_unknown_caller(&unknown, &parts.extensions);
-                return self.refuse(Problem::new(Refusal::ScopeRequired, config));
-            }
-        };
-        if scope.overlooks_cookie(&parts) {
-            self.shared.warn_of_cookie(&parts.extensions);
-        }
+        let caller =
+            match key.map(|key| Caller::of(key, &parts, &policy.terms, config, &self.shared)) {
+                None => None,
+                Some(Ok(caller)) => Some(caller),
+                Some(Err(problem)) => return self.refuse(problem),
+            };
 
         let progress = Progress::new();
         let route = Route::of(&parts);
         let exchange = Exchange {
             shared: self.shared.clone(),
             engine: applied.engine.clone(),
-            terms: applied.policy.terms.clone(),
+            terms: policy.terms.clone(),
+            is_optional: !is_asked,
             is_fixed: applied.is_fixed,
-            key,
-            owner,
             is_routed: parts.extensions.get::<MatchedPath>().is_some(),
+            receipt,
             progress: progress.clone(),
             route: route.clone(),
         };
         ResponseFuture::protected(Detachable::new(
-            exchange.run(self.inner.clone(), parts, body).boxed(),
+            exchange
+                .run(self.inner.clone(), caller, parts, body)
+                .boxed(),
             progress,
             applied.engine.clone(),
             route,
@@ -275,43 +270,115 @@ fn refusal(shared: &Shared, problem: Problem) -> Response {
     shared.respond(problem)
 }
 
-/// One request that has a key, from its body to its answer.
+/// A key and whose it is.
+struct Caller {
+    key: Key,
+    owner: Option<Vec<u8>>,
+}
+
+impl Caller {
+    /// An error is why the request is refused.
+    fn of(
+        key: Key,
+        parts: &Parts,
+        terms: &Terms,
+        config: &Config,
+        shared: &Shared,
+    ) -> Result<Self, Problem> {
+        let scope = terms.scope.as_ref().unwrap_or(&config.scope);
+        let owner = scope.of(parts).map_err(|unknown| {
+            shared.report_unknown_caller(&unknown, &parts.extensions);
+            Problem::new(Refusal::ScopeRequired, config)
+        })?;
+        if scope.overlooks_cookie(parts) {
+            shared.warn_of_cookie(&parts.extensions);
+        }
+        Ok(Self { key, owner })
+    }
+}
+
+/// A request whose body was read as far as it has to be.
+struct Encoding {
+    /// `None` if the body has no key, as it may.
+    named: Option<(Key, Encoded)>,
+    body: Body,
+    reservation: Option<Reservation>,
+}
+
+/// One request that has a key, or may have one in its body, from its body to its answer.
 struct Exchange {
     shared: Arc<Shared>,
     engine: crate::Engine,
-    terms: crate::policy::Terms,
+    terms: Terms,
+    is_optional: bool,
     is_fixed: bool,
-    key: Key,
-    owner: Option<Vec<u8>>,
     /// Whether a route matched, as far as this layer sees.
     is_routed: bool,
+    /// Of a request that may turn out to have no key.
+    receipt: Option<Receipt>,
     progress: Progress,
     route: Route,
 }
 
 impl Exchange {
-    async fn run<S, R>(self, inner: S, parts: Parts, body: Body) -> Result<Response, S::Error>
+    async fn run<S, R>(
+        self,
+        inner: S,
+        caller: Option<Caller>,
+        parts: Parts,
+        body: Body,
+    ) -> Result<Response, S::Error>
     where
         S: Service<Request, Response = http::Response<R>>,
         R: http_body::Body<Data = Bytes> + Send + 'static,
         R::Error: Into<BoxError>,
     {
-        // The reservation is for the whole exchange: whoever waits or runs holds the body.
-        let (encoded, body, _reservation) = match self.encode(&parts, body).await {
-            Ok(encoded) => encoded,
+        let Encoding {
+            named,
+            body,
+            // For the whole exchange: a request that waits or runs holds its body.
+            reservation: _reservation,
+        } = match self.encode(caller, &parts, body).await {
+            Ok(encoding) => encoding,
             Err(refusal) => return Ok(refusal),
+        };
+        let Some((key, encoded)) = named else {
+            return self.run_without_key(inner, parts, body).await;
         };
         let (run, conflict) = match self.begin(&encoded).await {
             Begun::Run(run, conflict) => (run, conflict),
             Begun::Answered(response) => return Ok(response),
             Begun::Unprotected => {
-                let request = self.request(&encoded, Conflict::default(), parts, body);
+                let request = self.request(key, &encoded, Conflict::default(), parts, body);
                 let response = call(inner, request.into_inner()).await?;
                 return Ok(response.map(Body::new));
             }
         };
-        let request = self.request(&encoded, conflict, parts, body);
+        let request = self.request(key, &encoded, conflict, parts, body);
         self.execute(inner, run, request).await
+    }
+
+    /// Runs the handler for a request whose body has no key, as it may.
+    async fn run_without_key<S, R>(
+        self,
+        inner: S,
+        mut parts: Parts,
+        body: Body,
+    ) -> Result<Response, S::Error>
+    where
+        S: Service<Request, Response = http::Response<R>>,
+        R: http_body::Body<Data = Bytes> + Send + 'static,
+        R::Error: Into<BoxError>,
+    {
+        if self.is_fixed {
+            parts.extensions.insert(WithoutKey);
+        }
+        let response = call(inner, Request::from_parts(parts, body)).await?;
+        let response = response.map(Body::new);
+        if let Some(receipt) = self.receipt {
+            receipt.check(&response);
+        }
+        Ok(response)
     }
 
     async fn begin(&self, encoded: &Encoded) -> Begun {
@@ -361,13 +428,17 @@ impl Exchange {
     }
 
     /// Reads the body if the encoder wants it, and encodes. An error is the answer to the client.
+    ///
+    /// Without a `caller` the key is looked for in the body. If it is missing, and may be, nothing is encoded.
     async fn encode(
         &self,
+        caller: Option<Caller>,
         parts: &Parts,
         body: Body,
-    ) -> Result<(Encoded, Body, Option<Reservation>), Response> {
+    ) -> Result<Encoding, Response> {
         let config = self.config();
-        let (bytes, body, reservation) = if config.encoder.reads_body() {
+        let reads_body = config.encoder.reads_body();
+        let (bytes, body, reservation) = if reads_body || caller.is_none() {
             let limit = self
                 .terms
                 .max_request_body
@@ -386,29 +457,57 @@ impl Exchange {
         } else {
             (Bytes::new(), body, None)
         };
+        let caller = match caller {
+            Some(caller) => Some(caller),
+            None => self
+                .find_caller(parts, &bytes)
+                .map_err(|problem| refusal(&self.shared, problem))?,
+        };
+        let Some(Caller { key, owner }) = caller else {
+            return Ok(Encoding {
+                named: None,
+                body,
+                reservation,
+            });
+        };
         let encoded = config.encoder.encode(
-            &self.key,
+            &key,
             &RequestView {
                 method: &parts.method,
                 path_and_query: path_and_query(original_uri(parts)),
                 headers: &parts.headers,
-                body: &bytes,
-                scope: self.owner.as_deref(),
+                body: if reads_body { &bytes } else { &[] },
+                scope: owner.as_deref(),
             },
         );
-        Ok((encoded, body, reservation))
+        Ok(Encoding {
+            named: Some((key, encoded)),
+            body,
+            reservation,
+        })
+    }
+
+    /// Looks for the key in the body too.
+    fn find_caller(&self, parts: &Parts, body: &[u8]) -> Result<Option<Caller>, Problem> {
+        let config = self.config();
+        match self.terms.key.find(parts, body, config) {
+            Ok(Some(key)) => Caller::of(key, parts, &self.terms, config, &self.shared).map(Some),
+            Ok(None) if self.is_optional => Ok(None),
+            Ok(None) => Err(Problem::missing_key(&self.terms.key, config)),
+            Err(error) => Err(Problem::invalid_key(error, config)),
+        }
     }
 
     /// The request for the handler, with what protects it.
     fn request(
         &self,
+        key: Key,
         encoded: &Encoded,
         conflict: Conflict,
         mut parts: Parts,
         body: Body,
     ) -> Protected {
-        let protection =
-            Protection::new(self.key.clone(), encoded.key, self.terms.clone(), conflict);
+        let protection = Protection::new(key, encoded.key, self.terms.clone(), conflict);
         parts.extensions.insert(protection.clone());
         if self.is_fixed {
             parts.extensions.insert(Decided);

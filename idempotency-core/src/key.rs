@@ -166,6 +166,24 @@ impl Key {
     }
 }
 
+/// A key that was not in a header, by the same grammar as [`Key::parse`].
+///
+/// ```
+/// use idempotency_core::{InvalidKeyKind, Key};
+///
+/// let key: Key = "evt_7".parse()?;
+/// assert_eq!(key.as_str(), "evt_7");
+/// assert_eq!("".parse::<Key>().unwrap_err().kind(), InvalidKeyKind::Empty);
+/// # Ok::<(), idempotency_core::InvalidKey>(())
+/// ```
+impl FromStr for Key {
+    type Err = InvalidKey;
+
+    fn from_str(text: &str) -> Result<Self, InvalidKey> {
+        Self::from_field_value(text.as_bytes())
+    }
+}
+
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Key({} bytes)", self.0.len())

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use proc_macro2::{Span, TokenStream};
 use syn::{
-    Error, Expr, ExprGroup, ExprLit, Ident, Lit, LitStr, Result, Token,
+    Error, Expr, ExprGroup, ExprLit, ExprPath, Ident, Lit, LitStr, Result, Token,
     ext::IdentExt,
     parse::{ParseStream, Parser},
     spanned::Spanned,
@@ -13,9 +13,14 @@ use syn::{
 
 use crate::Attribute;
 
-const KNOWN: &str = "`optional`, `cache_name = \"…\"` and `ttl = \"…\"`";
+const KNOWN: &str = "`optional`, `cache_name = \"…\"`, `ttl = \"…\"`, `max_request_body = \"…\"`, `header = \"…\"`, `store_on = path` and \
+                     `scope = path`";
 
 /// What an attribute asks for.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one an attribute, and the large one is the usual one"
+)]
 pub(crate) enum Policy {
     Key(KeyArgs),
     Exempt,
@@ -40,6 +45,14 @@ pub(crate) struct KeyArgs {
     pub(crate) optional: bool,
     pub(crate) cache_name: Option<LitStr>,
     pub(crate) ttl: Option<Duration>,
+    /// In bytes.
+    pub(crate) max_request_body: Option<u64>,
+    /// In lower case, as `HeaderName::from_static` takes it.
+    pub(crate) header: Option<LitStr>,
+    /// Of a `fn() -> StoreOn`.
+    pub(crate) store_on: Option<ExprPath>,
+    /// Of a `fn() -> Scope`.
+    pub(crate) scope: Option<ExprPath>,
 }
 
 impl KeyArgs {
@@ -47,6 +60,10 @@ impl KeyArgs {
         let mut optional = None;
         let mut cache_name = None;
         let mut ttl = None;
+        let mut max_request_body = None;
+        let mut header = None;
+        let mut store_on = None;
+        let mut scope = None;
 
         while !input.is_empty() {
             let arg = Arg::parse(input)?;
@@ -54,6 +71,10 @@ impl KeyArgs {
                 "optional" => arg.set(&mut optional, Arg::flag)?,
                 "cache_name" => arg.set(&mut cache_name, Arg::cache_name)?,
                 "ttl" => arg.set(&mut ttl, Arg::ttl)?,
+                "max_request_body" => arg.set(&mut max_request_body, Arg::max_request_body)?,
+                "header" => arg.set(&mut header, Arg::header)?,
+                "store_on" => arg.set(&mut store_on, |arg| arg.function("StoreOn"))?,
+                "scope" => arg.set(&mut scope, |arg| arg.function("Scope"))?,
                 unknown => {
                     return Err(Error::new(
                         arg.name.span(),
@@ -74,6 +95,10 @@ impl KeyArgs {
             optional: optional.unwrap_or(false),
             cache_name,
             ttl,
+            max_request_body,
+            header,
+            store_on,
+            scope,
         })
     }
 }
@@ -110,7 +135,7 @@ impl Arg {
         Ok(Self { name, value })
     }
 
-    fn set<T>(self, slot: &mut Option<T>, read: fn(Self) -> Result<T>) -> Result<()> {
+    fn set<T>(self, slot: &mut Option<T>, read: impl FnOnce(Self) -> Result<T>) -> Result<()> {
         if slot.is_some() {
             return Err(Error::new(
                 self.name.span(),
@@ -161,6 +186,44 @@ impl Arg {
         duration(&text.value()).map_err(|message| Error::new(text.span(), message))
     }
 
+    fn max_request_body(self) -> Result<u64> {
+        let text = self.string(|wrong| match wrong {
+            Some(Lit::Int(int)) if int.suffix().is_empty() => {
+                format!("put the number in quotes, with a unit: `max_request_body = \"{int}B\"`")
+            }
+            _ => "give a string literal, as in `max_request_body = \"10MiB\"`".into(),
+        })?;
+        size(&text.value()).map_err(|message| Error::new(text.span(), message))
+    }
+
+    fn header(self) -> Result<LitStr> {
+        const CURE: &str = "give the name of a header, as in `header = \"X-GitHub-Delivery\"`";
+
+        let name = self.string(|_| CURE.into())?;
+        let text = name.value();
+        if text.is_empty() || !text.bytes().all(is_token_byte) {
+            return Err(Error::new(
+                name.span(),
+                format!("{text:?} is not the name of a header: {CURE}"),
+            ));
+        }
+        Ok(LitStr::new(&text.to_ascii_lowercase(), name.span()))
+    }
+
+    /// The path of a function without parameters that returns a `result`.
+    fn function(self, result: &str) -> Result<ExprPath> {
+        let name = &self.name;
+        let cure = || {
+            format!(
+                "`{name}` takes the path of a function: write `fn my_{name}() -> {result}`, and `{name} = my_{name}`"
+            )
+        };
+        match self.value {
+            Some(value) => path(value).map_err(|span| Error::new(span, cure())),
+            None => Err(Error::new(name.span(), cure())),
+        }
+    }
+
     /// The string literal behind the `=`; `cure` is told what is there instead.
     fn string(self, cure: impl FnOnce(Option<&Lit>) -> String) -> Result<LitStr> {
         let (span, wrong) = match self.value.map(literal) {
@@ -183,6 +246,52 @@ fn literal(value: Expr) -> std::result::Result<Lit, Span> {
         Expr::Group(ExprGroup { expr, .. }) => literal(*expr),
         other => Err(other.span()),
     }
+}
+
+/// The path that `value` is, or where it stands.
+fn path(value: Expr) -> std::result::Result<ExprPath, Span> {
+    match value {
+        Expr::Path(path) => Ok(path),
+        Expr::Group(ExprGroup { expr, .. }) => path(*expr),
+        other => Err(other.span()),
+    }
+}
+
+/// Whether a header's name may contain `byte`: `tchar` of RFC 9110, section 5.6.2.
+fn is_token_byte(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+/// Reads `10MiB`, as the settings do: digits and one unit; without a unit, bytes.
+fn size(text: &str) -> std::result::Result<u64, String> {
+    const FORM: &str = "write digits and a unit (`B`, `KB`, `MB`, `GB`, `KiB`, `MiB`, `GiB`), as in `max_request_body = \"10MiB\"`";
+
+    let text = text.trim();
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    if number.is_empty() {
+        return Err(format!("{text:?} is not a size: {FORM}"));
+    }
+    let unit = unit.trim_start();
+    let scale = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "k" | "m" | "g" => {
+            return Err(format!(
+                "`{unit}` means 1000 to some and 1024 to others: write `{unit}B` or `{unit}iB`"
+            ));
+        }
+        _ => return Err(format!("`{unit}` is not a unit of size: {FORM}")),
+    };
+    let number: Option<u64> = number.parse().ok();
+    number
+        .and_then(|number| number.checked_mul(scale))
+        .ok_or_else(|| format!("`{text}` is too large for a size: {FORM}"))
 }
 
 /// Reads `24h`: digits and one unit; without a unit, seconds.
@@ -241,6 +350,37 @@ mod tests {
             duration("18446744073709551615"),
             Ok(Duration::from_secs(u64::MAX))
         );
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_settings() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("1048576", 1 << 20),
+            ("512 B", 512),
+            ("2mb", 2_000_000),
+            ("64 KiB", 65_536),
+            ("10MiB", 10 << 20),
+            (" 3GB ", 3_000_000_000),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text:?}");
+        }
+        for text in [
+            "",
+            " ",
+            "B",
+            "-1",
+            "+1",
+            "1.5MiB",
+            "1K",
+            "1M",
+            "1 MiB2",
+            "1MiBs",
+            "٣B",
+            "99999999999GiB",
+        ] {
+            assert!(size(text).is_err(), "{text:?}");
+        }
     }
 
     #[test]

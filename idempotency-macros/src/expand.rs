@@ -5,7 +5,7 @@
 //! pub struct Hidden { seat: Seat }
 //! const _: () = {
 //!     async fn create_order(…) -> … { … }                         // all other attributes
-//!     impl Hidden { NAME, policy(), pub invoke(…) }
+//!     impl Hidden { NAME, policy(), pub invoke(…), or(…) }         // `or`: an error
 //!     impl Clone for Hidden { … }                                 // announces the policy
 //!     impl Handler<(M, …), S> for Hidden { … }                    // axum's own bounds
 //! };
@@ -15,9 +15,9 @@
 //! name back, for recursion and for what other attributes make of it. Nothing else in the block has a name that the body of
 //! the function could see.
 
-use proc_macro2::{Ident, Span, TokenStream};
+use proc_macro2::{Ident, Literal, Span, TokenStream};
 use quote::{format_ident, quote, quote_spanned};
-use syn::{ReturnType, Signature, ext::IdentExt, spanned::Spanned};
+use syn::{ExprPath, ReturnType, Signature, Type, ext::IdentExt, spanned::Spanned};
 
 use crate::{
     Attribute,
@@ -48,7 +48,7 @@ fn handler_with_policy(policy: &Policy, handler: &HandlerFn) -> TokenStream {
         ..
     } = handler;
     let name = &signature.ident;
-    let hidden = format_ident!("__idempotency_{}", name.unraw());
+    let hidden = hidden(name);
 
     let private = private();
     let everywhere = &attributes.everywhere;
@@ -64,7 +64,7 @@ fn handler_with_policy(policy: &Policy, handler: &HandlerFn) -> TokenStream {
     let inherent = inherent_impl(policy, handler, &hidden);
     let clone = clone_impl(&hidden);
     let handler_impl = handler_impl(handler, &hidden);
-    let exempt_checks = exempt_checks(policy, handler);
+    let needs_checks = needs_checks(policy, handler);
 
     quote! {
         #(#everywhere #conflicts)*
@@ -92,9 +92,18 @@ fn handler_with_policy(policy: &Policy, handler: &HandlerFn) -> TokenStream {
             #inherent
             #clone
             #handler_impl
-            #exempt_checks
+            #needs_checks
         };
     }
+}
+
+/// The name of the hidden type. It is all that we can say in the compiler's error where the handler is called as a function (`expected
+/// function, found …`), by the user or by an attribute above ours. So it says what to do instead.
+fn hidden(name: &Ident) -> Ident {
+    format_ident!(
+        "{}__call_it_by_invoke__debug_handler_goes_below",
+        name.unraw()
+    )
 }
 
 /// What the handler is called, what it wants, and how a test calls it.
@@ -111,6 +120,12 @@ fn inherent_impl(policy: &Policy, handler: &HandlerFn, hidden: &Ident) -> TokenS
         Policy::Key(args) => key_policy(args, handler),
         Policy::Exempt => quote!(#private::KeyPolicy::exempt()),
     };
+    // Once: functions that the arguments name may return what is equal only to itself.
+    let policy = quote! {
+        static __IDEMPOTENCY_POLICY: ::std::sync::OnceLock<#private::KeyPolicy> =
+            ::std::sync::OnceLock::new();
+        __IDEMPOTENCY_POLICY.get_or_init(|| #policy)
+    };
     let arguments = arguments(handler);
     let doc = format!(
         "Calls `{text}` as the function that it was written as: without a request, a key or a layer. For unit tests."
@@ -121,7 +136,7 @@ fn inherent_impl(policy: &Policy, handler: &HandlerFn, hidden: &Ident) -> TokenS
             const __NAME: &'static ::core::primitive::str =
                 ::core::concat!(::core::module_path!(), "::", #text);
 
-            fn __policy() -> #private::KeyPolicy {
+            fn __policy() -> &'static #private::KeyPolicy {
                 #policy
             }
 
@@ -130,13 +145,22 @@ fn inherent_impl(policy: &Policy, handler: &HandlerFn, hidden: &Ident) -> TokenS
             #visibility async fn invoke(self, #(#arguments: #parameters),*) #output {
                 #ident(#(#arguments),*).await
             }
+
+            #[doc(hidden)]
+            pub fn or<__IdempotencyH: #private::CombinedWithoutAttribute>(self, _: __IdempotencyH) -> Self {
+                self
+            }
         }
     }
 }
 
 fn key_policy(args: &KeyArgs, handler: &HandlerFn) -> TokenStream {
     let private = private();
-    let optional = args.optional.then(|| quote!(.optional()));
+    let constructor = if args.optional {
+        quote!(optional)
+    } else {
+        quote!(required)
+    };
     let cache_name = args
         .cache_name
         .as_ref()
@@ -145,7 +169,26 @@ fn key_policy(args: &KeyArgs, handler: &HandlerFn) -> TokenStream {
         let (seconds, nanos) = (ttl.as_secs(), ttl.subsec_nanos());
         quote!(.ttl(::core::time::Duration::new(#seconds, #nanos)))
     });
-    let policy = quote!(#private::KeyPolicy::required() #optional #cache_name #ttl);
+    let max_request_body = args.max_request_body.map(|bytes| {
+        let bytes = Literal::u64_unsuffixed(bytes);
+        quote!(.max_request_body(#bytes))
+    });
+    let header = args
+        .header
+        .as_ref()
+        .map(|name| quote!(.header(#private::HeaderName::from_static(#name))));
+    let store_on = args.store_on.as_ref().map(|path| {
+        let store_on = call(path, &quote!(StoreOn));
+        quote!(.store_on(#store_on))
+    });
+    let scope = args.scope.as_ref().map(|path| {
+        let scope = call(path, &quote!(Scope));
+        quote!(.scope(#scope))
+    });
+    let policy = quote! {
+        #private::KeyPolicy::#constructor()
+            #cache_name #ttl #max_request_body #header #store_on #scope
+    };
     if handler.parameters.is_empty() {
         return policy;
     }
@@ -160,12 +203,22 @@ fn key_policy(args: &KeyArgs, handler: &HandlerFn) -> TokenStream {
     }
 }
 
+/// Calls the function at `path`; the compiler says at the path if it returns anything but `result`.
+fn call(path: &ExprPath, result: &TokenStream) -> TokenStream {
+    let private = private();
+    let span = Span::mixed_site().located_at(path.span());
+    quote_spanned! {span=> {
+        let function: fn() -> #private::#result = #path;
+        function()
+    }}
+}
+
 fn clone_impl(hidden: &Ident) -> TokenStream {
     quote! {
         impl ::core::clone::Clone for #hidden {
             fn clone(&self) -> Self {
                 Self {
-                    seat: self.seat.announce(Self::__NAME, Self::__policy),
+                    seat: self.seat.announce(Self::__NAME, || ::core::clone::Clone::clone(Self::__policy())),
                 }
             }
         }
@@ -187,16 +240,28 @@ fn handler_impl(handler: &HandlerFn, hidden: &Ident) -> TokenStream {
 
     let (generics, marker, bounds) = match parameters.split_last() {
         None => (quote!(__IdempotencyS), quote!(((),)), TokenStream::new()),
-        Some((last, parts)) => (
-            quote!(__IdempotencyS, __IdempotencyM),
-            quote!((__IdempotencyM, #(#parts,)* #last,)),
-            quote! {
-                where
-                    __IdempotencyS: ::core::marker::Send + ::core::marker::Sync + 'static,
-                    #(#parts: #private::FromRequestParts<__IdempotencyS> + ::core::marker::Send,)*
-                    #last: #private::FromRequest<__IdempotencyS, __IdempotencyM> + ::core::marker::Send,
-            },
-        ),
+        Some((last, parts)) => {
+            let parts_bounds = parts.iter().map(|part| {
+                bound(
+                    part,
+                    |span| quote_spanned!(span=> FromRequestParts<__IdempotencyS>),
+                )
+            });
+            let last_bound = bound(
+                last,
+                |span| quote_spanned!(span=> FromRequest<__IdempotencyS, __IdempotencyM>),
+            );
+            (
+                quote!(__IdempotencyS, __IdempotencyM),
+                quote!((__IdempotencyM, #(#parts,)* #last,)),
+                quote! {
+                    where
+                        __IdempotencyS: ::core::marker::Send + ::core::marker::Sync + 'static,
+                        #(#parts_bounds,)*
+                        #last_bound,
+                },
+            )
+        }
     };
 
     // The compiler finds here that the future is not `Send`, or its output no answer.
@@ -205,10 +270,11 @@ fn handler_impl(handler: &HandlerFn, hidden: &Ident) -> TokenStream {
         ReturnType::Default => name.span(),
     };
     let span = Span::call_site().located_at(output);
+    let respond = private_at(span);
     let function = quote_spanned! {span=>
         move |#(#arguments: #parameters),*| {
             __idempotency_entry.mark();
-            #name(#(#arguments),*)
+            #respond::respond(#name(#(#arguments),*))
         }
     };
 
@@ -226,7 +292,7 @@ fn handler_impl(handler: &HandlerFn, hidden: &Ident) -> TokenStream {
                 #private::run(
                     &self.seat,
                     Self::__NAME,
-                    &Self::__policy(),
+                    Self::__policy(),
                     __idempotency_request,
                     move |__idempotency_request, __idempotency_entry| {
                         #private::Handler::<#marker, __IdempotencyS>::call(
@@ -241,28 +307,53 @@ fn handler_impl(handler: &HandlerFn, hidden: &Ident) -> TokenStream {
     }
 }
 
-/// An exempt handler has no conflicts to handle: one check per parameter, so that the error points at it.
-fn exempt_checks(policy: &Policy, handler: &HandlerFn) -> TokenStream {
-    if let Policy::Key(_) = policy {
-        return TokenStream::new();
+/// Bounds a parameter's type as axum does.
+///
+/// Through the state: while the compiler does not know that, it can't reject the impl for a bound that does not hold. So it takes
+/// the impl, and then names the parameter that fails instead of the handler.
+fn bound(parameter: &Type, extractor: impl FnOnce(Span) -> TokenStream) -> TokenStream {
+    let span = Span::call_site().located_at(parameter.span());
+    let private = private_at(span);
+    let extractor = extractor(span);
+    quote_spanned! {span=>
+        <__IdempotencyS as #private::WithState<#parameter>>::Type:
+            #private::#extractor + ::core::marker::Send
     }
+}
+
+/// What a parameter needs and the policy does not give: one check per parameter, so that the error points at it.
+fn needs_checks(policy: &Policy, handler: &HandlerFn) -> TokenStream {
     let private = private();
-    handler
-        .parameters
-        .iter()
-        .map(|parameter| {
-            let span = Span::mixed_site().located_at(parameter.span());
-            quote_spanned! {span=>
-                const _: () = {
-                    use #private::NoNeeds as _;
-                    ::core::assert!(
-                        !#private::NeedsOf::<#parameter>::NEEDS.is_manual(),
-                        "an exempt handler has no conflicts to handle: use `#[idempotency_key]`, or remove this parameter"
-                    );
-                };
-            }
+    let check = |parameter: &Type| {
+        let span = Span::mixed_site().located_at(parameter.span());
+        let checks = match policy {
+            Policy::Key(KeyArgs { optional: true, .. }) => quote_spanned! {span=>
+                ::core::assert!(
+                    !__IDEMPOTENCY_NEEDS.is_key(),
+                    "an optional handler also runs without a key: take an `Option` of this, or remove `optional`"
+                );
+            },
+            Policy::Key(_) => return None,
+            Policy::Exempt => quote_spanned! {span=>
+                ::core::assert!(
+                    !__IDEMPOTENCY_NEEDS.is_manual(),
+                    "an exempt handler has no conflicts to handle: use `#[idempotency_key]`, or remove this parameter"
+                );
+                ::core::assert!(
+                    !__IDEMPOTENCY_NEEDS.is_key(),
+                    "an exempt handler has no key: use `#[idempotency_key]`, or take an `Option` of this"
+                );
+            },
+        };
+        Some(quote_spanned! {span=>
+            const _: () = {
+                use #private::NoNeeds as _;
+                const __IDEMPOTENCY_NEEDS: #private::Needs = #private::NeedsOf::<#parameter>::NEEDS;
+                #checks
+            };
         })
-        .collect()
+    };
+    handler.parameters.iter().filter_map(check).collect()
 }
 
 /// Names for the parameters, whose patterns stay with the function. No user's constant has such a name, so that they bind.
@@ -274,5 +365,10 @@ fn arguments(handler: &HandlerFn) -> Vec<Ident> {
 
 /// Where everything that the expansion uses is found.
 fn private() -> TokenStream {
-    quote!(::idempotency_axum::__private)
+    private_at(Span::call_site())
+}
+
+/// The same, for what the compiler may complain of at `span`.
+fn private_at(span: Span) -> TokenStream {
+    quote_spanned!(span=> ::idempotency_axum::__private)
 }

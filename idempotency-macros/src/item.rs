@@ -1,6 +1,6 @@
 //! The function that carries the attribute: what it may look like, and where each of its attributes goes.
 
-use proc_macro2::{Group, Span, TokenStream};
+use proc_macro2::{Group, Span, TokenStream, TokenTree};
 use quote::{ToTokens, quote};
 use syn::{
     Attribute, Error, FnArg, GenericArgument, GenericParam, Ident, Lifetime, Meta, PatType, Path,
@@ -79,6 +79,16 @@ fn check(ours: Ours, signature: &Signature) -> Result<Vec<Type>> {
             ),
         ));
     }
+    if let Some(span) = find_self(signature.to_token_stream()) {
+        return Err(Error::new(
+            span,
+            format!(
+                "`#[{ours}]` can't go on an associated function: make the handler a free function, or remove the attribute and \
+                 use the combinator where the route is made, as in `post(Orders::{}{combinator})`",
+                signature.ident
+            ),
+        ));
+    }
     check_qualifiers(ours, signature)?;
     if let Some(generic) = signature.generics.params.iter().next() {
         let name = match generic {
@@ -115,6 +125,15 @@ fn check(ours: Ours, signature: &Signature) -> Result<Vec<Type>> {
         parameters.push(Type::clone(&parameter.ty));
     }
     Ok(parameters)
+}
+
+/// Where `Self` stands, which only an `impl` or a trait has. A function without it may be in one all the same, and nothing shows that.
+fn find_self(tokens: TokenStream) -> Option<Span> {
+    tokens.into_iter().find_map(|token| match token {
+        TokenTree::Ident(ident) if ident == "Self" => Some(ident.span()),
+        TokenTree::Group(group) => find_self(group.stream()),
+        _ => None,
+    })
 }
 
 fn check_qualifiers(ours: Ours, signature: &Signature) -> Result<()> {
@@ -171,7 +190,7 @@ fn check_parameter(ours: Ours, signature: &Signature, parameter: &PatType) -> Re
             span,
             format!(
                 "`impl Trait` in a parameter makes a function generic, which `#[{ours}]` can't take: name the type, or remove \
-                 the attribute and use the combinator where the route is made, as in `post({}{})`",
+                 the attribute, make it a type parameter and say where the route is made what it is, as in `post({}::<…>{})`",
                 signature.ident,
                 ours.combinator()
             ),
@@ -367,7 +386,7 @@ fn parse_cfg_attr(meta: &Meta) -> Result<(TokenStream, Punctuated<Meta, Token![,
         .parse_args_with(|input: ParseStream<'_>| {
             let mut condition = TokenStream::new();
             while !input.peek(Token![,]) {
-                condition.extend([input.parse::<proc_macro2::TokenTree>()?]);
+                condition.extend([input.parse::<TokenTree>()?]);
             }
             input.parse::<Token![,]>()?;
             Ok((condition, Punctuated::parse_terminated(input)?))

@@ -177,7 +177,7 @@ fn by_combinator(policy: KeyPolicy) -> MethodRouter {
 }
 
 fn optional_policy() -> KeyPolicy {
-    KeyPolicy::required().optional()
+    KeyPolicy::optional()
 }
 
 #[tokio::test]

@@ -78,7 +78,7 @@ impl Shop {
             layer: layer.clone(),
             memory,
         };
-        let optional = order.idempotency_key(KeyPolicy::required().optional());
+        let optional = order.idempotency_key(KeyPolicy::optional());
         let router = Router::new()
             .route("/orders", post(order))
             .route("/optional", post(optional))

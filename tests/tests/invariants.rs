@@ -954,9 +954,7 @@ async fn invariant_10_what_can_not_be_read_is_an_error_and_told() {
 async fn invariant_11_an_invalid_key_is_an_error_where_it_is_optional_too() {
     let layer = IdempotencyLayer::enforce(MemoryStorage::new());
     let runs = Runs::new();
-    let optional = runs
-        .handler()
-        .idempotency_key(KeyPolicy::required().optional());
+    let optional = runs.handler().idempotency_key(KeyPolicy::optional());
     let app = Router::new()
         .route("/orders", post(runs.handler()))
         .route("/optional", post(optional))

@@ -79,7 +79,7 @@ mod attributes {
 }
 
 fn optional() -> KeyPolicy {
-    KeyPolicy::required().optional()
+    KeyPolicy::optional()
 }
 
 fn cached() -> KeyPolicy {

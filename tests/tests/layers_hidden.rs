@@ -46,7 +46,7 @@ async fn cached_order(key: Option<IdempotencyKey>) -> String {
 }
 
 fn optional() -> KeyPolicy {
-    KeyPolicy::required().optional()
+    KeyPolicy::optional()
 }
 
 fn cached() -> KeyPolicy {

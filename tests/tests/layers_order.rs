@@ -43,7 +43,7 @@ async fn record(layer: &IdempotencyLayer, answer: &Answer) -> Option<Outcome> {
 }
 
 fn routes() -> Router {
-    let optional = KeyPolicy::required().optional();
+    let optional = KeyPolicy::optional();
     Router::new()
         .route("/plain", routing::post(run))
         .route("/exempt", routing::post(run.idempotency_exempt()))
@@ -142,7 +142,7 @@ mod two_layers {
             (enforce(), exempt()),
             (enforce(), enforce()),
         ] {
-            let optional = run.idempotency_key(KeyPolicy::required().optional());
+            let optional = run.idempotency_key(KeyPolicy::optional());
             let exempt = run.idempotency_exempt();
             let app = Router::new()
                 .route("/optional", routing::post(optional.layer(inner.clone())))
@@ -514,7 +514,7 @@ mod readiness {
         let keyless =
             [Method::GET, Method::CONNECT, Method::POST].map(|method| request(method, None));
         let strict = Strict::default();
-        let optional = layer.clone().policy(KeyPolicy::required().optional());
+        let optional = layer.clone().policy(KeyPolicy::optional());
         let mut service = optional.layer(strict.clone());
         for (asked, request) in
             (1..).zip(keyless.into_iter().chain([post_with("a"), post_with("b")]))

@@ -11,14 +11,14 @@ use axum::{
     body::Body,
     extract::{Path, State},
     handler::Handler,
-    http::{Method, Request, StatusCode, Uri, header},
+    http::{HeaderName, Method, Request, StatusCode, Uri, header},
     response::{IntoResponse, Response},
     routing::{any, post},
 };
 use http_body_util::BodyExt;
 use idempotency_axum::{
     Config, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, ManualIdempotency,
-    MemoryStorage, idempotency_exempt, idempotency_key,
+    MemoryStorage, Scope, StoreOn, idempotency_exempt, idempotency_key,
 };
 use idempotency_tests::Logs;
 use tower::ServiceExt;
@@ -212,6 +212,14 @@ async fn the_policy_is_the_one_that_the_arguments_and_the_parameters_give() {
     #[idempotency_key(ttl = "24h", cache_name = "orders", optional = true)]
     async fn all_arguments() {}
 
+    #[idempotency_key(
+        header = "X-GitHub-Delivery",
+        max_request_body = "2MiB",
+        store_on = StoreOn::all,
+        scope = Scope::none
+    )]
+    async fn terms() {}
+
     #[idempotency_key(ttl = "90", optional = false)]
     async fn seconds() {}
 
@@ -226,7 +234,7 @@ async fn the_policy_is_the_one_that_the_arguments_and_the_parameters_give() {
     let orders = || KeyPolicy::required().cache_name("orders");
     for (line, policy) in [
         (logged(required).await, KeyPolicy::required()),
-        (logged(optional).await, KeyPolicy::required().optional()),
+        (logged(optional).await, KeyPolicy::optional()),
         (
             logged(in_a_cache).await,
             orders().ttl(Duration::from_millis(250)),
@@ -234,14 +242,24 @@ async fn the_policy_is_the_one_that_the_arguments_and_the_parameters_give() {
         (logged(manual).await, KeyPolicy::required().manual()),
         (
             logged(all_arguments).await,
-            orders().optional().ttl(Duration::from_secs(86_400)),
+            KeyPolicy::optional()
+                .cache_name("orders")
+                .ttl(Duration::from_secs(86_400)),
+        ),
+        (
+            logged(terms).await,
+            KeyPolicy::required()
+                .header(HeaderName::from_static("x-github-delivery"))
+                .max_request_body(2 << 20)
+                .store_on(StoreOn::all())
+                .scope(Scope::none()),
         ),
         (
             logged(seconds).await,
             KeyPolicy::required().ttl(Duration::from_secs(90)),
         ),
         (logged(alias).await, KeyPolicy::required().manual()),
-        (logged(no_needs).await, KeyPolicy::required().optional()),
+        (logged(no_needs).await, KeyPolicy::optional()),
     ] {
         assert!(
             line.contains(&format!("policy={policy:?} ")),

@@ -438,7 +438,7 @@ async fn a_quoted_key_is_the_bare_key() {
 #[tokio::test]
 async fn an_empty_or_non_ascii_key_is_refused() {
     let runs = Runs::new();
-    let optional = KeyPolicy::required().optional();
+    let optional = KeyPolicy::optional();
     let router = Router::new()
         .route("/required", post(runs.handler()))
         .route("/optional", post(runs.handler().idempotency_key(optional)))

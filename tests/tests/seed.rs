@@ -145,7 +145,7 @@ impl Site {
             .route("/create", any(ViewSet::create.idempotency_key(required())))
             .route(
                 "/optional",
-                any(ViewSet::create.idempotency_key(required().optional())),
+                any(ViewSet::create.idempotency_key(KeyPolicy::optional())),
             )
             .route("/exempt", any(ViewSet::create.idempotency_exempt()))
             .route(
@@ -360,7 +360,7 @@ async fn a_manual_handler_is_told_whether_there_was_an_answer_and_which() {
         };
         (status, format!("{} {body:?}", manual.exists()))
     };
-    let policy = KeyPolicy::required().optional().manual();
+    let policy = KeyPolicy::optional().manual();
     let router = Router::new()
         .route("/optional", any(tell.idempotency_key(policy)))
         .layer(IdempotencyLayer::enforce(MemoryStorage::new()));

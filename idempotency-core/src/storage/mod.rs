@@ -59,6 +59,11 @@ pub use self::cache::redis::RedisCache;
 /// 9. Dropping any of these futures is safe: the storage is in the state before or after the call.
 /// 10. What lies under a key but is not a readable record is an error of kind
 ///     [`Unreadable`](crate::StorageErrorKind::Unreadable) for that key, never an absent one.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a storage",
+    label = "not a storage",
+    note = "`connect` returns a future of a `Result`: write `RedisStorage::connect(…).await?`"
+)]
 pub trait Storage: Send + Sync + 'static {
     /// Claims `key` if neither a live claim nor a record is there, and says what is there otherwise: one atomic step.
     ///

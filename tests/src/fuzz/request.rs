@@ -33,9 +33,7 @@ pub fn request(bytes: &[u8]) {
             assert!(is_first, "the same operation ran twice");
             std::future::ready(StatusCode::CREATED)
         };
-        let optional = handler
-            .clone()
-            .idempotency_key(KeyPolicy::required().optional());
+        let optional = handler.clone().idempotency_key(KeyPolicy::optional());
         let config = Config::default().max_request_body(64).max_response_body(16);
         let app = Router::new()
             .route("/optional", any(optional))

@@ -12,8 +12,10 @@ columns!(
 );
 
 async fn key_missing_required(column: Column) {
-    let shop = Shop::open(column.config()).await;
-    for method in unsafe_methods() {
+    let config = column.config();
+    let asked = unsafe_methods().map(|method| (config.asks(&method), method));
+    let shop = Shop::open(config).await;
+    for (_, method) in asked.into_iter().filter(|(is_asked, _)| *is_asked) {
         let answer = shop.server.call(method, "/orders").json("{}").send().await;
         assert_refused(&answer, 400, "missing-key");
         assert_eq!(answer.header("retry-after"), None);

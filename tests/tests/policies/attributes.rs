@@ -1,21 +1,24 @@
 //! The rows of the table, with the attributes.
 
-use std::time::Duration;
+use std::{
+    sync::atomic::{AtomicUsize, Ordering},
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
     extract::{Path, State},
-    http::StatusCode,
+    http::{Method, StatusCode, request::Parts},
     response::IntoResponse,
     routing::post,
 };
 use idempotency_axum::{
-    IdempotencyKey, ManualIdempotency, MemoryStorage, MisuseKind, idempotency_exempt,
-    idempotency_key,
+    IdempotencyKey, ManualIdempotency, MemoryStorage, MisuseKind, Scope, StoreOn,
+    idempotency_exempt, idempotency_key,
 };
 use idempotency_tests::{Logs, Runs, Server};
 
-use crate::{assert_ran, assert_refused, assert_replay, modes, rows, serve, simulated};
+use crate::{assert_ran, assert_refused, assert_replay, enforce, modes, rows, serve, simulated};
 
 #[idempotency_key]
 async fn required(State(runs): State<Runs>) -> (StatusCode, String) {
@@ -135,6 +138,92 @@ async fn key_with_all_arguments() {
     assert_replay(&served.post(Some("abc")).await, 3);
     clock.advance(Duration::from_secs(1));
     assert_ran(&served.post(Some("abc")).await, 5);
+}
+
+#[idempotency_key(max_request_body = "8B")]
+async fn small(State(runs): State<Runs>, _body: String) -> (StatusCode, String) {
+    rows::order(State(runs)).await
+}
+
+#[tokio::test]
+async fn key_max_request_body() {
+    for layer in modes() {
+        let served = serve(layer(), small).await;
+        let call = |body: &'static str| served.server.post("/orders").key("abc").body(body);
+        assert_refused(&call("123456789").send().await, 413, "body-too-large");
+        assert_eq!(served.runs.count(), 0);
+        assert_ran(&call("12345678").send().await, 1);
+    }
+}
+
+/// How often the function of the attribute was called.
+static STORE_ON_CALLS: AtomicUsize = AtomicUsize::new(0);
+
+/// Equal only to its clones.
+fn teapots() -> StoreOn {
+    STORE_ON_CALLS.fetch_add(1, Ordering::Relaxed);
+    StoreOn::from_fn(|status| status == StatusCode::IM_A_TEAPOT)
+}
+
+#[idempotency_key(store_on = teapots)]
+async fn teapot(State(runs): State<Runs>) -> (StatusCode, String) {
+    let (_, order) = rows::order(State(runs)).await;
+    (StatusCode::IM_A_TEAPOT, order)
+}
+
+/// The layer and the handler ask the attribute for the policy each on its own, and must get the same.
+#[tokio::test]
+async fn key_store_on() {
+    for layer in modes() {
+        let served = serve(layer(), teapot).await;
+        let first = served.post(Some("abc")).await;
+        assert_eq!((first.code(), first.text()), (418, "order 1"));
+        assert_replay(&served.post(Some("abc")).await, 1);
+        assert_eq!(STORE_ON_CALLS.load(Ordering::Relaxed), 1);
+    }
+}
+
+mod scopes {
+    use super::{Parts, Scope};
+
+    pub(super) fn partner() -> Scope {
+        let partner = |parts: &Parts| Some(parts.headers.get("x-partner")?.as_bytes().to_vec());
+        Scope::from_fn(partner).required()
+    }
+}
+
+#[idempotency_key(scope = scopes::partner)]
+async fn scoped(State(runs): State<Runs>) -> (StatusCode, String) {
+    rows::order(State(runs)).await
+}
+
+#[tokio::test]
+async fn key_scope() {
+    for layer in modes() {
+        let served = serve(layer(), scoped).await;
+        assert_refused(&served.post(Some("abc")).await, 403, "scope-required");
+        let call = |partner| {
+            let call = served.server.post("/orders").key("abc");
+            call.header("x-partner", partner)
+        };
+        assert_ran(&call("one").send().await, 1);
+        assert_ran(&call("two").send().await, 2);
+        assert_replay(&call("one").send().await, 1);
+    }
+}
+
+/// The two clones of the handler announce the same policy.
+#[tokio::test]
+async fn one_policy_for_two_methods() {
+    let served = Router::new()
+        .route("/orders", post(teapot).put(teapot))
+        .layer(enforce())
+        .layer(enforce())
+        .with_state(Runs::new());
+    let server = Server::start(served).await;
+    for call in [server.post("/orders"), server.call(Method::PUT, "/orders")] {
+        assert_eq!(call.key("abc").send().await.code(), 418);
+    }
 }
 
 #[idempotency_key]

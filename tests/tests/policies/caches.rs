@@ -25,7 +25,7 @@ async fn a_named_cache_protects() {
     }
     for layer in modes() {
         let layer = layer().cache("orders", MemoryStorage::new());
-        let handler = order.idempotency_key(cached("orders").optional());
+        let handler = order.idempotency_key(KeyPolicy::optional().cache_name("orders"));
         serve(layer, handler).await.assert_optional().await;
     }
 }

@@ -14,7 +14,7 @@ use idempotency_tests::{Runs, Server};
 use serde::{Deserialize, de::DeserializeOwned};
 use tower_http::trace::TraceLayer;
 
-use crate::{enforce, exempt, modes, optional, rows::order, serve};
+use crate::{Served, assert_refused, enforce, exempt, modes, optional, rows::order, serve};
 
 #[tokio::test]
 async fn on_a_closure() {
@@ -262,5 +262,46 @@ async fn methods_of_one_path_under_several_policies() {
             let answer = server.call(method, "/orders").send().await;
             assert_eq!(answer.code(), status);
         }
+    }
+}
+
+/// `or` of axum-extra takes functions, so the policy goes around both.
+#[tokio::test]
+async fn on_handlers_that_or_combines() {
+    use axum_extra::handler::HandlerCallWithExtractors as _;
+
+    async fn by_number(Path(number): Path<u32>) -> (StatusCode, String) {
+        (StatusCode::CREATED, format!("number {number}"))
+    }
+    async fn by_name(Path(name): Path<String>) -> (StatusCode, String) {
+        (StatusCode::CREATED, format!("name {name}"))
+    }
+    for layer in modes() {
+        let handler = by_number.or(by_name).idempotency_key(KeyPolicy::required());
+        let router = Router::new().route("/{id}", post(handler)).layer(layer());
+        let server = Server::start(router).await;
+        for (path, text) in [("/7", "number 7"), ("/x", "name x")] {
+            assert_refused(&server.post(path).send().await, 400, "missing-key");
+            let first = server.post(path).key("abc").send().await;
+            assert_eq!((first.code(), first.text()), (201, text));
+            let retry = server.post(path).key("abc").send().await;
+            assert_eq!((retry.is_replay(), retry.text()), (true, text));
+        }
+    }
+}
+
+/// What is generated for an OpenAPI document may want the function itself: then the layer around its route has the policy.
+#[tokio::test]
+async fn a_layer_around_a_method_router_has_the_policy() {
+    for layer in modes() {
+        let layer = layer();
+        let routes = post(order).layer(layer.clone().policy(KeyPolicy::required()));
+        let runs = Runs::new();
+        let router = Router::new()
+            .route("/orders", routes)
+            .layer(layer)
+            .with_state(runs.clone());
+        let server = Server::start(router).await;
+        Served { server, runs }.assert_required().await;
     }
 }

@@ -57,11 +57,6 @@ async fn idempotency_key_where_nothing_is_protected() {
         let served = serve(layer(), tell.idempotency_exempt()).await;
         let answer = served.post(Some("abc")).await;
         assert_eq!(answer.code(), 500);
-        assert!(
-            answer.text().contains("Option<IdempotencyKey>"),
-            "{}",
-            answer.text()
-        );
 
         let served = serve(layer(), tell.idempotency_key(optional())).await;
         assert_eq!(served.post(None).await.code(), 500);

@@ -8,6 +8,8 @@ mod attributes;
 mod caches;
 mod combinators;
 mod extractors;
+mod keys;
+mod misuse;
 mod rows;
 mod terms;
 
@@ -25,7 +27,7 @@ fn exempt() -> IdempotencyLayer {
 }
 
 fn optional() -> KeyPolicy {
-    KeyPolicy::required().optional()
+    KeyPolicy::optional()
 }
 
 /// Serves `handler` at `/orders`, for every method.

@@ -192,7 +192,7 @@ async fn scope_required() {
 
 #[tokio::test]
 async fn scope_required_does_not_concern_requests_without_a_key() {
-    let policy = KeyPolicy::required().optional();
+    let policy = KeyPolicy::optional();
     let policy = policy.scope(Scope::authorization().required());
     let served = serve(enforce(), order.idempotency_key(policy)).await;
     assert_ran(&served.post(None).await, 1);
@@ -217,7 +217,7 @@ async fn max_request_body() {
 async fn max_request_body_does_not_concern_requests_without_a_key() {
     let length = |body: axum::body::Bytes| async move { body.len().to_string() };
     for layer in modes() {
-        let policy = KeyPolicy::required().optional().max_request_body(8);
+        let policy = KeyPolicy::optional().max_request_body(8);
         let served = serve(layer(), length.idempotency_key(policy)).await;
         let long = served.server.post("/orders").body("123456789");
         assert_eq!(long.send().await.text(), "9");

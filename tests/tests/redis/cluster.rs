@@ -56,8 +56,7 @@ async fn a_dead_master_takes_only_its_keys() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_master_delays_no_other_key() {
     let mut cluster = Cluster::start().await;
-    let storage = RedisStorage::connect(cluster.url()).time_limit(Duration::from_millis(300));
-    let storage = storage.await.unwrap();
+    let storage = RedisStorage::connect(cluster.url()).await.unwrap();
     let claim = NewClaim {
         token: Token::random(),
         fingerprint: None,
@@ -74,7 +73,7 @@ async fn a_silent_master_delays_no_other_key() {
     let _silent = std::net::TcpListener::bind(("127.0.0.1", silent)).unwrap();
 
     let failing = async {
-        for _ in 0..6 {
+        for _ in 0..4 {
             let error = storage.renew(&keys[1], claim.token, claim.lease).await;
             let error = error.unwrap_err();
             let kinds = [StorageErrorKind::Unavailable, StorageErrorKind::Timeout];
@@ -94,7 +93,7 @@ async fn a_silent_master_delays_no_other_key() {
             break;
         }
     }
-    // The other one took 300 ms for each of its renewals.
+    // The other one took a second for each of its renewals.
     assert!(renewed > 20, "{renewed}");
 }
 

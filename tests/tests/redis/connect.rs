@@ -111,7 +111,7 @@ async fn connections_are_kept_alive() {
     let sentinel = Redis::builder().sentinel_of(redis.port()).start();
     let client = SentinelClient::build(
         vec![format!("redis://127.0.0.1:{}", sentinel.port())],
-        "mymaster".to_owned(),
+        "mymaster",
         None,
         SentinelServerType::Master,
     );

@@ -201,12 +201,8 @@ fn a_runtime_that_stands_still_keeps_no_claim_from_renewal() {
             let master = Redis::builder().on_a_port().start();
             let sentinel = Redis::builder().sentinel_of(master.port()).start();
             let url = format!("redis://127.0.0.1:{}", sentinel.port());
-            let client = SentinelClient::build(
-                vec![url],
-                "mymaster".to_owned(),
-                None,
-                SentinelServerType::Master,
-            );
+            let client =
+                SentinelClient::build(vec![url], "mymaster", None, SentinelServerType::Master);
             let storage = RedisStorage::sentinel(client.unwrap());
             until(async || storage.get(&KEY).await.ok()).await;
             (storage, Box::new((master, sentinel)) as _)

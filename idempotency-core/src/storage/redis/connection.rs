@@ -33,15 +33,15 @@ const PAUSES: [Duration; 3] = [
 /// often than that.
 const REPLICA: Duration = Duration::from_secs(1);
 
-/// After so many commands in a row that got no answer nothing more is sent through a connection: a network that swallows what is
-/// sent tells nobody.
+/// After so many commands in a row without an answer a connection is given up, and commands go through a new one: a network that
+/// drops packets reports no error.
 const UNANSWERED: u32 = 3;
 
-/// How long a connection that was given up is kept for what was sent through it, at most: a large record may take longer than a
-/// command's time limit, and is sent in vain if it is cut off each time.
+/// How long a connection that was given up stays open for the commands that were sent through it. A large record may take longer
+/// than a command's time limit; if it were cut off each time, it would never be stored.
 const LAST_ANSWER: Duration = Duration::from_secs(30);
 
-/// How many such connections are kept. Where they are as many, the network passes nothing on.
+/// How many connections that were given up stay open. With as many, the network makes no progress; another one is closed at once.
 const GIVEN_UP: usize = 3;
 
 /// What commands can be sent to by many at once.
@@ -411,4 +411,93 @@ fn is_of_a_replica(error: &RedisError) -> bool {
 /// Nothing was sent.
 pub(super) fn gone(what: &'static str) -> RedisError {
     std::io::Error::new(std::io::ErrorKind::ConnectionRefused, what).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use redis::{Pipeline, RedisFuture};
+
+    use super::*;
+
+    /// Makes connections that never answer, and counts those that are open: each has a clone.
+    #[derive(Clone)]
+    struct Silent(Arc<()>);
+
+    impl Maker for Silent {
+        type Connection = Self;
+
+        async fn make(&self) -> RedisResult<Self> {
+            Ok(self.clone())
+        }
+    }
+
+    impl ConnectionLike for Silent {
+        fn req_packed_command<'a>(&'a mut self, _: &'a Cmd) -> RedisFuture<'a, Value> {
+            pending().boxed()
+        }
+
+        fn req_packed_commands<'a>(
+            &'a mut self,
+            _: &'a Pipeline,
+            _: usize,
+            _: usize,
+        ) -> RedisFuture<'a, Vec<Value>> {
+            pending().boxed()
+        }
+
+        fn get_db(&self) -> i64 {
+            0
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn few_connections_that_were_given_up_stay_open_and_not_for_long() {
+        let open = Arc::new(());
+        let env = Env::system();
+        let connection = Remade::new(Silent(open.clone()), env.clone());
+        // Without the maker's and this one.
+        let count = || Arc::strong_count(&open) - 2;
+        let ping = redis::cmd("PING");
+        let given_up = async |times: u32| {
+            for _ in 0..times * UNANSWERED {
+                let sent = connection.send(&ping, Duration::ZERO);
+                assert!(env.within(Duration::from_millis(1), sent).await.is_none());
+            }
+        };
+        given_up(1).await;
+        // The next command has a new one.
+        given_up(1).await;
+        assert_eq!(connection.age(), 2);
+        assert_eq!(count(), 2);
+        given_up(10).await;
+        // Their tasks have their turn.
+        env.sleep(Duration::from_millis(1)).await;
+        assert_eq!(connection.age(), 12);
+        assert_eq!(count(), GIVEN_UP);
+
+        env.sleep(2 * LAST_ANSWER).await;
+        assert_eq!(count(), 0);
+    }
+
+    /// As calls that look on behalf of others are.
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_is_dropped_early_says_nothing_of_its_connection() {
+        let env = Env::system();
+        let connection = Remade::new(Silent(Arc::default()), env.clone());
+        let ping = redis::cmd("PING");
+        for _ in 0..10 {
+            let sent = connection.send(&ping, Duration::from_secs(1));
+            assert!(env.within(Duration::from_millis(999), sent).await.is_none());
+        }
+        assert_eq!(connection.age(), 1);
+        for _ in 0..UNANSWERED {
+            let sent = connection.send(&ping, Duration::from_secs(1));
+            assert!(env.within(Duration::from_secs(1), sent).await.is_none());
+        }
+        let sent = connection.send(&ping, Duration::from_secs(1));
+        assert!(env.within(Duration::from_millis(1), sent).await.is_none());
+        assert_eq!(connection.age(), 2);
+    }
 }

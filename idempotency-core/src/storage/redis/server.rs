@@ -50,6 +50,7 @@ impl Server {
 
     /// The same, with `client` to tell of the end of claims.
     pub(crate) fn told_by(self, client: Client) -> Self {
+        // It was opened before, so it can be opened again.
         let client = Client::open(with_tcp(client.get_connection_info())).unwrap_or(client);
         Self::new(self.link, Tellers::Any(vec![client]))
     }

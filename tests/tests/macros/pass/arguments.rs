@@ -2,7 +2,7 @@
 #![deny(warnings)]
 
 use axum::{Router, routing::post};
-use idempotency_axum::{idempotency_exempt, idempotency_key};
+use idempotency_axum::{Scope, StoreOn, idempotency_exempt, idempotency_key};
 
 #[idempotency_key]
 async fn bare() {}
@@ -34,16 +34,41 @@ async fn exempt() {}
 #[idempotency_exempt()]
 async fn exempt_empty() {}
 
+#[idempotency_key(max_request_body = "10MiB", header = "X-GitHub-Delivery", store_on = StoreOn::all, scope = Scope::none)]
+async fn of_a_webhook() {}
+
+mod functions {
+    pub(super) fn store_on() -> super::StoreOn {
+        super::StoreOn::below(500)
+    }
+
+    pub(super) fn scope<T: ToString + Default>() -> super::Scope {
+        super::Scope::header(format!("x-tenant-{}", T::default().to_string()))
+    }
+}
+
+// The names of the arguments are those of functions, of generic ones too.
+#[idempotency_key(store_on = self::functions::store_on, scope = functions::scope::<u8>, max_request_body = "512")]
+async fn functions_by_path() {}
+
 macro_rules! handler {
-    ($name:ident, $optional:literal, $cache_name:literal, $ttl:expr, $answer:ty) => {
-        #[idempotency_key(optional = $optional, cache_name = $cache_name, ttl = $ttl)]
+    ($name:ident, $optional:literal, $cache_name:literal, $ttl:expr, $store_on:expr, $scope:path, $answer:ty) => {
+        #[idempotency_key(optional = $optional, cache_name = $cache_name, ttl = $ttl, store_on = $store_on, scope = $scope)]
         async fn $name(body: $answer) -> $answer {
             body
         }
     };
 }
 
-handler!(made_by_a_macro, true, "orders", "5m", String);
+handler!(
+    made_by_a_macro,
+    true,
+    "orders",
+    "5m",
+    StoreOn::all,
+    Scope::none,
+    String
+);
 
 pub(crate) fn main() {
     let _: Router = Router::new()
@@ -57,5 +82,7 @@ pub(crate) fn main() {
         .route("/8", post(brackets))
         .route("/9", post(exempt))
         .route("/10", post(exempt_empty))
-        .route("/11", post(made_by_a_macro));
+        .route("/11", post(made_by_a_macro))
+        .route("/12", post(of_a_webhook))
+        .route("/13", post(functions_by_path));
 }

@@ -1,0 +1,6 @@
+use idempotency_axum::idempotency_key;
+
+#[idempotency_key(max_request_body = 1048576)]
+async fn create_order() {}
+
+fn main() {}
