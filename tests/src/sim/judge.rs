@@ -23,7 +23,7 @@ use super::{
     world::{Home, SERVER, World},
 };
 
-/// On the node where such an operation runs, a manual handler is shown its tombstone and not the last answer.
+/// On the node where an operation runs on past `max_hold`, a manual handler is shown its tombstone and not the last answer.
 const TOMBSTONE_HIDES: &str = "known: a tombstone hid the last answer";
 
 /// What the engine does not keep yet.
@@ -422,8 +422,9 @@ impl Judge {
                 self.count("state: a node was overtaken");
             } else {
                 let who = format!("{} was taken from node {}", short(key), other.node);
-                let finding = format!("{who}, undisturbed, which runs it or has its outcome");
-                self.find(finding);
+                self.find(format!(
+                    "{who}, undisturbed, which runs it or has its outcome"
+                ));
             }
             self.with(key, |case| {
                 case.may_differ = true;
@@ -557,46 +558,35 @@ impl Judge {
     /// The server put a record in the place of the one that it had, if it had one.
     pub(super) fn replaced(&self, key: &EncodedKey, record: &Record, ttl: Duration) {
         let now = self.1.now();
-        let was_replaced = self.with(key, |case| {
-            let Some(stored) = case.live(now) else {
+        let expires = now.saturating_add(ttl);
+        let replaced = self.with(key, |case| {
+            if case.live(now).is_none() {
                 return Ok(None);
+            }
+            let Outcome::Response(answer) = &record.outcome else {
+                return Err("a tombstone in its record's place");
             };
-            let was_answer = stored.body().is_some();
-            let body = match &record.outcome {
-                Outcome::Response(answer) => {
-                    let run = case
-                        .executions
-                        .iter_mut()
-                        .find(|it| it.body.as_bytes() == answer.body());
-                    match run {
-                        Some(it) if it.is_first() => return Err("an answer of no conflict"),
-                        Some(it) if it.end() != Some(End::Answer) => {
-                            return Err("an answer that is none");
-                        }
-                        None => return Err("an answer that nobody gave"),
-                        Some(it) if now.saturating_add(ttl) < it.kept_until(self.2.ttl) => {
-                            return Err("an answer that is kept too short");
-                        }
-                        Some(it) => it.expires = Some(now.saturating_add(ttl)),
-                    }
-                    Some(answer.body().clone())
+            match case.by_body_mut(answer.body()) {
+                None => return Err("an answer that nobody gave"),
+                Some(it) if it.is_first() => return Err("an answer of no conflict"),
+                Some(it) if it.end() != Some(End::Answer) => return Err("an answer that is none"),
+                Some(it) if expires < it.kept_until(self.2.ttl) => {
+                    return Err("an answer that is kept too short");
                 }
-                _ if was_answer => return Err("a tombstone in an answer's place"),
-                _ => None,
-            };
+                Some(it) => it.expires = Some(expires),
+            }
             if let Some(stored) = &mut case.record {
                 stored.outcome = record.outcome.clone();
-                stored.expires = now.saturating_add(ttl);
+                stored.expires = expires;
             }
-            Ok(Some(body))
+            Ok(Some(answer.body()))
         });
-        match was_replaced {
+        match replaced {
             Err(finding) => self.find(format!("{} has {finding}", short(key))),
             Ok(None) => {}
-            Ok(Some(None)) => self.count("state: a tombstone was kept alive"),
-            Ok(Some(Some(body))) => {
+            Ok(Some(body)) => {
                 self.count("state: a record was replaced");
-                let body = String::from_utf8_lossy(&body).into_owned();
+                let body = String::from_utf8_lossy(body);
                 self.note(|| format!("server: {} replaced by {body:?}", short(key)));
             }
         }
@@ -667,8 +657,7 @@ impl Judge {
                 if !is_excused && !self.is_disturbed(other) {
                     let how = if ended.is_some() { "after" } else { "while" };
                     let it_ran = format!("it ran on node {}", other.node);
-                    let finding = format!("{} runs {how} {it_ran}, undisturbed", short(key));
-                    self.find(finding);
+                    self.find(format!("{} runs {how} {it_ran}, undisturbed", short(key)));
                 }
             }
         } else if !others.is_empty() {
@@ -702,9 +691,12 @@ impl Judge {
                 is_running |= it.ended.is_none() && it.is_first() && is_given_up;
             }
             // What the last run left, if that is still to be stored.
+            let stored_for = case.record.as_ref().map(|it| Kind::First(it.token));
             let left = |it: &&Execution| match it.end() {
                 None | Some(End::Failure) => false,
-                Some(_) => it.is_first() || it.end() == Some(End::Answer),
+                Some(End::Answer) => it.expires.is_none(),
+                // A tombstone is stored again when its operation ends.
+                Some(_) => it.is_first() && (it.is_given_up || stored_for != Some(it.kind)),
             };
             let lasting = case.executions.iter().filter(left);
             let pending = lasting.filter(|it| it.home == home && now <= it.over(self.2.ttl));
@@ -719,7 +711,8 @@ impl Judge {
                 (Some(stored), _) if stored.body() == shown => true,
                 (_, Some(it)) if it.end() == Some(End::Answer) => shown == Some(it.body.as_bytes()),
                 (_, Some(_)) => shown.is_none(),
-                _ => is_running && shown.is_none(),
+                (Some(_), None) => false,
+                (None, None) => is_running && shown.is_none(),
             };
             let is_there = stored.is_some() || pending.is_some() || is_running;
             (others, is_there, is_last, is_running)
@@ -731,8 +724,7 @@ impl Judge {
             if !excused && !self.is_disturbed(other) {
                 let what = if is_first { "the first run" } else { "another" };
                 let there = format!("{what} runs on node {}, undisturbed", other.node);
-                let finding = format!("{} runs on a conflict while {there}", short(key));
-                self.find(finding);
+                self.find(format!("{} runs on a conflict while {there}", short(key)));
             }
             self.with(key, |case| {
                 let before = case.executions.iter_mut().take(number);
