@@ -178,9 +178,10 @@ pub use self::{
     extract::{IdempotencyKey, ManualIdempotency, NotProtected, ReplayedResponse},
     future::ResponseFuture,
     handler::{HandlerFuture, IdempotencyHandler, WithPolicy},
-    layer::IdempotencyLayer,
+    layer::{EncodedKeyError, IdempotencyLayer},
     misuse::{Misuse, MisuseKind},
     policy::{ExtractorNeeds, KeyPolicy, Needs},
     problem::Problem,
+    response::DoNotRecord,
     service::Idempotency,
 };

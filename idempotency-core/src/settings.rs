@@ -84,8 +84,8 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 ///
 /// | field | value | default | in django-idempotency-key |
 /// |---|---|---|---|
-/// | `mode` | `enforce`, `exempt` | `enforce` | the class of the middleware |
-/// | `preset` | `default`, `ietf`, `stripe`: where the defaults of all below come from | `default` | |
+/// | `mode` | `enforce`, `exempt`, `optional` | `enforce` | the class of the middleware |
+/// | `preset` | `default` or `django`, `ietf`, `stripe`: where the defaults of all below come from | `default` | |
 /// | `encoder` | `basic`, `fingerprint`, `key_only`, or the name of the type | `basic` | `ENCODER_CLASS` |
 /// | `conflict_status` | a status; null or `original` for that of the recorded answer | 409 | `CONFLICT_STATUS_CODE` |
 /// | `in_flight_status`, `mismatch_status` | a status from 400 | 423, 422 | |
