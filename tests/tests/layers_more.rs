@@ -16,7 +16,7 @@ use axum::{
 };
 use http::StatusCode;
 use idempotency_axum::{Config, Event, IdempotencyLayer, LockPolicy, MemoryStorage, Observer};
-use idempotency_tests::{Answer, Call, Events, Feed, Gate, Length, Runs, Server};
+use idempotency_tests::{Answer, Call, Events, Feed, Gate, Length, PATIENCE, Runs, Server};
 
 /// A server with our layer around `routes`, and around that what stands outside.
 struct Shop {
@@ -741,7 +741,7 @@ mod timeouts {
 
     /// Its key has a tombstone, its place is free, nothing of it is left, and the log says where to look.
     async fn assert_given_up(shop: &Shop, dropped: oneshot::Receiver<()>, logs: &Logs) {
-        let dropped = tokio::time::timeout(Duration::from_secs(20), dropped).await;
+        let dropped = tokio::time::timeout(PATIENCE, dropped).await;
         assert!(dropped.expect("it is dropped").is_err());
         assert_refused(&shop.call().send().await, 409, "not-replayable");
         let other = shop.server.post("/other").key("def").send().await;

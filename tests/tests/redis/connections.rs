@@ -174,7 +174,7 @@ fn behind_a_runtime_that_stands_still<S: Send + 'static, T: Send + 'static>(
         assert!(Env::in_background());
         let _ = tell.send(call.await);
     });
-    let done = told.recv_timeout(Duration::from_secs(30)).unwrap();
+    let done = told.recv_timeout(PATIENCE).unwrap();
     drop(go_on);
     blocking.join().unwrap();
     done

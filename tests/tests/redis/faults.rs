@@ -66,7 +66,7 @@ async fn a_record_that_takes_longer_than_the_limit_arrives() {
     let redis = Redis::start();
     let proxy = Proxy::start(&redis);
     let storage = RedisStorage::connect(proxy.url()).await.unwrap();
-    let storage = storage.time_limit(Duration::from_millis(200));
+    let storage = storage.time_limit(Duration::from_millis(400));
     let claim = claim();
     let begun = until(async || storage.begin(&KEY, &claim).await.ok());
     assert_eq!(begun.await, Begin::Acquired);
@@ -77,8 +77,8 @@ async fn a_record_that_takes_longer_than_the_limit_arrives() {
         outcome: Outcome::Response(response),
     };
     let ttl = Duration::from_secs(60);
-    // Two seconds for the record.
-    proxy.slow_down(2 << 20);
+    // Four seconds for the record.
+    proxy.slow_down(1 << 20);
     let error = storage
         .complete(&KEY, claim.token, &record, ttl)
         .await
