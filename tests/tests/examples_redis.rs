@@ -9,7 +9,7 @@ use std::{path::Path, process::Stdio, time::Duration};
 
 use idempotency_tests::{
     Answer, Example,
-    example::{as_a_reader, command, refused, until},
+    example::{command, executable, refused, until},
     redis::Redis,
 };
 use tokio::{process::Command, time::timeout};
@@ -49,17 +49,14 @@ async fn without_a_redis_it_says_so() {
 
 #[tokio::test]
 async fn the_script_shows_one_execution_of_each_order() {
-    // Where it has to be built first, that takes its time.
-    drop(command("orders_redis"));
     let examples = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/examples"));
     let mut script = Command::new("bash");
     script
         .arg(examples.join("orders_redis/show.sh"))
-        .env("CARGO", env!("CARGO"))
+        .env("ORDERS_REDIS", executable("orders_redis"))
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    as_a_reader(script.as_std_mut());
-    let output = timeout(Duration::from_secs(50), script.output()).await;
+    let output = timeout(Duration::from_secs(110), script.output()).await;
     let output = output.expect("an end").expect("bash runs");
     let shown = String::from_utf8(output.stdout).expect("UTF-8");
     let said = String::from_utf8_lossy(&output.stderr);

@@ -36,7 +36,7 @@ use idempotency_axum::{
     StoredResponse, Token, TombstoneReason, WhenFull,
 };
 use idempotency_tests::{
-    Answer, Events, Fault, FaultyStorage, Gate, Logs, Runs, Server,
+    Answer, Events, Fault, FaultyStorage, Gate, Logs, PATIENCE, Runs, Server,
     node::{LEASE, idle, operation, pass, record},
 };
 use tokio::sync::Semaphore;
@@ -91,7 +91,7 @@ fn gated(runs: &Runs, gate: &Gate) -> axum::routing::MethodRouter {
 }
 
 async fn in_time<F: Future>(what: &str, work: F) -> F::Output {
-    match tokio::time::timeout(Duration::from_secs(30), work).await {
+    match tokio::time::timeout(PATIENCE, work).await {
         Ok(output) => output,
         Err(_) => panic!("{what} does not end"),
     }
