@@ -57,7 +57,7 @@ async fn a_thousand_duplicates_here_fetch_no_large_answer() {
     };
     let mut duplicates = JoinSet::new();
     for _ in 0..DUPLICATES {
-        let (engine, encoded) = (engine.clone(), encoded.clone());
+        let engine = engine.clone();
         duplicates.spawn(async move { engine.begin(&encoded).await });
     }
     while engine.waiting() < DUPLICATES {
