@@ -87,7 +87,10 @@ pub(super) enum Found {
         fingerprint: Option<Fingerprint>,
         waiter: Waiter,
     },
+    /// What is still to be stored.
     Outcome(Record),
+    /// What is stored, and was replaced there since, perhaps.
+    Stored(Record),
 }
 
 impl State {
@@ -166,6 +169,7 @@ impl Ledger {
                 waiter: self.waiters.subscribe(key, true),
             },
             Answer::Outcome(record) => Found::Outcome(record),
+            Answer::Stored(record) => Found::Stored(record),
             Answer::Nothing => Found::Nothing,
         }
     }
@@ -174,7 +178,7 @@ impl Ledger {
     pub(super) fn subscribe(&self, key: &EncodedKey) -> Result<Waiter, Record> {
         let state = self.lock();
         let run = state.of_key(key);
-        if let Some(Answer::Outcome(record)) = run.map(Run::answer) {
+        if let Some(Answer::Outcome(record) | Answer::Stored(record)) = run.map(Run::answer) {
             return Err(record);
         }
         Ok(self.waiters.subscribe(key, run.is_some()))

@@ -204,6 +204,11 @@ impl Engine {
         let key = &encoded.key;
         let record = match self.shared.ledger.find(key) {
             Found::Outcome(record) => record,
+            // A conflict run may have replaced the tombstone of an operation that still runs here.
+            Found::Stored(tombstone) => match self.get(key).await {
+                Ok(Some(Entry::Completed(record))) => record,
+                _ => tombstone,
+            },
             Found::Running { .. } => return Err(NoTurn::RecordIsGone),
             Found::Nothing => match self.get(key).await {
                 Ok(Some(Entry::Completed(record))) => record,
