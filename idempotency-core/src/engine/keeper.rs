@@ -4,7 +4,13 @@
 //! a request that is answered within a third of the lease costs no spawn and no timer beyond the one that the keeper already has.
 //! It runs on [`Env::background`](crate::Env::background), so that no runtime of the program has to run for it.
 
-use std::{collections::VecDeque, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{
     FutureExt, StreamExt,
@@ -41,19 +47,23 @@ pub(super) fn wake(shared: &Arc<Shared>) {
 }
 
 fn start(shared: &Arc<Shared>) {
-    let Some(spawner) = shared.config.env.background() else {
-        shared.ledger.lose_keeper();
-        tracing::error!(
-            target: "idempotency",
-            "no runtime to renew claims on: they end with their lease; call the engine inside a tokio runtime"
-        );
-        return;
-    };
+    // Dropped before its end it gives its place free, also where an environment of a user's panics. That is not passed on: this is
+    // called where a panic may be under way already.
     let keeper = Keeper {
         shared: shared.clone(),
         leaving: false,
     };
-    spawner.spawn(keeper.run().with_current_subscriber());
+    let started = catch_unwind(AssertUnwindSafe(|| {
+        let spawner = shared.config.env.background()?;
+        spawner.spawn(keeper.run().with_current_subscriber());
+        Some(())
+    }));
+    if !matches!(started, Ok(Some(()))) {
+        tracing::error!(
+            target: "idempotency",
+            "no runtime to renew claims on: they end with their lease; call the engine inside a tokio runtime"
+        );
+    }
 }
 
 /// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key. `failed`: the storage refused

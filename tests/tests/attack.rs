@@ -1,0 +1,109 @@
+//! Schedules and inputs that once broke something.
+
+use std::{
+    panic::AssertUnwindSafe,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{FutureExt, future::BoxFuture};
+use idempotency_axum::{
+    Completion, Config, Engine, Env, Environment, LockPolicy, MemoryStorage, Operation, Spawner,
+};
+use idempotency_tests::{
+    FaultyStorage,
+    node::{LEASE, Node, answer, claim_of, config, operation},
+};
+
+// ---- Keepers that are lost ----
+
+/// An environment with faults of its own.
+struct Faulty {
+    env: Env,
+    /// How often `background` still panics.
+    panics: AtomicUsize,
+    nows: Arc<AtomicUsize>,
+}
+
+impl Environment for Faulty {
+    fn now(&self) -> Duration {
+        let nows = self.nows.fetch_add(1, Ordering::SeqCst);
+        assert!(nows < 100_000, "somebody asks for the time again and again");
+        self.env.now()
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        self.env.sleep(duration).boxed()
+    }
+
+    fn fill_random(&self, buffer: &mut [u8]) {
+        self.env.fill_random(buffer);
+    }
+
+    fn spawner(&self) -> Option<Spawner> {
+        self.env.spawner()
+    }
+
+    fn background(&self) -> Option<Spawner> {
+        let left = self.panics.load(Ordering::SeqCst);
+        if left > 0 {
+            self.panics.store(left - 1, Ordering::SeqCst);
+            panic!("no background");
+        }
+        self.env.background()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_background_that_panics_once_costs_no_later_claim_its_renewal() {
+    let node = Node::with(|config| {
+        let env = Env::new(Faulty {
+            env: config.env.clone(),
+            panics: AtomicUsize::new(1),
+            nows: Arc::default(),
+        });
+        config.env(env)
+    });
+    let one = operation(1);
+    let first = AssertUnwindSafe(node.engine.begin(&one)).catch_unwind();
+    drop(first.await);
+    let claim = claim_of(node.engine.begin(&operation(2)).await);
+    node.pass(2 * LEASE).await;
+    assert!(node.storage.calls(Operation::Renew) > 0);
+    let stored = claim.complete(answer("two")).await;
+    assert_eq!(stored, Completion::Stored);
+    node.assert_quiet().await;
+}
+
+/// As a process that may start no more threads: no stack is as large as that of each thread that it starts.
+#[test]
+fn a_process_without_threads_renews_claims_on_the_runtime_of_the_request() {
+    const STACK: &str = "RUST_MIN_STACK";
+    const TOO_LARGE: &str = "140737488355328";
+    if std::env::var(STACK).is_ok_and(|stack| stack == TOO_LARGE) {
+        let storage = FaultyStorage::new(MemoryStorage::new());
+        let lock = LockPolicy::default().ttl(Duration::from_millis(30));
+        let engine = Engine::new(storage.clone(), Config::default().lock(lock));
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        runtime.unwrap().block_on(async {
+            let claim = claim_of(engine.begin(&operation(1)).await);
+            storage.called(Operation::Renew, 2).await;
+            claim.release().await;
+            engine.drain().await;
+        });
+        return;
+    }
+    let this = "a_process_without_threads_renews_claims_on_the_runtime_of_the_request";
+    let child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", this, "--nocapture", "--test-threads=1"])
+        .env(STACK, TOO_LARGE)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stderr);
+    assert!(child.status.success(), "{said}");
+}
