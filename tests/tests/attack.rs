@@ -1,5 +1,10 @@
 //! Schedules and inputs that once broke something.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "tests are outside of what `Env` drives"
+)]
+
 use std::{
     panic::AssertUnwindSafe,
     sync::{
@@ -14,11 +19,56 @@ use idempotency_axum::{
     Completion, Config, Engine, Env, Environment, LockPolicy, MemoryStorage, Operation, Spawner,
 };
 use idempotency_tests::{
-    FaultyStorage,
+    Fault, FaultyStorage,
     node::{LEASE, Node, answer, claim_of, config, operation},
 };
+use tokio::runtime::Runtime;
+
+fn paused() -> Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap()
+}
+
+async fn drains(engine: &Engine) -> bool {
+    tokio::time::timeout(Duration::from_secs(3600), engine.drain())
+        .await
+        .is_ok()
+}
 
 // ---- Keepers that are lost ----
+
+#[test]
+fn a_keeper_that_is_dropped_with_a_release_under_way_holds_no_drain_up() {
+    let node = Node::new();
+    let first = paused();
+    first.block_on(async {
+        let claim = claim_of(node.engine.begin(&operation(1)).await);
+        node.storage.set(Operation::Release, Fault::Hang);
+        drop(claim);
+        node.storage.called(Operation::Release, 1).await;
+    });
+    drop(first);
+    node.storage.heal(Operation::Release);
+    assert!(paused().block_on(drains(&node.engine)));
+}
+
+#[test]
+fn a_drain_starts_a_keeper_for_an_outcome_that_nobody_keeps() {
+    let node = Node::new();
+    let first = paused();
+    first.block_on(async {
+        let claim = claim_of(node.engine.begin(&operation(1)).await);
+        node.storage.set(Operation::Complete, Fault::FailBefore);
+        assert_eq!(claim.complete(answer("one")).await, Completion::Deferred);
+    });
+    drop(first);
+    node.storage.heal(Operation::Complete);
+    node.clock.advance(LEASE / 3);
+    assert!(paused().block_on(drains(&node.engine)));
+}
 
 /// An environment with faults of its own.
 struct Faulty {

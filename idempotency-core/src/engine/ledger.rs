@@ -366,6 +366,8 @@ impl Ledger {
         for token in tokens {
             state.change(token, Run::start_over);
         }
+        // What that one was releasing is left to its lease.
+        self.check_drained(&state);
     }
 
     /// The keeper has nothing under way: says whether it may end, since nothing is left to look after.
