@@ -16,11 +16,13 @@ use std::{
 
 use futures_util::{FutureExt, future::BoxFuture};
 use idempotency_axum::{
-    Completion, Config, Engine, Env, Environment, LockPolicy, MemoryStorage, Operation, Spawner,
+    Begin, Completion, Config, EncodedKey, Engine, Entry, Env, Environment, Held, LockPolicy,
+    MemoryStorage, NewClaim, Operation, Outcome, Record, Spawner, Storage, StorageError, Token,
+    TombstoneReason,
 };
 use idempotency_tests::{
     Fault, FaultyStorage,
-    node::{LEASE, Node, answer, claim_of, config, operation},
+    node::{LEASE, Node, answer, assert_replays, claim_of, config, operation, replay_of},
 };
 use tokio::runtime::Runtime;
 
@@ -156,4 +158,80 @@ fn a_process_without_threads_renews_claims_on_the_runtime_of_the_request() {
         .unwrap();
     let said = String::from_utf8_lossy(&child.stderr);
     assert!(child.status.success(), "{said}");
+}
+
+// ---- Storages that fail for one key, or panic ----
+
+/// Panics when it is to keep an answer.
+#[derive(Clone)]
+struct Panicking(MemoryStorage);
+
+impl Storage for Panicking {
+    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
+        self.0.begin(key, claim).await
+    }
+
+    async fn complete(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<Held, StorageError> {
+        assert!(matches!(record.outcome, Outcome::Tombstone(_)), "an answer");
+        self.0.complete(key, token, record, ttl).await
+    }
+
+    async fn renew(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        lease: Duration,
+    ) -> Result<Held, StorageError> {
+        self.0.renew(key, token, lease).await
+    }
+
+    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
+        self.0.release(key, token).await
+    }
+
+    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
+        self.0.get(key).await
+    }
+
+    async fn replace(
+        &self,
+        key: &EncodedKey,
+        record: &Record,
+        ttl: Duration,
+    ) -> Result<(), StorageError> {
+        self.0.replace(key, record, ttl).await
+    }
+
+    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
+        self.0.remove(key).await
+    }
+
+    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
+        self.0.wait(key, timeout).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_storage_that_panics_over_an_answer_refuses_it() {
+    let node = Node::new();
+    let storage = Panicking(node.memory.clone());
+    let engine = Engine::new(storage, config(&node.env).max_running(1));
+    let claim = claim_of(engine.begin(&operation(1)).await);
+    let completed = AssertUnwindSafe(claim.complete(answer("one"))).catch_unwind();
+    drop(completed.await);
+    assert_replays(engine.begin(&operation(1)).await, "one");
+    node.pass(2 * LEASE).await;
+    let next = claim_of(engine.begin(&operation(2)).await);
+    next.release().await;
+    for engine in [&engine, &node.peer()] {
+        let replay = replay_of(engine.begin(&operation(1)).await);
+        let tombstone = Outcome::Tombstone(TombstoneReason::Unstorable);
+        assert_eq!(replay.record.outcome, tombstone);
+    }
 }

@@ -272,13 +272,19 @@ async fn guarded(shared: &Shared, token: Token, job: Job, work: impl Future<Outp
     }
 }
 
-/// `operation` under the time limit of the keeper: a renewal that hangs has to be tried again before the lease is over.
+/// `operation` under the time limit of the keeper: a renewal that hangs has to be tried again before the lease is over. A storage
+/// that panics has failed, and is tried again no more often than any other that fails.
 async fn limited<T>(
     shared: &Shared,
     operation: impl Future<Output = Result<T, StorageError>>,
 ) -> Result<T, StorageError> {
     let config = &shared.config;
     let limit = config.storage_timeout.min(config.lock.lease() / 3);
+    let operation = AssertUnwindSafe(operation).catch_unwind();
+    let operation = operation.map(|done| match done {
+        Ok(done) => done,
+        Err(_) => Err(StorageError::unavailable("the storage panicked")),
+    });
     shared.limited_to(limit, operation).await
 }
 
@@ -481,7 +487,17 @@ async fn try_to_store(
         Ok(held)
     };
     let error = match limited(shared, completed).await {
-        Ok(held) => return Ok((record, held)),
+        Ok(held) => {
+            if held == Held::Yes && late.replaced == 0 && offered != record {
+                // The key may have been free, so that the tombstone is there now. If this takes too long, the record most likely
+                // was there before.
+                let replaced = limited(shared, storage.replace(key, &record, ttl)).await;
+                if let Err(error) = replaced {
+                    shared.failed(key, Operation::Replace, &error);
+                }
+            }
+            return Ok((record, held));
+        }
         Err(error) => error,
     };
     if is_last {
