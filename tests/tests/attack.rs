@@ -6,6 +6,7 @@
 )]
 
 use std::{
+    convert::Infallible,
     panic::AssertUnwindSafe,
     sync::{
         Arc,
@@ -17,13 +18,14 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use idempotency_axum::{
     Begin, Completion, Config, EncodedKey, Engine, Entry, Env, Environment, Held, LockPolicy,
-    MemoryStorage, NewClaim, Operation, Outcome, Record, Spawner, Storage, StorageError, Token,
-    TombstoneReason,
+    MemoryStorage, NewClaim, Operation, Outcome, Ran, Record, Spawner, Storage, StorageError,
+    Token, TombstoneReason,
 };
 use idempotency_tests::{
     Fault, FaultyStorage,
     node::{LEASE, Node, answer, assert_replays, claim_of, config, operation, replay_of},
 };
+use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
 fn paused() -> Runtime {
@@ -234,4 +236,36 @@ async fn a_storage_that_panics_over_an_answer_refuses_it() {
         let tombstone = Outcome::Tombstone(TombstoneReason::Unstorable);
         assert_eq!(replay.record.outcome, tombstone);
     }
+}
+
+// ---- Values and services that fail ----
+
+#[derive(Debug, Deserialize)]
+struct Fragile;
+
+impl Serialize for Fragile {
+    fn serialize<S: serde::Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
+        panic!("a value that can't be written")
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_value_whose_serialization_panics_is_not_made_again() {
+    let (node, runs) = (Node::new(), AtomicUsize::new(0));
+    let run = || async {
+        runs.fetch_add(1, Ordering::SeqCst);
+        Ok::<_, Infallible>(Fragile)
+    };
+    let one = operation(1);
+    let first = AssertUnwindSafe(node.engine.run(&one, run)).catch_unwind();
+    assert!(first.await.is_err());
+    node.pass(Duration::from_secs(1)).await;
+    let again = AssertUnwindSafe(node.engine.run(&one, run)).catch_unwind();
+    let again = again.await;
+    assert_eq!(runs.load(Ordering::SeqCst), 1);
+    let Ok(Ran::NotReplayable(reason)) = again else {
+        panic!("{again:?}");
+    };
+    assert_eq!(reason, TombstoneReason::Unstorable);
+    node.assert_quiet().await;
 }
