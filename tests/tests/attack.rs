@@ -238,6 +238,26 @@ async fn a_storage_that_panics_over_an_answer_refuses_it() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_answer_is_kept_though_nobody_can_look_after_an_outage() {
+    let node = Node::new();
+    let claim = claim_of(node.engine.begin(&operation(1)).await);
+    for operation in [Operation::Complete, Operation::Renew, Operation::Get] {
+        node.storage.set(operation, Fault::FailBefore);
+    }
+    let completion = claim.complete(answer("one")).await;
+    assert_eq!(completion, Completion::Deferred);
+    // The claim is over.
+    node.pass(2 * LEASE).await;
+    assert_eq!(node.memory.claims(), 0);
+    node.storage.set(Operation::Get, Fault::Hang);
+    node.storage.heal(Operation::Complete);
+    node.storage.heal(Operation::Renew);
+    node.pass(2 * LEASE).await;
+    assert_eq!(node.engine.running(), 0);
+    assert_replays(node.peer().begin(&operation(1)).await, "one");
+}
+
 // ---- Values and services that fail ----
 
 #[derive(Debug, Deserialize)]
