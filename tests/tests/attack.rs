@@ -164,6 +164,24 @@ fn a_process_without_threads_renews_claims_on_the_runtime_of_the_request() {
 
 // ---- Storages that fail for one key, or panic ----
 
+#[tokio::test(start_paused = true)]
+async fn a_key_that_is_never_released_holds_up_no_other() {
+    let node = Node::new();
+    let stuck = claim_of(node.engine.begin(&operation(1)).await);
+    let other = claim_of(node.engine.begin(&operation(2)).await);
+    let key = operation(1).key;
+    node.storage
+        .set_for(key, Operation::Release, Fault::FailBefore);
+    drop(stuck);
+    node.pass(Duration::from_secs(1)).await;
+    drop(other);
+    node.pass(LEASE / 2).await;
+    assert_eq!(node.memory.claims(), 1);
+    node.storage.heal(Operation::Release);
+    node.pass(LEASE).await;
+    node.assert_quiet().await;
+}
+
 /// Panics when it is to keep an answer.
 #[derive(Clone)]
 struct Panicking(MemoryStorage);
