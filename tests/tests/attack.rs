@@ -162,6 +162,27 @@ fn a_process_without_threads_renews_claims_on_the_runtime_of_the_request() {
     assert!(child.status.success(), "{said}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_keeper_does_not_spin_where_nothing_may_be_held() {
+    let nows = Arc::new(AtomicUsize::new(0));
+    let node = Node::with(|config| {
+        let env = Env::new(Faulty {
+            env: config.env.clone(),
+            panics: AtomicUsize::new(0),
+            nows: nows.clone(),
+        });
+        config
+            .env(env)
+            .lock(LockPolicy::default().max_hold(Duration::ZERO))
+    });
+    let claim = claim_of(node.engine.begin(&operation(1)).await);
+    node.pass(LEASE).await;
+    let asked = nows.load(Ordering::SeqCst);
+    assert!(asked < 50_000, "{asked}");
+    assert_eq!(claim.complete(answer("late")).await, Completion::Expired);
+    node.assert_quiet().await;
+}
+
 // ---- Storages that fail for one key, or panic ----
 
 #[tokio::test(start_paused = true)]

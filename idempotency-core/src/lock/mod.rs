@@ -58,9 +58,10 @@ impl LockPolicy {
         self
     }
 
-    /// After how long a running operation is given up: its key gets a tombstone, so it is never run again. Default: 10 min.
+    /// After how long a running operation is given up: its key gets a tombstone, so it is never run again. Default: 10 min. At
+    /// least [`MIN_TTL`](Self::MIN_TTL).
     pub fn max_hold(mut self, limit: Duration) -> Self {
-        self.hold_limit = limit;
+        self.hold_limit = limit.max(Self::MIN_TTL);
         self
     }
 
