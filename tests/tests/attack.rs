@@ -18,8 +18,8 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use idempotency_axum::{
     Begin, Completion, Config, EncodedKey, Engine, Entry, Env, Environment, Held, LockPolicy,
-    MemoryStorage, NewClaim, Operation, Outcome, Ran, Record, Spawner, Storage, StorageError,
-    Token, TombstoneReason,
+    MemoryStorage, NewClaim, Operation, Outcome, Ran, Record, Scope, Spawner, Storage,
+    StorageError, Token, TombstoneReason,
 };
 use idempotency_tests::{
     Fault, FaultyStorage,
@@ -327,4 +327,28 @@ async fn a_value_whose_serialization_panics_is_not_made_again() {
     };
     assert_eq!(reason, TombstoneReason::Unstorable);
     node.assert_quiet().await;
+}
+
+// ---- Callers ----
+
+#[test]
+fn a_caller_is_not_found_in_values_that_are_all_empty() {
+    let parts = |name: &str, values: &[&str]| {
+        let mut request = http::Request::builder();
+        for value in values {
+            request = request.header(name, *value);
+        }
+        request.body(()).unwrap().into_parts().0
+    };
+    let tenants = parts("x-tenant", &["", ""]);
+    assert!(Scope::header("x-tenant").of(&tenants).is_err());
+    let sessions = parts("cookie", &["session=; session="]);
+    assert!(Scope::cookie("session").of(&sessions).is_err());
+    let mut keys = parts("x-api-key", &["", ""]);
+    assert_eq!(Scope::default().of(&keys), Ok(None));
+    keys.headers
+        .insert("cookie", "session=alice".parse().unwrap());
+    assert!(Scope::default().of(&keys).is_err());
+    let credentials = parts("authorization", &["", ""]);
+    assert!(Scope::authorization().required().of(&credentials).is_err());
 }
