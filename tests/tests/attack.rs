@@ -7,18 +7,22 @@
 
 use std::{
     convert::Infallible,
+    future::{Ready, ready},
     panic::AssertUnwindSafe,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
+use axum::{body::Body, extract::Request, response::Response};
 use futures_util::{FutureExt, future::BoxFuture};
+use http::StatusCode;
 use idempotency_axum::{
-    Begin, Completion, Config, EncodedKey, Engine, Entry, Env, Environment, Held, LockPolicy,
-    MemoryStorage, NewClaim, Operation, Outcome, Ran, Record, Scope, Spawner, Storage,
+    Begin, Completion, Config, EncodedKey, Engine, Entry, Env, Environment, Held, IdempotencyLayer,
+    LockPolicy, MemoryStorage, NewClaim, Operation, Outcome, Ran, Record, Scope, Spawner, Storage,
     StorageError, Token, TombstoneReason,
 };
 use idempotency_tests::{
@@ -27,6 +31,7 @@ use idempotency_tests::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
+use tower::{Layer, Service, ServiceExt};
 
 fn paused() -> Runtime {
     tokio::runtime::Builder::new_current_thread()
@@ -327,6 +332,57 @@ async fn a_value_whose_serialization_panics_is_not_made_again() {
     };
     assert_eq!(reason, TombstoneReason::Unstorable);
     node.assert_quiet().await;
+}
+
+/// A service that fails to become ready.
+#[derive(Clone)]
+struct Unready {
+    fails: Arc<AtomicBool>,
+    panics: bool,
+    calls: Arc<AtomicUsize>,
+}
+
+impl Service<Request> for Unready {
+    type Response = Response;
+    type Error = &'static str;
+    type Future = Ready<Result<Response, &'static str>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), &'static str>> {
+        if self.fails.load(Ordering::SeqCst) {
+            assert!(!self.panics, "not ready");
+            return Poll::Ready(Err("not ready"));
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request) -> Self::Future {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        ready(Ok(Response::new(Body::from("made"))))
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_service_that_was_never_ready_has_not_run() {
+    for panics in [false, true] {
+        let inner = Unready {
+            fails: Arc::new(AtomicBool::new(true)),
+            panics,
+            calls: Arc::default(),
+        };
+        let service = IdempotencyLayer::enforce(MemoryStorage::new())
+            .config(Config::stripe())
+            .layer(inner.clone());
+        let request = || {
+            let request = Request::post("/orders").header("idempotency-key", "one");
+            request.body(Body::from("{}")).unwrap()
+        };
+        let first = AssertUnwindSafe(service.clone().oneshot(request())).catch_unwind();
+        assert!(!matches!(first.await, Ok(Ok(_))));
+        inner.fails.store(false, Ordering::SeqCst);
+        let retry = service.oneshot(request()).await.unwrap();
+        assert_eq!(retry.status(), StatusCode::OK, "panics: {panics}");
+        assert_eq!(inner.calls.load(Ordering::SeqCst), 1);
+    }
 }
 
 // ---- Callers ----
