@@ -27,7 +27,7 @@ use idempotency_axum::{
 };
 use idempotency_tests::{
     Fault, FaultyStorage,
-    node::{LEASE, Node, answer, assert_replays, claim_of, config, operation, replay_of},
+    node::{LEASE, Node, answer, assert_replays, begin, claim_of, config, operation, replay_of},
 };
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
@@ -300,6 +300,26 @@ async fn an_answer_is_kept_though_nobody_can_look_after_an_outage() {
     node.pass(2 * LEASE).await;
     assert_eq!(node.engine.running(), 0);
     assert_replays(node.peer().begin(&operation(1)).await, "one");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_is_refused_after_its_claim_was_lost_becomes_a_tombstone() {
+    let node = Node::new();
+    let claim = claim_of(node.engine.begin(&operation(1)).await);
+    for operation in [Operation::Complete, Operation::Renew] {
+        node.storage.set(operation, Fault::FailBefore);
+    }
+    let completion = claim.complete(answer("too large")).await;
+    assert_eq!(completion, Completion::Deferred);
+    node.pass(2 * LEASE).await;
+    assert_eq!(node.memory.claims(), 0);
+    node.storage.heal(Operation::Renew);
+    node.storage.set(Operation::Complete, Fault::RefuseAnswer);
+    node.pass(2 * LEASE).await;
+    let replay = replay_of(node.peer().begin(&operation(1)).await);
+    let tombstone = Outcome::Tombstone(TombstoneReason::Unstorable);
+    assert_eq!(replay.record.outcome, tombstone);
+    node.assert_quiet().await;
 }
 
 // ---- Values and services that fail ----

@@ -465,7 +465,9 @@ async fn try_to_store(
         is_last = answered == Some(true);
     } else {
         match limited(shared, storage.get(key)).await {
-            Ok(None) => {}
+            Ok(None) => {
+                is_last = shared.ledger.change(token, Run::answered) == Some(true);
+            }
             Ok(Some(Entry::Completed(there))) if there == record => {
                 return Ok((record, Held::Yes));
             }
