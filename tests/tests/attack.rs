@@ -13,7 +13,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Wake},
     time::Duration,
 };
 
@@ -26,8 +26,8 @@ use idempotency_axum::{
     StorageError, Token, TombstoneReason,
 };
 use idempotency_tests::{
-    Fault, FaultyStorage,
-    node::{LEASE, Node, answer, assert_replays, begin, claim_of, config, operation, replay_of},
+    Events, Fault, FaultyStorage,
+    node::{LEASE, Node, answer, assert_replays, claim_of, config, operation, replay_of},
 };
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
@@ -320,6 +320,40 @@ async fn an_answer_that_is_refused_after_its_claim_was_lost_becomes_a_tombstone(
     let tombstone = Outcome::Tombstone(TombstoneReason::Unstorable);
     assert_eq!(replay.record.outcome, tombstone);
     node.assert_quiet().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_drains_finds_everybody_told() {
+    struct Told(Events, AtomicUsize);
+    impl Wake for Told {
+        fn wake(self: Arc<Self>) {
+            self.1.store(self.0.count("completed"), Ordering::SeqCst);
+        }
+    }
+    let node = Node::new();
+    for fails in [false, true] {
+        let claim = claim_of(node.engine.begin(&operation(u8::from(fails))).await);
+        let told = Arc::new(Told(node.events.clone(), AtomicUsize::new(0)));
+        let waker = told.clone().into();
+        let mut drain = Box::pin(node.engine.drain());
+        assert!(
+            drain
+                .as_mut()
+                .poll(&mut Context::from_waker(&waker))
+                .is_pending()
+        );
+        if fails {
+            node.storage.set(Operation::Complete, Fault::FailBefore);
+        }
+        let completion = claim.complete(answer("one")).await;
+        node.storage.heal(Operation::Complete);
+        node.pass(LEASE).await;
+        assert_eq!(
+            told.1.load(Ordering::SeqCst),
+            1 + usize::from(fails),
+            "{completion:?}"
+        );
+    }
 }
 
 // ---- Values and services that fail ----

@@ -372,6 +372,7 @@ async fn store_tombstone(shared: &Shared, token: Token) {
     let stored = shared.storage.complete(&key, token, &tombstone, ttl);
     let stored = limited(shared, stored).await;
     let now = shared.config.env.now();
+    let _telling = shared.ledger.telling();
     match stored {
         Ok(Held::Yes) => {
             let is_first = shared.ledger.change(token, |run| run.tombstone_stored(now));
@@ -407,6 +408,7 @@ async fn store_late(shared: &Shared, token: Token) {
     };
     let now = shared.config.env.now();
     if late.expires <= now {
+        let _telling = shared.ledger.telling();
         if shared
             .ledger
             .advance(token, |run| run.late_stored(late.replaced))
@@ -416,7 +418,9 @@ async fn store_late(shared: &Shared, token: Token) {
         }
         return;
     }
-    match try_to_store(shared, &key, token, &late).await {
+    let stored = try_to_store(shared, &key, token, &late).await;
+    let _telling = shared.ledger.telling();
+    match stored {
         Ok((record, held)) => {
             let next = shared
                 .ledger
