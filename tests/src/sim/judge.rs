@@ -664,7 +664,7 @@ impl Judge {
     ) -> (usize, String) {
         let now = self.1.now();
         let earliest = self.earliest();
-        let (others, is_there, is_last, is_running) = self.with(key, |case| {
+        let (others, is_there, is_last) = self.with(key, |case| {
             let (mut others, mut is_running) = (Vec::new(), false);
             for it in case.executions.iter().filter(|it| !it.is_overtaken) {
                 // A first run that was held too long is a conflict for all others, also while it runs; its node knows first.
@@ -700,7 +700,7 @@ impl Judge {
                 (None, None) => is_running && shown.is_none(),
             };
             let is_there = stored.is_some() || pending.is_some() || is_running;
-            (others, is_there, is_last, is_running)
+            (others, is_there, is_last)
         });
         let (number, body) = self.enter(home, key, client, None);
         self.count("state: a conflict run");
