@@ -35,6 +35,10 @@ const REDIRECTIONS: usize = 5;
 /// How long the owners that were just asked for are taken for right.
 const FRESH: Duration = Duration::from_millis(100);
 
+/// How many nodes have a vote when the owners are asked for, and how long after the first.
+const VOTES: usize = 5;
+const MOMENT: Duration = Duration::from_millis(50);
+
 /// A connection to each node. Clones share the connections.
 #[derive(Clone)]
 pub(super) struct Cluster(Arc<Inner>);
@@ -217,7 +221,8 @@ impl Cluster {
         let mut state = inner.state();
         if let Some(refresh) = &state.refresh {
             let age = now.saturating_sub(refresh.since);
-            let is_over = refresh.done.peek().is_some();
+            // Perhaps nobody has waited for it, and so nobody has seen it end.
+            let is_over = refresh.done.clone().now_or_never().is_some();
             // One whose runtime stands still does not count.
             let lasts = if is_over {
                 FRESH
@@ -255,14 +260,15 @@ impl Cluster {
     }
 
     async fn find_owners(&self) -> Option<Owners> {
-        let known: Vec<Address> = self.0.state().nodes.keys().cloned().collect();
+        // Whether connected to or not. Under the names that were given some may be there twice, and would have two votes.
+        let known = self.0.state().owners.masters();
         match self.owners_from(known).await {
             Some(owners) => Some(owners),
             None => self.owners_from(self.0.named.clone()).await,
         }
     }
 
-    /// Asks all these nodes at once. The first answer counts: if it is old, the nodes themselves correct it.
+    /// Asks all these nodes at once, and takes what most of the first say: one that is cut off from the others tells what was.
     async fn owners_from(&self, nodes: Vec<Address>) -> Option<Owners> {
         let inner = &*self.0;
         let mut question = redis::cmd("CLUSTER");
@@ -275,12 +281,20 @@ impl Cluster {
             Owners::read(answer.ok()?, &address.0)
         });
         let mut answers: FuturesUnordered<_> = answers.collect();
-        while let Some(answer) = answers.next().await {
-            if answer.is_some() {
-                return answer;
-            }
+        let mut told = Vec::new();
+        while told.is_empty() {
+            told.extend(answers.next().await?);
         }
-        None
+        let others = async {
+            while told.len() < VOTES
+                && let Some(answer) = answers.next().await
+            {
+                told.extend(answer);
+            }
+        };
+        // Those that are not heard by then have no vote.
+        let _ = inner.env.within(MOMENT, others).await;
+        Some(Owners::agreed(told))
     }
 }
 
@@ -388,6 +402,23 @@ impl Owners {
         (!owners.addresses.is_empty()).then_some(owners)
     }
 
+    /// Of each slot the owner whom most of `told` name, or the first of as many.
+    fn agreed(mut told: Vec<Self>) -> Self {
+        if told.len() == 1 {
+            return told.remove(0);
+        }
+        let mut agreed = Self::none();
+        for slot in 0..SLOTS {
+            let named = || told.iter().filter_map(|owners| owners.of(slot));
+            let votes = |owner: &Address| named().filter(|other| *other == owner).count();
+            // Of several that are the greatest, `max_by_key` takes the last.
+            if let Some(owner) = named().rev().max_by_key(|owner| votes(owner)) {
+                agreed.set(slot, owner);
+            }
+        }
+        agreed
+    }
+
     fn of(&self, slot: usize) -> Option<&Address> {
         self.addresses.get(*self.slots.get(slot)?)
     }
@@ -474,7 +505,17 @@ fn invalid(what: &'static str) -> RedisError {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
     use redis::cluster_routing::Slot;
+    use tokio::{
+        io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+        net::TcpListener,
+        sync::watch,
+        task::yield_now,
+    };
 
     use super::*;
 
@@ -494,6 +535,136 @@ mod tests {
             let slot = u16::try_from(slot_of(key.as_bytes())).ok();
             assert_eq!(slot.and_then(Slot::new), Some(Slot::for_key(key)), "{key}");
         }
+    }
+
+    /// A node that tells of owners, and of nothing else.
+    struct Teller {
+        listener: TcpListener,
+        address: Address,
+        asked: Arc<AtomicU32>,
+    }
+
+    impl Teller {
+        async fn new() -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            Self {
+                listener,
+                address: ("127.0.0.1".to_owned(), port),
+                asked: Arc::default(),
+            }
+        }
+
+        /// Says that `owner` has all slots, once `is_its_turn`. Says when it has said so.
+        fn tell(self, owner: &Address, mut is_its_turn: watch::Receiver<bool>) -> Arc<AtomicU32> {
+            let (host, port) = owner;
+            let len = host.len();
+            let owners =
+                format!("*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n${len}\r\n{host}\r\n:{port}\r\n");
+            let asked = self.asked.clone();
+            tokio::spawn(async move {
+                let (mut stream, _) = self.listener.accept().await.unwrap();
+                let (from, mut to) = stream.split();
+                let mut lines = BufReader::new(from).lines();
+                while let Ok(Some(line)) = lines.next_line().await {
+                    let answer = match line.as_str() {
+                        "SETINFO" => "+OK\r\n",
+                        "SLOTS" => {
+                            let _ = is_its_turn.wait_for(|turn| *turn).await;
+                            self.asked.fetch_add(1, SeqCst);
+                            &owners
+                        }
+                        _ => continue,
+                    };
+                    to.write_all(answer.as_bytes()).await.unwrap();
+                }
+            });
+            asked
+        }
+    }
+
+    fn cluster(named: &[&Address], env: Env) -> Cluster {
+        let named: Vec<ConnectionInfo> = named
+            .iter()
+            .map(|(host, port)| {
+                let client = Client::open(format!("redis://{host}:{port}")).unwrap();
+                client.get_connection_info().clone()
+            })
+            .collect();
+        Cluster::new(&named, Duration::from_secs(1), env).unwrap()
+    }
+
+    fn at_once() -> watch::Receiver<bool> {
+        watch::Sender::new(true).subscribe()
+    }
+
+    /// Who began it may not have waited for its end.
+    #[tokio::test]
+    async fn a_question_that_is_answered_keeps_nobody_from_the_next() {
+        let (env, clock) = Env::simulated(7);
+        let node = Teller::new().await;
+        let address = node.address.clone();
+        let asked = node.tell(&address, at_once());
+        let cluster = cluster(&[&address], env);
+        drop(cluster.refresh());
+        while cluster.owner(0).is_none() {
+            yield_now().await;
+        }
+        clock.advance(FRESH);
+        cluster.refreshed().await;
+        assert_eq!(asked.load(SeqCst), 2);
+    }
+
+    /// A node that is cut off from the others, and not from us, still names itself.
+    #[tokio::test]
+    async fn a_node_that_knows_no_better_is_outvoted() {
+        let (env, _clock) = Env::simulated(7);
+        let [old, one, two] = [
+            Teller::new().await,
+            Teller::new().await,
+            Teller::new().await,
+        ];
+        let [former, new, third] = [&old, &one, &two].map(|node| node.address.clone());
+        let cluster = cluster(&[&former, &new, &third], env);
+        // It is the first to answer.
+        let turn = watch::Sender::new(false);
+        one.tell(&new, turn.subscribe());
+        two.tell(&new, turn.subscribe());
+        let asked = old.tell(&former, at_once());
+        let refreshed = cluster.refreshed();
+        let turns = async {
+            while asked.load(SeqCst) == 0 {
+                yield_now().await;
+            }
+            turn.send_replace(true);
+        };
+        tokio::join!(refreshed, turns);
+        assert_eq!(cluster.owner(0), Some(new));
+    }
+
+    /// The nodes that were named may have been replaced long ago.
+    #[tokio::test]
+    async fn owners_are_asked_that_were_not_connected_to_yet() {
+        let (env, clock) = Env::simulated(7);
+        let [named, owner] = [Teller::new().await, Teller::new().await];
+        let [first, second] = [&named, &owner].map(|node| node.address.clone());
+        let cluster = cluster(&[&first], env);
+        named.tell(&second, at_once());
+        cluster.refreshed().await;
+        let asked = owner.tell(&second, at_once());
+        let apart = cluster.apart();
+        // The one that was named lets nobody in any more.
+        let patience = async {
+            loop {
+                clock.advance(FRESH);
+                yield_now().await;
+            }
+        };
+        tokio::select! {
+            () = apart.refreshed() => {}
+            () = patience => {}
+        }
+        assert_eq!(asked.load(SeqCst), 1);
     }
 
     #[test]
