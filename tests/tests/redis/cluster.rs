@@ -3,7 +3,8 @@
 use std::{error::Error as _, pin::pin, time::Duration};
 
 use idempotency_axum::{
-    Begin, EncodedKey, Entry, Held, NewClaim, RedisStorage, Storage, StorageErrorKind, Token,
+    Begin, EncodedKey, Entry, Held, NewClaim, Outcome, RedisStorage, Storage, StorageErrorKind,
+    Token,
 };
 use idempotency_tests::redis::{Cluster, Redis};
 
@@ -107,15 +108,8 @@ async fn a_slot_that_moves_is_followed() {
     assert_eq!(storage.begin(&key, &claim).await.unwrap(), Begin::Acquired);
 
     let [from, to] = [0, 1].map(|master| cluster.master(master));
-    let ids = [id(from).await, id(to).await];
-    let slot = slot(from, &key).await;
-    let (set, name) = (["CLUSTER", "SETSLOT"], format!("idempotency:{key}"));
-    let words = |tail: [&str; 2]| [set[0], set[1], &slot, tail[0], tail[1]].map(str::to_owned);
-    let _: String = to.ask(&words(["IMPORTING", &ids[0]])).await;
-    let _: String = from.ask(&words(["MIGRATING", &ids[1]])).await;
-    let port = to.port().to_string();
-    let migrate = ["MIGRATE", "127.0.0.1", &port, &name, "0", "5000"];
-    let _: String = from.ask(&migrate).await;
+    moving(from, to, &key).await;
+    migrate(from, to, &key).await;
     let follows = async || {
         let found = storage.get(&key).await.unwrap();
         assert!(matches!(found, Some(Entry::Claimed { .. })), "{found:?}");
@@ -124,9 +118,7 @@ async fn a_slot_that_moves_is_followed() {
     };
     follows().await;
 
-    for master in [to, from, cluster.master(2)] {
-        let _: String = master.ask(&words(["NODE", &ids[1]])).await;
-    }
+    give(&[to, from, cluster.master(2)], to, &key).await;
     follows().await;
     follows().await;
     let released = storage.release(&key, claim.token).await;
@@ -173,6 +165,122 @@ async fn the_new_owner_of_a_slot_is_found_when_the_old_one_is_gone() {
         });
         assert_eq!(begun.await, Begin::Acquired);
         assert!(failures <= 3, "silent: {is_silent}, {failures} failures");
+    }
+}
+
+/// What the other node refuses is known by its kind, as everywhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_moves_to_a_node_without_memory() {
+    let cluster = Cluster::start().await;
+    let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+    let key = cluster.key_on(0, "idempotency", 0).await;
+    let [from, to] = [0, 1].map(|master| cluster.master(master));
+    moving(from, to, &key).await;
+    let memory = async |limit: &str| {
+        let set = ["CONFIG", "SET", "maxmemory", limit];
+        let _: String = to.ask(&set).await;
+    };
+    memory("1").await;
+    let error = storage.begin(&key, &claim()).await.unwrap_err();
+    assert_eq!(error.kind(), StorageErrorKind::Full, "{error:?}");
+
+    memory("0").await;
+    let claim = claim();
+    assert_eq!(storage.begin(&key, &claim).await.unwrap(), Begin::Acquired);
+    memory("1").await;
+    let record = idempotency_tests::node::record("an answer");
+    let ttl = Duration::from_secs(60);
+    let completed = storage.complete(&key, claim.token, &record, ttl).await;
+    assert_eq!(completed.unwrap(), Held::Yes);
+    let found = storage.get(&key).await.unwrap();
+    assert!(
+        matches!(&found, Some(Entry::Completed(record)) if matches!(record.outcome, Outcome::Tombstone(_))),
+        "{found:?}"
+    );
+}
+
+/// They say `?` where their host should be.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_go_by_names_which_they_do_not_have() {
+    let cluster = Cluster::start().await;
+    for master in 0..3 {
+        let set = [
+            "CONFIG",
+            "SET",
+            "cluster-preferred-endpoint-type",
+            "hostname",
+        ];
+        let _: String = cluster.master(master).ask(&set).await;
+    }
+    let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+    let key = cluster.key_on(0, "idempotency", 0).await;
+    let claim = claim();
+    assert_eq!(storage.begin(&key, &claim).await.unwrap(), Begin::Acquired);
+    let [from, to] = [0, 1].map(|master| cluster.master(master));
+    moving(from, to, &key).await;
+    migrate(from, to, &key).await;
+    give(&[to, from, cluster.master(2)], to, &key).await;
+    // It is not sent twice where it could have been done.
+    let released = storage.release(&key, claim.token).await;
+    assert_eq!(released.unwrap(), Held::Yes);
+}
+
+/// Its password is part of a URL, its rights are those that the documentation lists, and all its keys are in one slot.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_user_of_a_cluster() {
+    let cluster = Cluster::start().await;
+    for master in 0..3 {
+        let rights = "SETUSER shop:1 on >p@ss,w:rd/%{}# ~{shop}b{c:* &{shop}b{c:* -@all +set +get +getrange +exists +del \
+            +pexpire +pttl +eval +evalsha +script|load +publish +subscribe +unsubscribe +info +cluster|slots +asking";
+        let rights = rights.split_whitespace();
+        let words: Vec<&str> = std::iter::once("ACL").chain(rights).collect();
+        let _: String = cluster.master(master).ask(&words).await;
+    }
+    let login = "redis://shop%3A1:p%40ss%2Cw%3Ard%2F%25%7B%7D%23@";
+    let url = cluster.url().replace("redis://", login);
+    let storage = RedisStorage::connect(url).await.unwrap();
+    let storage = storage.prefix("{shop}b{c");
+    for n in 0..10 {
+        let key = EncodedKey::from_bytes([n; 32]);
+        let claim = claim();
+        assert_eq!(storage.begin(&key, &claim).await.unwrap(), Begin::Acquired);
+        let released = storage.release(&key, claim.token).await;
+        assert_eq!(released.unwrap(), Held::Yes);
+    }
+    // A slot that moves.
+    let from = cluster.master_of("{shop}").await;
+    let to = cluster.master((from + 1) % 3);
+    let slot: u16 = to.ask(&["CLUSTER", "KEYSLOT", "{shop}"]).await;
+    moving_slot(cluster.master(from), to, &slot.to_string()).await;
+    let begun = storage.begin(&KEY, &claim()).await;
+    assert_eq!(begun.unwrap(), Begin::Acquired);
+}
+
+/// Moves the slot of the key, until it is [given](give).
+async fn moving(from: &Redis, to: &Redis, key: &EncodedKey) {
+    moving_slot(from, to, &slot(from, key).await).await;
+}
+
+async fn moving_slot(from: &Redis, to: &Redis, slot: &str) {
+    let [source, target] = [id(from).await, id(to).await];
+    let importing = ["CLUSTER", "SETSLOT", slot, "IMPORTING", &source];
+    let _: String = to.ask(&importing).await;
+    let migrating = ["CLUSTER", "SETSLOT", slot, "MIGRATING", &target];
+    let _: String = from.ask(&migrating).await;
+}
+
+async fn migrate(from: &Redis, to: &Redis, key: &EncodedKey) {
+    let (port, name) = (to.port().to_string(), format!("idempotency:{key}"));
+    let migrate = ["MIGRATE", "127.0.0.1", &port, &name, "0", "5000"];
+    let _: String = from.ask(&migrate).await;
+}
+
+/// Tells all these nodes who has the slot of the key.
+async fn give(nodes: &[&Redis], to: &Redis, key: &EncodedKey) {
+    let (slot, owner) = (slot(to, key).await, id(to).await);
+    for node in nodes {
+        let set = ["CLUSTER", "SETSLOT", &slot, "NODE", &owner];
+        let _: String = node.ask(&set).await;
     }
 }
 

@@ -29,6 +29,9 @@ use crate::Env;
 
 const SLOTS: usize = 16_384;
 
+/// The host of a node that is to go by its name, and has none.
+const NAMELESS: &str = "?";
+
 /// How often a command follows a slot that moves.
 const REDIRECTIONS: usize = 5;
 
@@ -168,10 +171,15 @@ impl Cluster {
             };
             match error.kind() {
                 ErrorKind::Server(kind @ (ServerErrorKind::Moved | ServerErrorKind::Ask)) => {
-                    let Some(other) = redirection(&error, &to) else {
-                        return Err(error);
-                    };
                     is_asking = kind == ServerErrorKind::Ask;
+                    let Some(other) = redirection(&error, &to) else {
+                        self.refreshed().await;
+                        match self.owner(slot) {
+                            Some(owner) if !is_asking && owner != to => to = owner,
+                            _ => return Err(error),
+                        }
+                        continue;
+                    };
                     if !is_asking {
                         self.0.state().owners.set(slot, &other);
                         self.refresh();
@@ -384,13 +392,9 @@ impl Owners {
             let [host, Value::Int(port), ..] = &master[..] else {
                 return None;
             };
-            let host = match host {
-                Value::BulkString(host) => std::str::from_utf8(host).ok()?,
-                Value::SimpleString(host) => host,
-                _ => "",
-            };
-            let host = match host {
-                "" | "?" => asked,
+            let host = match text(host).unwrap_or_default() {
+                "" => asked,
+                NAMELESS => ip_of(&master).unwrap_or(asked),
                 host => host,
             };
             let master = (host.to_owned(), u16::try_from(*port).ok()?);
@@ -439,6 +443,30 @@ impl Owners {
     }
 }
 
+/// The address among what `CLUSTER SLOTS` tells of a node that goes by another name.
+fn ip_of(node: &[Value]) -> Option<&str> {
+    let ip = match node.get(3)? {
+        Value::Array(flat) => flat.chunks_exact(2).find_map(|pair| match pair {
+            [name, value] if text(name) == Some("ip") => text(value),
+            _ => None,
+        }),
+        Value::Map(pairs) => pairs
+            .iter()
+            .find_map(|(name, value)| text(value).filter(|_| text(name) == Some("ip"))),
+        _ => None,
+    };
+    // Its own, one that nobody has told it of does not know.
+    ip.filter(|ip| !ip.is_empty())
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::BulkString(text) => std::str::from_utf8(text).ok(),
+        Value::SimpleString(text) => Some(text),
+        _ => None,
+    }
+}
+
 /// A command that has got no answer yet. If it is dropped, the owners are asked for.
 struct Doubt<'a>(Option<&'a Cluster>);
 
@@ -450,11 +478,13 @@ impl Drop for Doubt<'_> {
     }
 }
 
+/// Where an answer of `MOVED` or `ASK` leads, if it tells.
 fn redirection(error: &RedisError, from: &Address) -> Option<Address> {
     let (to, _) = error.redirect_node()?;
     let (host, port) = to.rsplit_once(':')?;
     let host = match host {
         "" => &from.0,
+        NAMELESS => return None,
         host => host,
     };
     Some((host.to_owned(), port.parse().ok()?))
@@ -518,24 +548,6 @@ mod tests {
     };
 
     use super::*;
-
-    #[test]
-    fn slots_are_those_of_redis() {
-        assert_eq!(slot_of(b"123456789"), 0x31c3);
-        for key in [
-            "",
-            "idempotency:00",
-            "{shop}:00",
-            "a{shop}b{c}",
-            "{}a",
-            "a{b",
-            "}{a}",
-            "{{a}}",
-        ] {
-            let slot = u16::try_from(slot_of(key.as_bytes())).ok();
-            assert_eq!(slot.and_then(Slot::new), Some(Slot::for_key(key)), "{key}");
-        }
-    }
 
     /// A node that tells of owners, and of nothing else.
     struct Teller {
@@ -668,6 +680,24 @@ mod tests {
     }
 
     #[test]
+    fn slots_are_those_of_redis() {
+        assert_eq!(slot_of(b"123456789"), 0x31c3);
+        for key in [
+            "",
+            "idempotency:00",
+            "{shop}:00",
+            "a{shop}b{c}",
+            "{}a",
+            "a{b",
+            "}{a}",
+            "{{a}}",
+        ] {
+            let slot = u16::try_from(slot_of(key.as_bytes())).ok();
+            assert_eq!(slot.and_then(Slot::new), Some(Slot::for_key(key)), "{key}");
+        }
+    }
+
+    #[test]
     fn owners_are_read_from_what_nodes_tell() {
         let node = |host: Value, port| Value::Array(vec![host, Value::Int(port)]);
         let range =
@@ -685,6 +715,20 @@ mod tests {
         );
         assert_eq!(owners.of(SLOTS - 1), Some(&one));
         assert_eq!(owners.of(SLOTS), None);
+        // That of which the name is not known tells its address.
+        let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let pair = || [text("ip"), text("::1")];
+        for (told, host) in [
+            (Value::Array(pair().to_vec()), "::1"),
+            (Value::Map(vec![pair().into()]), "::1"),
+            (Value::Array(vec![text("ip"), text("")]), "asked"),
+            (Value::Nil, "asked"),
+        ] {
+            let node = vec![text("?"), Value::Int(1), text("id"), told];
+            let answer = Value::Array(vec![range(0, 1, Value::Array(node))]);
+            let owners = Owners::read(answer, "asked").unwrap();
+            assert_eq!(owners.of(0), Some(&(host.to_owned(), 1)));
+        }
         for odd in [
             Value::Nil,
             Value::Array(vec![]),

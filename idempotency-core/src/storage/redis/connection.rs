@@ -263,8 +263,10 @@ impl<M: Maker> Remade<M> {
         let both = &both;
         let ask = |mut connection: M::Connection| {
             async move {
-                let mut answers: Vec<Value> = both.query_async(&mut connection).await?;
-                Ok(answers.pop().unwrap_or(Value::Nil))
+                // What the driver makes of a pipeline's errors has neither code nor detail.
+                let answers = connection.req_packed_commands(both, 0, 2).await?;
+                let answers = answers.into_iter().map(Value::extract_error);
+                answers.reduce(Result::and).unwrap_or(Ok(Value::Nil))
             }
             .boxed()
         };
