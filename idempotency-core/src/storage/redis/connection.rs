@@ -245,7 +245,8 @@ impl<M: Maker> Remade<M> {
                 may_be_replica = false;
                 continue;
             }
-            if error.is_unrecoverable_error() {
+            // The driver means to go on where the kernel gave a connection up (`TimedOut`, `HostUnreachable`).
+            if error.is_io_error() || error.is_unrecoverable_error() {
                 self.discard(age);
             }
             return answer;
@@ -481,6 +482,48 @@ mod tests {
 
         env.sleep(2 * LAST_ANSWER).await;
         assert_eq!(count(), 0);
+    }
+
+    /// Makes connections that the kernel gives up when something is sent.
+    #[derive(Clone)]
+    struct Cut;
+
+    impl Maker for Cut {
+        type Connection = Self;
+
+        async fn make(&self) -> RedisResult<Self> {
+            Ok(Self)
+        }
+    }
+
+    impl ConnectionLike for Cut {
+        fn req_packed_command<'a>(&'a mut self, _: &'a Cmd) -> RedisFuture<'a, Value> {
+            async { Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()) }.boxed()
+        }
+
+        fn req_packed_commands<'a>(
+            &'a mut self,
+            _: &'a Pipeline,
+            _: usize,
+            _: usize,
+        ) -> RedisFuture<'a, Vec<Value>> {
+            pending().boxed()
+        }
+
+        fn get_db(&self) -> i64 {
+            0
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_kernel_gave_up_is_not_asked_again() {
+        let connection = Remade::new(Cut, Env::system());
+        let ping = redis::cmd("PING");
+        for age in 1..=2 {
+            let sent = connection.send(&ping, Duration::ZERO).await;
+            assert!(sent.is_err_and(|error| error.is_timeout()));
+            assert_eq!(connection.age(), age);
+        }
     }
 
     /// As calls that look on behalf of others are.
