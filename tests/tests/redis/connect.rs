@@ -216,7 +216,7 @@ async fn users_and_passwords() {
 
     let wrong = format!("redis://shop:hunter2@127.0.0.1:{port}");
     let error = RedisStorage::connect(&wrong).await.unwrap_err();
-    assert_eq!(error.kind(), RedisConnectErrorKind::Unreachable);
+    assert_eq!(error.kind(), RedisConnectErrorKind::Refused);
     assert!(!chain(&error).contains("hunter2"), "{}", chain(&error));
     assert!(!format!("{:?}", RedisStorage::connect(&wrong)).contains("hunter2"));
 
@@ -227,6 +227,50 @@ async fn users_and_passwords() {
         .unwrap_err();
     assert_eq!(error.kind(), RedisConnectErrorKind::Evicts);
     assert!(error.to_string().contains("INFO or CONFIG GET"), "{error}");
+}
+
+/// The error says what to look at, and shows no password.
+#[tokio::test]
+async fn who_is_not_let_in() {
+    let redis = Redis::builder().on_a_port().start();
+    let rights = [
+        "ACL", "SETUSER", "shop", "on", ">pass", "~*", "&*", "+@all", "-select",
+    ];
+    let _: String = redis.ask(&rights).await;
+    let _: String = redis
+        .ask(&["CONFIG", "SET", "requirepass", "open sesame"])
+        .await;
+    let server = format!("127.0.0.1:{}", redis.port());
+    for location in [
+        // NOAUTH
+        server.clone(),
+        format!("{server}/2"),
+        format!("{server}?protocol=resp3"),
+        // WRONGPASS
+        format!("redis://:hunter2@{server}"),
+        format!("redis://:hunter2@{server}/2"),
+        format!("redis://:hunter2@{server}?protocol=resp3"),
+        format!("redis://nobody:hunter2@{server}"),
+        format!(
+            "redis://:hunter2@{server},redis://127.0.0.1:{}",
+            free_port()
+        ),
+        // NOPERM
+        format!("redis://shop:pass@{server}/2"),
+        format!("redis://shop:pass@{server}/2?protocol=resp3"),
+    ] {
+        let error = RedisStorage::connect(&location).await.unwrap_err();
+        let text = chain(&error);
+        assert_eq!(
+            error.kind(),
+            RedisConnectErrorKind::Refused,
+            "{location}: {text}"
+        );
+        assert!(error.to_string().contains("the password"), "{error}");
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+    let right = format!("redis://:open%20sesame@{server}");
+    let _ = RedisStorage::connect(right).await.unwrap();
 }
 
 #[tokio::test]

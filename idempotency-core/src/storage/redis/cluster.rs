@@ -134,11 +134,9 @@ impl Cluster {
 
     /// The masters, once it is known which there are.
     pub(super) async fn masters(&self) -> RedisResult<Vec<Client>> {
-        self.refreshed().await;
-        let masters = self.0.state().owners.masters();
-        if masters.is_empty() {
-            return Err(gone("no node of the Cluster tells who has its slots"));
-        }
+        let owners = self.find_owners().await?;
+        let masters = owners.masters();
+        self.0.state().replace(owners, &self.0.named);
         masters.iter().map(|master| self.0.client(master)).collect()
     }
 
@@ -252,7 +250,7 @@ impl Cluster {
         drop(state);
         let cluster = Self(self.0.clone());
         spawner.spawn(async move {
-            if let Some(owners) = cluster.find_owners().await {
+            if let Ok(owners) = cluster.find_owners().await {
                 cluster.0.state().replace(owners, &cluster.0.named);
             }
             // Perhaps nobody waits for it.
@@ -267,31 +265,41 @@ impl Cluster {
         }
     }
 
-    async fn find_owners(&self) -> Option<Owners> {
+    async fn find_owners(&self) -> RedisResult<Owners> {
         // Whether connected to or not. Under the names that were given some may be there twice, and would have two votes.
         let known = self.0.state().owners.masters();
         match self.owners_from(known).await {
-            Some(owners) => Some(owners),
-            None => self.owners_from(self.0.named.clone()).await,
+            Ok(owners) => Ok(owners),
+            Err(_) => self.owners_from(self.0.named.clone()).await,
         }
     }
 
     /// Asks all these nodes at once, and takes what most of the first say: one that is cut off from the others tells what was.
-    async fn owners_from(&self, nodes: Vec<Address>) -> Option<Owners> {
+    async fn owners_from(&self, nodes: Vec<Address>) -> RedisResult<Owners> {
         let inner = &*self.0;
         let mut question = redis::cmd("CLUSTER");
         question.arg("SLOTS");
         let question = &question;
         let answers = nodes.into_iter().map(|address| async move {
-            let node = inner.node(&address).ok()?;
+            let node = inner.node(&address)?;
             let asked = node.send(question, inner.limit);
-            let answer = inner.env.within(inner.limit, asked).await?;
-            Owners::read(answer.ok()?, &address.0)
+            let answer = inner.env.within(inner.limit, asked).await;
+            let answer = answer.unwrap_or_else(|| Err(gone("a node of the Cluster is silent")))?;
+            Owners::read(answer, &address.0)
+                .ok_or_else(|| gone("a node of the Cluster knows of no slot"))
         });
         let mut answers: FuturesUnordered<_> = answers.collect();
         let mut told = Vec::new();
+        let mut failure = None;
         while told.is_empty() {
-            told.extend(answers.next().await?);
+            match answers.next().await {
+                Some(Ok(owners)) => told.push(owners),
+                Some(Err(error)) => failure = Some(error),
+                None => {
+                    let nobody = || gone("no node of the Cluster is known");
+                    return Err(failure.unwrap_or_else(nobody));
+                }
+            }
         }
         let others = async {
             while told.len() < VOTES
@@ -302,7 +310,7 @@ impl Cluster {
         };
         // Those that are not heard by then have no vote.
         let _ = inner.env.within(MOMENT, others).await;
-        Some(Owners::agreed(told))
+        Ok(Owners::agreed(told))
     }
 }
 

@@ -99,15 +99,19 @@ async fn open(
     let tellers = Tellers::Any(tellers.map_err(RedisConnectError::url)?);
 
     let (mut connection, client) = first_that_answers(&nodes, patience).await?;
-    let about = within(patience, About::server(&mut connection)).await?;
+    let about = within(patience, About::server(&mut connection)).await??;
     let link = if about.is_cluster() {
         let cluster = Cluster::new(&nodes, patience, env).map_err(RedisConnectError::url)?;
         let masters = within(patience.saturating_mul(2), cluster.masters()).await?;
-        let masters = masters.map_err(RedisConnectError::unreachable)?;
+        let masters = masters.map_err(RedisConnectError::connecting)?;
         for told in join_all(masters.iter().map(|master| ask(master, patience))).await {
             match told {
                 Ok(about) => about.check(require_noeviction)?,
-                Err(error) if require_noeviction => return Err(error),
+                Err(error)
+                    if require_noeviction || error.kind() == RedisConnectErrorKind::Refused =>
+                {
+                    return Err(error);
+                }
                 Err(error) => tracing::warn!(
                     target: "idempotency",
                     error = ?std::error::Error::source(&error),
@@ -132,8 +136,8 @@ async fn open(
 /// What one server tells of itself.
 async fn ask(client: &Client, limit: Duration) -> Result<About, RedisConnectError> {
     let connected = maker::connect(client, limit).await;
-    let mut connection = connected.map_err(RedisConnectError::unreachable)?;
-    within(limit, About::server(&mut connection)).await
+    let mut connection = connected.map_err(RedisConnectError::connecting)?;
+    within(limit, About::server(&mut connection)).await?
 }
 
 /// Where a program depends on several providers and has chosen none, rustls panics when it is first used.
@@ -175,12 +179,16 @@ async fn first_that_answers(
     nodes: &[ConnectionInfo],
     limit: Duration,
 ) -> Result<(MultiplexedConnection, Client), RedisConnectError> {
-    let mut failure = None;
+    let mut failure: Option<RedisConnectError> = None;
     for node in nodes {
         let client = Client::open(node.clone()).map_err(RedisConnectError::url)?;
         match maker::connect(&client, limit).await {
             Ok(connection) => return Ok((connection, client)),
-            Err(error) => failure = Some(RedisConnectError::unreachable(error)),
+            // That one refused says more than that another is not there.
+            Err(error) => {
+                let known = failure.filter(|error| error.kind() == RedisConnectErrorKind::Refused);
+                failure = known.or_else(|| Some(RedisConnectError::connecting(error)));
+            }
         }
     }
     Err(failure.unwrap_or_else(|| RedisConnectError::unreachable("no server is named")))

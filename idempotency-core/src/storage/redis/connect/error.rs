@@ -2,7 +2,7 @@
 
 use std::{error::Error, fmt};
 
-use redis::RedisError;
+use redis::{ErrorKind, RedisError, ServerErrorKind};
 
 use crate::{BoxError, StorageError};
 
@@ -24,8 +24,11 @@ pub struct RedisConnectError {
 pub enum RedisConnectErrorKind {
     /// The URL can't be read, or asks for what this build does not have.
     Url,
-    /// No server answers there, or it does not let this user in.
+    /// No server answers there.
     Unreachable,
+    /// A server answers, and does not let this user in: the password is wrong or missing, or the user lacks a right that connecting
+    /// needs.
+    Refused,
     /// The server is older than Redis 7.
     TooOld,
     /// Several servers are named, and they are no Cluster: each process could keep its records in another one.
@@ -43,6 +46,7 @@ pub(super) enum Reason {
     Unreachable,
     TooOld(String),
     NotACluster,
+    Refused,
     Replica,
     Sentinel,
     Evicts(String),
@@ -67,6 +71,18 @@ impl RedisConnectError {
     pub(super) fn unreachable(source: impl Into<BoxError>) -> Self {
         Self {
             reason: Reason::Unreachable,
+    /// What came of connecting, or of the first commands.
+    pub(super) fn connecting(error: RedisError) -> Self {
+        let reason = match is_refusal(&error) {
+            true => Reason::Refused,
+            false => Reason::Unreachable,
+        };
+        Self {
+            reason,
+            source: Some(error.into()),
+        }
+    }
+
             source: Some(source.into()),
         }
     }
@@ -80,6 +96,7 @@ impl RedisConnectError {
             Reason::TooOld(_) => RedisConnectErrorKind::TooOld,
             Reason::NotACluster => RedisConnectErrorKind::NotACluster,
             Reason::Replica | Reason::Sentinel => RedisConnectErrorKind::NotAMaster,
+            Reason::Refused => RedisConnectErrorKind::Refused,
             Reason::Evicts(_) | Reason::EvictionUnknown => RedisConnectErrorKind::Evicts,
         }
     }
@@ -93,6 +110,9 @@ impl fmt::Display for RedisConnectError {
             Reason::TooOld(version) => write!(
                 f,
                 "Redis {version} is too old: version {OLDEST} or newer is needed, or Valkey"
+            ),
+            Reason::Refused => f.write_str(
+                "Redis refuses this user: check the user, the password (in a URL its special characters are percent-encoded) and the rights of the user",
             ),
             Reason::NotACluster => f.write_str(
                 "the servers that are named are no Cluster; name one of them, or use `RedisStorage::sentinel` to follow a master",
@@ -121,6 +141,20 @@ impl Error for RedisConnectError {
 }
 
 impl From<RedisConnectError> for StorageError {
+/// Whether the server does not let the user in, or not do what connecting takes.
+pub(super) fn is_refusal(error: &RedisError) -> bool {
+    let kinds = [
+        ErrorKind::AuthenticationFailed,
+        ErrorKind::Server(ServerErrorKind::NoPerm),
+    ];
+    // Of a refused `SELECT` the driver keeps no more than the text.
+    let says = |text| error.detail().is_some_and(|detail| detail.contains(text));
+    kinds.contains(&error.kind())
+        || ["WRONGPASS", "NOAUTH"].map(Some).contains(&error.code())
+        || says("has no permissions to run")
+        || says("Authentication required")
+}
+
     fn from(error: RedisConnectError) -> Self {
         Self::unavailable(error)
     }
