@@ -3,8 +3,8 @@
 use std::{error::Error as _, pin::pin, time::Duration};
 
 use idempotency_axum::{
-    Begin, EncodedKey, Entry, Held, NewClaim, Outcome, RedisStorage, Storage, StorageErrorKind,
-    Token,
+    Begin, EncodedKey, Entry, Held, NewClaim, Outcome, RedisConnectErrorKind, RedisStorage,
+    Storage, StorageErrorKind, Token,
 };
 use idempotency_tests::redis::{Cluster, Redis};
 
@@ -135,6 +135,11 @@ async fn replicas_of_a_cluster_are_not_waited_for() {
     let cause = error.source().unwrap().to_string();
     assert!(cause.contains("`wait_replicas`"), "{cause}");
     assert_eq!(storage.get(&KEY).await.unwrap(), None);
+
+    let waiting = RedisStorage::connect(cluster.url()).wait_replicas(1, Duration::from_millis(100));
+    let error = waiting.await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Unsupported);
+    assert!(error.to_string().contains("`wait_replicas`"), "{error}");
 }
 
 /// As after a failover.
@@ -238,8 +243,8 @@ async fn a_user_of_a_cluster() {
     }
     let login = "redis://shop%3A1:p%40ss%2Cw%3Ard%2F%25%7B%7D%23@";
     let url = cluster.url().replace("redis://", login);
-    let storage = RedisStorage::connect(url).await.unwrap();
-    let storage = storage.prefix("{shop}b{c");
+    let storage = RedisStorage::connect(&url).prefix("{shop}b{c");
+    let storage = storage.await.unwrap();
     for n in 0..10 {
         let key = EncodedKey::from_bytes([n; 32]);
         let claim = claim();
@@ -254,6 +259,15 @@ async fn a_user_of_a_cluster() {
     moving_slot(cluster.master(from), to, &slot.to_string()).await;
     let begun = storage.begin(&KEY, &claim()).await;
     assert_eq!(begun.unwrap(), Begin::Acquired);
+
+    for master in 0..3 {
+        let forbid = ["ACL", "SETUSER", "shop:1", "-cluster|slots"];
+        let _: String = cluster.master(master).ask(&forbid).await;
+    }
+    let error = RedisStorage::connect(url).await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Refused, "{error:?}");
+    let cause = error.source().unwrap().to_string();
+    assert!(cause.contains("cluster|slots"), "{cause}");
 }
 
 /// Moves the slot of the key, until it is [given](give).

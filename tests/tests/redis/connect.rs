@@ -3,8 +3,8 @@
 use std::{error::Error, time::Duration};
 
 use idempotency_axum::{
-    Begin, EncodedKey, LockedStorage, RedisCache, RedisConnectErrorKind, RedisLock, RedisStorage,
-    Storage,
+    Begin, Cache, EncodedKey, Lock, LockedStorage, RedisCache, RedisConnectErrorKind, RedisLock,
+    RedisStorage, Storage,
     redis::{
         self,
         sentinel::{SentinelClient, SentinelServerType},
@@ -271,6 +271,41 @@ async fn who_is_not_let_in() {
     }
     let right = format!("redis://:open%20sesame@{server}");
     let _ = RedisStorage::connect(right).await.unwrap();
+}
+
+#[tokio::test]
+async fn all_options_stand_before_the_await() {
+    let redis = Redis::start();
+    let storage = RedisStorage::connect(redis.url())
+        .prefix("shop")
+        .time_limit(Duration::from_secs(2))
+        .require_noeviction()
+        .await
+        .unwrap();
+    let _ = storage.begin(&KEY, &super::claim()).await.unwrap();
+    let _ = RedisLock::connect(redis.url())
+        .name("shop")
+        .await
+        .unwrap()
+        .acquire(&KEY, Duration::from_secs(30))
+        .await
+        .unwrap();
+    let cache = RedisCache::connect(redis.url()).prefix("shop").await;
+    let ttl = Duration::from_secs(30);
+    cache.unwrap().set(&KEY, "value".into(), ttl).await.unwrap();
+    let mut names: Vec<String> = redis.ask(&["KEYS", "*"]).await;
+    names.sort();
+    let expected = ["shop:", "shop:cache:", "shop:lock:"].map(|prefix| format!("{prefix}{KEY}"));
+    assert_eq!(names, expected);
+
+    // It has no replica.
+    let storage = RedisStorage::connect(redis.url())
+        .prefix("others")
+        .wait_replicas(1, Duration::from_millis(1))
+        .await
+        .unwrap();
+    let error = storage.begin(&KEY, &super::claim()).await.unwrap_err();
+    assert!(chain(&error).contains("too few replicas"), "{error:?}");
 }
 
 #[tokio::test]

@@ -38,19 +38,22 @@ pub enum RedisConnectErrorKind {
     /// The server evicts records, or does not tell, and
     /// [`require_noeviction`](crate::RedisConnect::require_noeviction) is set.
     Evicts,
+    /// The server can't do what is asked of it: [`wait_replicas`](crate::RedisConnect::wait_replicas) in a Cluster.
+    Unsupported,
 }
 
 #[derive(Debug)]
 pub(super) enum Reason {
     Url,
     Unreachable,
+    Refused,
     TooOld(String),
     NotACluster,
-    Refused,
     Replica,
     Sentinel,
     Evicts(String),
     EvictionUnknown,
+    ReplicasOfACluster,
 }
 
 impl RedisConnectError {
@@ -68,9 +71,6 @@ impl RedisConnectError {
         }
     }
 
-    pub(super) fn unreachable(source: impl Into<BoxError>) -> Self {
-        Self {
-            reason: Reason::Unreachable,
     /// What came of connecting, or of the first commands.
     pub(super) fn connecting(error: RedisError) -> Self {
         let reason = match is_refusal(&error) {
@@ -83,6 +83,9 @@ impl RedisConnectError {
         }
     }
 
+    pub(super) fn unreachable(source: impl Into<BoxError>) -> Self {
+        Self {
+            reason: Reason::Unreachable,
             source: Some(source.into()),
         }
     }
@@ -93,11 +96,12 @@ impl RedisConnectError {
         match self.reason {
             Reason::Url => RedisConnectErrorKind::Url,
             Reason::Unreachable => RedisConnectErrorKind::Unreachable,
+            Reason::Refused => RedisConnectErrorKind::Refused,
             Reason::TooOld(_) => RedisConnectErrorKind::TooOld,
             Reason::NotACluster => RedisConnectErrorKind::NotACluster,
             Reason::Replica | Reason::Sentinel => RedisConnectErrorKind::NotAMaster,
-            Reason::Refused => RedisConnectErrorKind::Refused,
             Reason::Evicts(_) | Reason::EvictionUnknown => RedisConnectErrorKind::Evicts,
+            Reason::ReplicasOfACluster => RedisConnectErrorKind::Unsupported,
         }
     }
 }
@@ -107,12 +111,12 @@ impl fmt::Display for RedisConnectError {
         match &self.reason {
             Reason::Url => f.write_str("the URL of Redis can't be used"),
             Reason::Unreachable => f.write_str("Redis can't be reached"),
+            Reason::Refused => f.write_str(
+                "Redis refuses this user: check the user, the password (in a URL its special characters are percent-encoded) and the rights of the user",
+            ),
             Reason::TooOld(version) => write!(
                 f,
                 "Redis {version} is too old: version {OLDEST} or newer is needed, or Valkey"
-            ),
-            Reason::Refused => f.write_str(
-                "Redis refuses this user: check the user, the password (in a URL its special characters are percent-encoded) and the rights of the user",
             ),
             Reason::NotACluster => f.write_str(
                 "the servers that are named are no Cluster; name one of them, or use `RedisStorage::sentinel` to follow a master",
@@ -130,17 +134,13 @@ impl fmt::Display for RedisConnectError {
             Reason::EvictionUnknown => f.write_str(
                 "Redis does not tell whether it evicts records; allow its user INFO or CONFIG GET",
             ),
+            Reason::ReplicasOfACluster => f.write_str(
+                "`wait_replicas` is for one server with replicas, and this is a Cluster: leave it out, or use one server or sentinels",
+            ),
         }
     }
 }
 
-impl Error for RedisConnectError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.source.as_deref().map(|source| source as _)
-    }
-}
-
-impl From<RedisConnectError> for StorageError {
 /// Whether the server does not let the user in, or not do what connecting takes.
 pub(super) fn is_refusal(error: &RedisError) -> bool {
     let kinds = [
@@ -155,6 +155,13 @@ pub(super) fn is_refusal(error: &RedisError) -> bool {
         || says("Authentication required")
 }
 
+impl Error for RedisConnectError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
+
+impl From<RedisConnectError> for StorageError {
     fn from(error: RedisConnectError) -> Self {
         Self::unavailable(error)
     }
