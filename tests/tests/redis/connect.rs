@@ -270,7 +270,12 @@ async fn who_is_not_let_in() {
         assert!(!text.contains("hunter2"), "{text}");
     }
     let right = format!("redis://:open%20sesame@{server}");
-    let _ = RedisStorage::connect(right).await.unwrap();
+    let _ = RedisStorage::connect(&right).await.unwrap();
+
+    let error = RedisStorage::connect(format!("{right}/99")).await;
+    let error = error.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Unsupported);
+    assert!(error.to_string().contains("`databases`"), "{error}");
 }
 
 #[tokio::test]
@@ -420,9 +425,18 @@ async fn a_limit_may_be_any() {
     );
 }
 
-/// The service is a process of its own here, because the environment says whose signatures it trusts.
 #[tokio::test]
 async fn tls_with_the_systems_roots() {
+    tls(false).await;
+}
+
+#[tokio::test]
+async fn tls_of_a_cluster() {
+    tls(true).await;
+}
+
+/// The service is a process of its own here, because the environment says whose signatures it trusts.
+async fn tls(is_cluster: bool) {
     let mut ca = rcgen::CertificateParams::new([]).unwrap();
     ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let ca_key = rcgen::KeyPair::generate().unwrap();
@@ -445,8 +459,22 @@ async fn tls_with_the_systems_roots() {
             "--tls-key-file",
             "server.key",
         ])
-        .with(&["--tls-ca-cert-file", "ca.pem", "--tls-auth-clients", "no"])
-        .start();
+        .with(&["--tls-ca-cert-file", "ca.pem", "--tls-auth-clients", "no"]);
+    let redis = match is_cluster {
+        true => redis
+            .with(&["--cluster-enabled", "yes", "--tls-cluster", "yes"])
+            .start(),
+        false => redis.start(),
+    };
+    if is_cluster {
+        let add = ["CLUSTER", "ADDSLOTSRANGE", "0", "16383"];
+        let _: String = redis.ask(&add).await;
+        until(async || {
+            let info: String = redis.ask(&["CLUSTER", "INFO"]).await;
+            info.contains("cluster_state:ok").then_some(())
+        })
+        .await;
+    }
 
     let trusted = redis.directory().join("ca.pem").display().to_string();
     let location = format!("rediss://127.0.0.1:{port}");

@@ -38,7 +38,8 @@ pub enum RedisConnectErrorKind {
     /// The server evicts records, or does not tell, and
     /// [`require_noeviction`](crate::RedisConnect::require_noeviction) is set.
     Evicts,
-    /// The server can't do what is asked of it: [`wait_replicas`](crate::RedisConnect::wait_replicas) in a Cluster.
+    /// The server can't do what is asked of it: it has no database of that number, or is a Cluster and
+    /// [`wait_replicas`](crate::RedisConnect::wait_replicas) is set.
     Unsupported,
 }
 
@@ -53,6 +54,7 @@ pub(super) enum Reason {
     Sentinel,
     Evicts(String),
     EvictionUnknown,
+    NoSuchDatabase,
     ReplicasOfACluster,
 }
 
@@ -75,6 +77,7 @@ impl RedisConnectError {
     pub(super) fn connecting(error: RedisError) -> Self {
         let reason = match is_refusal(&error) {
             true => Reason::Refused,
+            false if is_of_the_database(&error) => Reason::NoSuchDatabase,
             false => Reason::Unreachable,
         };
         Self {
@@ -101,7 +104,9 @@ impl RedisConnectError {
             Reason::NotACluster => RedisConnectErrorKind::NotACluster,
             Reason::Replica | Reason::Sentinel => RedisConnectErrorKind::NotAMaster,
             Reason::Evicts(_) | Reason::EvictionUnknown => RedisConnectErrorKind::Evicts,
-            Reason::ReplicasOfACluster => RedisConnectErrorKind::Unsupported,
+            Reason::NoSuchDatabase | Reason::ReplicasOfACluster => {
+                RedisConnectErrorKind::Unsupported
+            }
         }
     }
 }
@@ -134,6 +139,9 @@ impl fmt::Display for RedisConnectError {
             Reason::EvictionUnknown => f.write_str(
                 "Redis does not tell whether it evicts records; allow its user INFO or CONFIG GET",
             ),
+            Reason::NoSuchDatabase => f.write_str(
+                "Redis has no database of the number in the URL: a Cluster has only 0, a server 16 unless `databases` says otherwise",
+            ),
             Reason::ReplicasOfACluster => f.write_str(
                 "`wait_replicas` is for one server with replicas, and this is a Cluster: leave it out, or use one server or sentinels",
             ),
@@ -153,6 +161,11 @@ pub(super) fn is_refusal(error: &RedisError) -> bool {
         || ["WRONGPASS", "NOAUTH"].map(Some).contains(&error.code())
         || says("has no permissions to run")
         || says("Authentication required")
+}
+
+/// Whether `SELECT` failed. The driver says so by no more than its text.
+fn is_of_the_database(error: &RedisError) -> bool {
+    error.to_string().contains("refused to switch database")
 }
 
 impl Error for RedisConnectError {
