@@ -3,10 +3,10 @@
 use std::{error::Error as _, pin::pin, time::Duration};
 
 use idempotency_axum::{
-    Begin, EncodedKey, Entry, Held, NewClaim, Outcome, RedisConnectErrorKind, RedisStorage,
+    Begin, EncodedKey, Entry, Env, Held, NewClaim, Outcome, RedisConnectErrorKind, RedisStorage,
     Storage, StorageErrorKind, Token,
 };
-use idempotency_tests::redis::{Cluster, Redis};
+use idempotency_tests::redis::{Cluster, Redis, free_port};
 
 use super::{KEY, claim, until};
 
@@ -125,9 +125,9 @@ async fn a_slot_that_moves_is_followed() {
     assert_eq!(released.unwrap(), Held::Yes);
 }
 
-/// What it would be told is not of the connection that claimed.
+/// What it would be told is not of the connection that claimed. A Cluster has no second database either.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn replicas_of_a_cluster_are_not_waited_for() {
+async fn what_a_cluster_does_not_have() {
     let cluster = Cluster::start().await;
     let storage = RedisStorage::connect(cluster.url()).await.unwrap();
     let waiting = storage.clone().wait_replicas(1, Duration::from_millis(100));
@@ -140,6 +140,10 @@ async fn replicas_of_a_cluster_are_not_waited_for() {
     let error = waiting.await.unwrap_err();
     assert_eq!(error.kind(), RedisConnectErrorKind::Unsupported);
     assert!(error.to_string().contains("`wait_replicas`"), "{error}");
+    let database = format!("redis://127.0.0.1:{}/2", cluster.master(0).port());
+    let error = RedisStorage::connect(database).await.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Unsupported);
+    assert!(error.to_string().contains("only 0"), "{error}");
 }
 
 /// As after a failover.
@@ -204,30 +208,99 @@ async fn a_slot_that_moves_to_a_node_without_memory() {
     );
 }
 
-/// They say `?` where their host should be.
+/// No call is told that the claim is its own, whichever connection it goes through.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nodes_that_go_by_names_which_they_do_not_have() {
-    let cluster = Cluster::start().await;
-    for master in 0..3 {
-        let set = [
-            "CONFIG",
-            "SET",
-            "cluster-preferred-endpoint-type",
-            "hostname",
-        ];
-        let _: String = cluster.master(master).ask(&set).await;
-    }
+async fn a_failover_is_followed() {
+    let mut cluster = Cluster::start().await;
+    let replica = Redis::builder()
+        .on_a_port()
+        .with(&["--cluster-enabled", "yes"])
+        .with(&["--cluster-port", &free_port().to_string()])
+        .with(&["--cluster-node-timeout", "1000"])
+        .start();
+    let (port, master) = (
+        cluster.master(0).port().to_string(),
+        id(cluster.master(1)).await,
+    );
+    let bus: Vec<String> = cluster
+        .master(0)
+        .ask(&["CONFIG", "GET", "cluster-port"])
+        .await;
+    let meet = ["CLUSTER", "MEET", "127.0.0.1", &port, &bus[1]];
+    let _: String = replica.ask(&meet).await;
+    let tells = async |of: &[&str], text: &str| {
+        until(async || {
+            let told: String = replica.ask(of).await;
+            told.contains(text).then_some(())
+        })
+        .await;
+    };
+    tells(&["CLUSTER", "NODES"], &master).await;
+    let _: String = replica.ask(&["CLUSTER", "REPLICATE", &master]).await;
+    tells(&["INFO", "replication"], "master_link_status:up").await;
+
     let storage = RedisStorage::connect(cluster.url()).await.unwrap();
-    let key = cluster.key_on(0, "idempotency", 0).await;
-    let claim = claim();
-    assert_eq!(storage.begin(&key, &claim).await.unwrap(), Begin::Acquired);
-    let [from, to] = [0, 1].map(|master| cluster.master(master));
-    moving(from, to, &key).await;
-    migrate(from, to, &key).await;
-    give(&[to, from, cluster.master(2)], to, &key).await;
-    // It is not sent twice where it could have been done.
-    let released = storage.release(&key, claim.token).await;
-    assert_eq!(released.unwrap(), Held::Yes);
+    let key = cluster.key_on(1, "idempotency", 0).await;
+    let first = claim();
+    assert_eq!(storage.begin(&key, &first).await.unwrap(), Begin::Acquired);
+    tells(&["INFO", "keyspace"], "keys=1").await;
+
+    cluster.kill(1);
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let (renewing, token, lease) = (storage.clone(), first.token, first.lease);
+    Env::system().background().unwrap().spawn(async move {
+        let mut pace = tokio::time::interval(Duration::from_millis(20));
+        let renewed = loop {
+            pace.tick().await;
+            if let Ok(renewed) = renewing.renew(&key, token, lease).await {
+                break renewed;
+            }
+        };
+        let _ = tell.send(renewed);
+    });
+    let begun = until(async || storage.begin(&key, &claim()).await.ok());
+    let begun = begun.await;
+    assert!(matches!(begun, Begin::InFlight { .. }), "{begun:?}");
+    assert_eq!(told.await.unwrap(), Held::Yes);
+
+    let waits = storage.wait(&key, Duration::from_secs(30));
+    let completes = async {
+        let record = idempotency_tests::node::record("an answer");
+        let ttl = Duration::from_secs(60);
+        storage.complete(&key, first.token, &record, ttl).await
+    };
+    let (waited, completed) = tokio::join!(waits, completes);
+    waited.unwrap();
+    assert_eq!(completed.unwrap(), Held::Yes);
+    drop(replica);
+}
+
+/// They say `?` where the name of their host should be that they don't have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_go_by_names() {
+    for name in ["", "localhost"] {
+        let cluster = Cluster::start().await;
+        for master in 0..3 {
+            for (setting, value) in [
+                ("cluster-announce-hostname", name),
+                ("cluster-preferred-endpoint-type", "hostname"),
+            ] {
+                let set = ["CONFIG", "SET", setting, value];
+                let _: String = cluster.master(master).ask(&set).await;
+            }
+        }
+        let storage = RedisStorage::connect(cluster.url()).await.unwrap();
+        let key = cluster.key_on(0, "idempotency", 0).await;
+        let claim = claim();
+        assert_eq!(storage.begin(&key, &claim).await.unwrap(), Begin::Acquired);
+        let [from, to] = [0, 1].map(|master| cluster.master(master));
+        moving(from, to, &key).await;
+        migrate(from, to, &key).await;
+        give(&[to, from, cluster.master(2)], to, &key).await;
+        // It is not sent twice where it could have been done.
+        let released = storage.release(&key, claim.token).await;
+        assert_eq!(released.unwrap(), Held::Yes, "{name}");
+    }
 }
 
 /// Its password is part of a URL, its rights are those that the documentation lists, and all its keys are in one slot.

@@ -266,8 +266,11 @@ impl<M: Maker> Remade<M> {
             async move {
                 // What the driver makes of a pipeline's errors has neither code nor detail.
                 let answers = connection.req_packed_commands(both, 0, 2).await?;
-                let answers = answers.into_iter().map(Value::extract_error);
-                answers.reduce(Result::and).unwrap_or(Ok(Value::Nil))
+                let mut answers = answers.into_iter().map(Value::extract_error);
+                let asked = answers.next().unwrap_or(Ok(Value::Nil));
+                let answer = answers.next().unwrap_or(Ok(Value::Nil));
+                // What was done counts, and otherwise what went wrong first.
+                answer.or_else(|error| asked.and(Err(error)))
             }
             .boxed()
         };
@@ -426,7 +429,7 @@ mod tests {
 
     /// Makes connections that never answer, and counts those that are open: each has a clone.
     #[derive(Clone)]
-    struct Silent(Arc<()>);
+    struct Silent(#[expect(dead_code, reason = "it is counted, not read")] Arc<()>);
 
     impl Maker for Silent {
         type Connection = Self;
