@@ -135,12 +135,17 @@ impl Route {
         }
     }
 
+    /// The pattern that matched; empty if none did.
+    pub(crate) fn path(&self) -> &str {
+        self.path.as_ref().map_or("", MatchedPath::as_str)
+    }
+
     /// The operation had no client any more and was dropped before its end, since its claim was given up.
     pub(crate) fn report_dropped(&self) {
         tracing::error!(
             target: "idempotency",
             method = %self.method,
-            path = self.path.as_ref().map_or("", MatchedPath::as_str),
+            path = self.path(),
             cure = "give what this route waits for a time limit of its own, or raise `LockPolicy::max_hold`",
             "an operation ran for longer than `max_hold` and its client is gone: it was dropped, and retries of its key get the \
              tombstone"

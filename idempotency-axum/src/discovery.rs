@@ -18,6 +18,7 @@ use crate::policy::KeyPolicy;
 thread_local! {
     static OPEN: Cell<bool> = const { Cell::new(false) };
     static FOUND: RefCell<Discovery> = const { RefCell::new(Discovery::Nothing) };
+    static OUTSIDE: RefCell<Option<Outside>> = const { RefCell::new(None) };
 }
 
 /// What cloning a service told.
@@ -69,6 +70,44 @@ pub(crate) fn probe<S: Clone>(service: S) -> (S, Discovery) {
         Discovery::Many => (service, Discovery::Many),
         found => (clone, found),
     }
+}
+
+/// The handlers that are cloned outside of any layer.
+#[derive(Default)]
+struct Outside {
+    handlers: Vec<Announced>,
+    /// A layer was cloned just before: `Handler::layer` keeps one beside its handler, and makes the service for each request.
+    has_layer: bool,
+}
+
+/// Clones `service`, and gives the handlers that announced themselves outside of any layer, as far as a clone can see.
+pub(crate) fn outside_of_layers<S: Clone>(clone: impl FnOnce() -> S) -> Vec<Announced> {
+    let probe = Probe::open();
+    let outer = OUTSIDE.replace(Some(Outside::default()));
+    let restore = Restore(outer);
+    drop(clone());
+    let outside = OUTSIDE.replace(None);
+    drop(restore);
+    let _ = probe.close();
+    outside.map(|outside| outside.handlers).unwrap_or_default()
+}
+
+/// Puts back what was there before, also when a `Clone` panics.
+struct Restore(Option<Outside>);
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        OUTSIDE.set(self.0.take());
+    }
+}
+
+/// A layer was cloned, and the handler that it is on may come next.
+pub(crate) fn announce_layer() {
+    OUTSIDE.with_borrow_mut(|outside| {
+        if let Some(outside) = outside {
+            outside.has_layer = true;
+        }
+    });
 }
 
 /// Sets the thread's probe and puts back what was there before, also when a `Clone` panics. Probes nest.
@@ -143,6 +182,14 @@ impl Seat {
         if open {
             // The policy is made before the cell is borrowed: making it may run code that is not ours.
             let policy = policy();
+            OUTSIDE.with_borrow_mut(|outside| {
+                if let Some(outside) = outside
+                    && !std::mem::take(&mut outside.has_layer)
+                {
+                    let policy = policy.clone();
+                    outside.handlers.push(Announced { policy, handler });
+                }
+            });
             FOUND.with_borrow_mut(|found| {
                 found.add(Discovery::Policy(Announced { policy, handler }));
             });

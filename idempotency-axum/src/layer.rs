@@ -3,15 +3,19 @@
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use axum::{Router, response::Response};
-use idempotency_core::{AnyStorage, Config, Engine, Mode, Storage};
+use http::request::Parts;
+use idempotency_core::{
+    AnyStorage, Config, EncodedKey, Engine, InvalidKey, Mode, Storage, UnknownCaller,
+};
 use tower_layer::Layer;
 
 use crate::{
-    discovery,
-    misuse::Misuse,
+    discovery::{self, Announced},
+    misuse::{Misuse, MisuseKind},
     plan::{Choices, Plan, Shared},
-    policy::KeyPolicy,
+    policy::{KeyPolicy, Requirement},
     problem::Problem,
+    request::encode,
     service::Idempotency,
 };
 
@@ -51,7 +55,6 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone)]
 #[must_use = "a layer does nothing until it wraps a service"]
 pub struct IdempotencyLayer {
     shared: Arc<Shared>,
@@ -149,12 +152,24 @@ impl IdempotencyLayer {
     ///
     /// # Errors
     ///
-    /// If a handler names a cache that this layer does not have.
+    /// If a handler names a cache that this layer does not have, or one that uses keys stands on a route without a layer. What a clone
+    /// can't show is not found: handlers behind `nest_service` or inside another service; they answer 500 if no layer is nearer.
     pub fn check(&self, router: Router) -> Result<Router, Misuse> {
         // Makes the services, and so runs `layer()` for each of them.
         let router = router.with_state(());
         if let Some(misuse) = self.shared.misuses().first() {
             return Err(misuse.clone());
+        }
+        // With a second handle on the routes they are cloned, and each handler with its route.
+        let outside = discovery::outside_of_layers(|| router.clone().with_state::<()>(()));
+        let unprotected = outside
+            .into_iter()
+            .find(|announced| announced.policy.requirement != Requirement::Exempt);
+        if let Some(Announced { policy, handler }) = unprotected {
+            return Err(Misuse::new(MisuseKind::NoLayer {
+                handler: handler.to_owned(),
+                policy: Box::new(policy),
+            }));
         }
         if !self.shared.has_layered() {
             tracing::warn!(
@@ -176,6 +191,59 @@ impl IdempotencyLayer {
     #[must_use]
     pub fn engine_of(&self, cache_name: &str) -> Option<&Engine> {
         self.shared.engines.get(cache_name)
+    }
+
+    /// Where the key of a request lies that reaches a handler without a policy of its own: for an operator who looks for a client's
+    /// record, or removes it.
+    ///
+    /// `parts` are what this layer sees: with what the layers outside put into the extensions, if the scope looks there, and with the
+    /// original URI. `body` is the whole body.
+    ///
+    /// ```
+    /// use axum::http::Request;
+    /// use idempotency_axum::{IdempotencyLayer, MemoryStorage};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let layer = IdempotencyLayer::enforce(MemoryStorage::new());
+    /// let (parts, body) = Request::post("/orders")
+    ///     .header("idempotency-key", "abc")
+    ///     .body("{}")?
+    ///     .into_parts();
+    /// let key = layer.encoded_key(&parts, body.as_bytes())?;
+    /// assert!(!layer.engine().remove(&key).await?, "nothing was recorded");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`EncodedKeyError`], if the request has no key or no caller.
+    pub fn encoded_key(&self, parts: &Parts, body: &[u8]) -> Result<EncodedKey, EncodedKeyError> {
+        self.encoded_key_for(&KeyPolicy::required(), parts, body)
+    }
+
+    /// The same for a handler with a scope, a header or a key in the body of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`encoded_key`](Self::encoded_key).
+    pub fn encoded_key_for(
+        &self,
+        policy: &KeyPolicy,
+        parts: &Parts,
+        body: &[u8],
+    ) -> Result<EncodedKey, EncodedKeyError> {
+        let config = self.shared.config();
+        let terms = &policy.terms;
+        let key = terms
+            .key
+            .find(parts, body, config)
+            .map_err(EncodedKeyError::InvalidKey)?
+            .ok_or(EncodedKeyError::MissingKey)?;
+        let scope = terms.scope.as_ref().unwrap_or(&config.scope);
+        let owner = scope.of(parts).map_err(EncodedKeyError::UnknownCaller)?;
+        Ok(encode(config, &key, parts, body, owner.as_deref()).key)
     }
 
     /// Waits until no operation of any cache runs; see [`Engine::drain`].
@@ -212,6 +280,41 @@ impl IdempotencyLayer {
     fn build(choices: Choices) -> Self {
         Self {
             shared: Arc::new(Shared::new(choices)),
+        }
+    }
+}
+
+/// Why a request names no key; see [`IdempotencyLayer::encoded_key`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum EncodedKeyError {
+    /// It has none.
+    MissingKey,
+    /// It has one that is not valid.
+    InvalidKey(InvalidKey),
+    /// The scope finds no caller in it.
+    UnknownCaller(UnknownCaller),
+}
+
+impl fmt::Display for EncodedKeyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::MissingKey => f.write_str("the request has no idempotency key"),
+            Self::InvalidKey(error) => write!(f, "{error}"),
+            Self::UnknownCaller(unknown) => write!(f, "{unknown}"),
+        }
+    }
+}
+
+impl std::error::Error for EncodedKeyError {}
+
+/// Shares everything. A clone beside a handler, as `Handler::layer` makes it, tells [`IdempotencyLayer::check`] that the handler has a
+/// layer.
+impl Clone for IdempotencyLayer {
+    fn clone(&self) -> Self {
+        discovery::announce_layer();
+        Self {
+            shared: self.shared.clone(),
         }
     }
 }

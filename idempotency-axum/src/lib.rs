@@ -46,6 +46,8 @@
 //! The engine behind it, its claims, records and tombstones are described in [`Engine`] and [`Storage`]; the kinds of refusal
 //! in [`problem`].
 //!
+//! The [`guide`] answers questions from practice: scopes, uploads, CORS, streams, clients, webhooks, tests, operation.
+//!
 //! # Modes and policies
 //!
 //! [`IdempotencyLayer::enforce`] requires a key for every unsafe method except CONNECT, [`IdempotencyLayer::exempt`] for none. A handler says
@@ -153,6 +155,7 @@ mod detach;
 mod discovery;
 mod extract;
 mod future;
+pub mod guide;
 mod handler;
 mod layer;
 mod misuse;
@@ -171,16 +174,92 @@ mod settings;
 #[path = "private.rs"]
 pub mod __private;
 
+// Everything stays importable from here; what an application seldom names is shown in the modules below.
+#[doc(hidden)]
 pub use idempotency_core::*;
 pub use idempotency_macros::{idempotency_exempt, idempotency_key};
 
+#[cfg(feature = "memory")]
+pub use idempotency_core::MemoryStorage;
+#[cfg(feature = "redis")]
+pub use idempotency_core::RedisStorage;
+pub use idempotency_core::{Config, Scope, Settings, StoreOn};
+
 pub use self::{
-    extract::{IdempotencyKey, ManualIdempotency, NotProtected, ReplayedResponse},
-    future::ResponseFuture,
-    handler::{HandlerFuture, IdempotencyHandler, WithPolicy},
+    extract::{IdempotencyKey, ManualIdempotency},
+    handler::IdempotencyHandler,
     layer::IdempotencyLayer,
-    misuse::{Misuse, MisuseKind},
-    policy::{ExtractorNeeds, KeyPolicy, Needs},
-    problem::Problem,
-    service::Idempotency,
+    misuse::Misuse,
+    policy::KeyPolicy,
+    response::DoNotRecord,
 };
+
+#[doc(hidden)]
+pub use self::middleware::*;
+
+/// What can be configured beside [`Config`], [`Scope`] and [`StoreOn`].
+pub mod config {
+    #[doc(inline)]
+    pub use idempotency_core::{
+        Budget, KeyFormat, LockPolicy, Mode, OnStorageError, OnUnreadable, Opened, Reservation,
+        SettingsError, SettingsErrorKind, UnknownCaller,
+    };
+}
+
+/// How a request becomes a storage key: the key of its client, and the encoders.
+pub mod encoder {
+    #[doc(inline)]
+    pub use idempotency_core::{
+        BasicKeyEncoder, Encoded, EncodedKey, Fingerprint, FingerprintFieldsEncoder,
+        FingerprintKeyEncoder, InvalidKey, InvalidKeyKind, Key, KeyEncoder, KeyOnlyEncoder,
+        ParseEncodedKeyError, RequestView,
+    };
+}
+
+/// The engine without HTTP: it decides who runs an operation. Its events, and where its time comes from.
+pub mod engine {
+    #[cfg(feature = "conformance")]
+    #[doc(inline)]
+    pub use idempotency_core::SimulatedClock;
+    #[doc(inline)]
+    pub use idempotency_core::{
+        Claim, Completion, Decision, Engine, Env, Environment, Event, ManualDecision, Observer,
+        Operation, Progress, Ran, Refusal, Refused, Replay, Spawner, TracingObserver, Turn,
+    };
+}
+
+/// Where claims and records are kept, and what a storage of your own is made of.
+pub mod storage {
+    #[cfg(feature = "conformance")]
+    #[doc(inline)]
+    pub use idempotency_core::storage::conformance;
+    #[doc(inline)]
+    pub use idempotency_core::{
+        AnyStorage, Begin, BoxError, Cache, DecodeError, DecodeErrorKind, Entry, Held, Lock,
+        LockedStorage, NewClaim, Outcome, ProcessLock, Record, Storage, StorageError,
+        StorageErrorKind, StoredResponse, Token, TombstoneReason, Transaction, Transactional,
+    };
+    #[cfg(feature = "memory")]
+    #[doc(inline)]
+    pub use idempotency_core::{MemoryStorageBuilder, MokaCache, NearCache, WhenFull};
+    #[cfg(feature = "redis")]
+    #[doc(inline)]
+    pub use idempotency_core::{
+        RedisCache, RedisConnect, RedisConnectError, RedisConnectErrorKind, RedisLock,
+    };
+}
+
+/// The types that the middleware and its extractors are made of.
+pub mod middleware {
+    #[doc(inline)]
+    pub use crate::{
+        extract::{NotProtected, ReplayedResponse},
+        future::ResponseFuture,
+        handler::{HandlerFuture, WithPolicy},
+        layer::EncodedKeyError,
+        misuse::MisuseKind,
+        policy::{ExtractorNeeds, Needs},
+        problem::Problem,
+        service::Idempotency,
+    };
+}

@@ -2,14 +2,16 @@
 
 use std::fmt;
 
+use crate::policy::KeyPolicy;
+
 /// A layer that can't do what a handler asks; see [`IdempotencyLayer::check`](crate::IdempotencyLayer::check).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Misuse {
     kind: MisuseKind,
 }
 
 /// What is wrong; see [`Misuse::kind`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum MisuseKind {
     /// A policy names a cache that the layer does not have.
@@ -21,6 +23,15 @@ pub enum MisuseKind {
         cache: String,
         /// The names that the layer has.
         known: Vec<String>,
+    },
+    /// A handler that uses keys stands on a route that no layer wraps: added after `.layer`, or in a router that was merged or nested
+    /// without one. It answers 500.
+    #[non_exhaustive]
+    NoLayer {
+        /// The handler.
+        handler: String,
+        /// Its policy.
+        policy: Box<KeyPolicy>,
     },
 }
 
@@ -58,6 +69,11 @@ impl fmt::Display for Misuse {
                 }
                 write!(f, "): add `.cache({cache:?}, storage)`")
             }
+            MisuseKind::NoLayer { handler, policy } => write!(
+                f,
+                "handler `{handler}` ({policy:?}) stands on a route without an idempotency layer, so it answers 500: add the route before \
+                 `.layer(…)`, or put the layer on the router that is merged or nested too"
+            ),
         }
     }
 }

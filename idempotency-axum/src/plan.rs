@@ -55,6 +55,7 @@ pub(crate) struct Shared {
 enum Notice {
     UnknownCaller,
     OverlookedCookie,
+    ReleasedRedirect,
 }
 
 /// What is done with the requests of one route.
@@ -200,14 +201,14 @@ impl Shared {
 
     /// Logs once per route that a request was refused because its scope found no caller, and the cure.
     pub(crate) fn report_unknown_caller(&self, unknown: &UnknownCaller, extensions: &Extensions) {
-        self.once(Notice::UnknownCaller, extensions, |path| {
+        self.once(Notice::UnknownCaller, matched_path(extensions), |path| {
             tracing::error!(target: "idempotency", path, "{unknown}; such requests are answered with 403");
         });
     }
 
     /// Logs once per route that the default scope overlooks a cookie.
     pub(crate) fn warn_of_cookie(&self, extensions: &Extensions) {
-        self.once(Notice::OverlookedCookie, extensions, |path| {
+        self.once(Notice::OverlookedCookie, matched_path(extensions), |path| {
             tracing::warn!(
                 target: "idempotency",
                 path,
@@ -218,8 +219,18 @@ impl Shared {
         });
     }
 
-    fn once(&self, notice: Notice, extensions: &Extensions, log: impl FnOnce(&str)) {
-        let path = matched_path(extensions);
+    /// Logs once per route that a redirect was not recorded: a form that answers with one runs again on a retry.
+    pub(crate) fn warn_of_redirect(&self, path: &str) {
+        self.once(Notice::ReleasedRedirect, path, |path| {
+            tracing::warn!(
+                target: "idempotency",
+                path,
+                "a redirect was not recorded, so a retry runs the handler again: `Config::store_on(StoreOn::below(400))` records it"
+            );
+        });
+    }
+
+    fn once(&self, notice: Notice, path: &str, log: impl FnOnce(&str)) {
         {
             let mut notices = lock(&self.notices);
             let paths = notices.entry(notice).or_default();

@@ -10,7 +10,7 @@ use std::{
 
 use axum::extract::OriginalUri;
 use http::{Uri, request::Parts};
-use idempotency_core::{EncodedKey, Key, Record};
+use idempotency_core::{Config, Encoded, EncodedKey, Key, Record, RequestView};
 
 use crate::policy::{KeyPolicy, Requirement, Terms};
 
@@ -122,6 +122,31 @@ pub(crate) fn original_uri(parts: &Parts) -> &Uri {
         .extensions
         .get::<OriginalUri>()
         .map_or(&parts.uri, |OriginalUri(uri)| uri)
+}
+
+/// Names the operation of a request. An encoder that does not read the body gets none.
+pub(crate) fn encode(
+    config: &Config,
+    key: &Key,
+    parts: &Parts,
+    body: &[u8],
+    scope: Option<&[u8]>,
+) -> Encoded {
+    let body = if config.encoder.reads_body() {
+        body
+    } else {
+        &[]
+    };
+    config.encoder.encode(
+        key,
+        &RequestView {
+            method: &parts.method,
+            path_and_query: path_and_query(original_uri(parts)),
+            headers: &parts.headers,
+            body,
+            scope,
+        },
+    )
 }
 
 /// Path and query as the client sent them.

@@ -1,11 +1,58 @@
 //! What of an answer is recorded, and how a recorded one is given again.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, convert::Infallible};
 
-use axum::{body::Body, response::Response};
+use axum::{
+    body::Body,
+    response::{IntoResponse, IntoResponseParts, Response, ResponseParts},
+};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use idempotency_core::{Config, StoredResponse};
+
+/// A part of a response by which a handler says that this answer is not kept, whatever its status: the key is released, and a retry
+/// runs again.
+///
+/// For an error that is sent with the status of a success, as GraphQL does. On a conflict of a manual handler the record stays as it is.
+///
+/// ```
+/// use axum::{Json, response::IntoResponse};
+/// use idempotency_axum::{DoNotRecord, idempotency_key};
+/// use serde_json::json;
+///
+/// #[idempotency_key]
+/// async fn graphql() -> impl IntoResponse {
+///     (DoNotRecord, Json(json!({ "errors": [{ "message": "try again" }] })))
+/// }
+/// # let _ = graphql;
+/// ```
+///
+/// It works in a tuple, as `Extension(DoNotRecord)`, and from what an error's `IntoResponse` makes.
+#[derive(Clone, Copy, Debug)]
+#[must_use = "it has to be a part of the response"]
+pub struct DoNotRecord;
+
+impl DoNotRecord {
+    pub(crate) fn is_part_of<B>(response: &http::Response<B>) -> bool {
+        response.extensions().get::<Self>().is_some()
+    }
+}
+
+impl IntoResponseParts for DoNotRecord {
+    type Error = Infallible;
+
+    fn into_response_parts(self, mut parts: ResponseParts) -> Result<ResponseParts, Infallible> {
+        parts.extensions_mut().insert(self);
+        Ok(parts)
+    }
+}
+
+/// An empty answer that is not kept.
+impl IntoResponse for DoNotRecord {
+    fn into_response(self) -> Response {
+        (self, ()).into_response()
+    }
+}
 
 /// Headers that belong to one connection, RFC 9110 section 7.6.1 and RFC 9112 section 9.
 const HOP_BY_HOP: [HeaderName; 9] = [

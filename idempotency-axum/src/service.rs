@@ -18,7 +18,7 @@ use futures_util::FutureExt;
 use http::{StatusCode, request::Parts};
 use idempotency_core::{
     BoxError, Config, Decision, Encoded, Event, Key, ManualDecision, Outcome, Progress, Record,
-    Refusal, RequestView, Reservation, StoreOn, TombstoneReason,
+    Refusal, Reservation, StoreOn, TombstoneReason,
 };
 use tower_service::Service;
 
@@ -32,8 +32,8 @@ use crate::{
     problem::Problem,
     receipt::{Acknowledgement, Receipt},
     record::record,
-    request::{Conflict, Decided, Protection, WithoutKey, original_uri, path_and_query},
-    response,
+    request::{Conflict, Decided, Protection, WithoutKey, encode},
+    response::{self, DoNotRecord},
     run::Run,
 };
 
@@ -470,16 +470,7 @@ impl Exchange {
                 reservation,
             });
         };
-        let encoded = config.encoder.encode(
-            &key,
-            &RequestView {
-                method: &parts.method,
-                path_and_query: path_and_query(original_uri(parts)),
-                headers: &parts.headers,
-                body: if reads_body { &bytes } else { &[] },
-                scope: owner.as_deref(),
-            },
-        );
+        let encoded = encode(config, &key, parts, &bytes, owner.as_deref());
         Ok(Encoding {
             named: Some((key, encoded)),
             body,
@@ -521,7 +512,7 @@ impl Exchange {
     /// Runs the handler and records what it answers.
     async fn execute<S, R>(
         self,
-        inner: S,
+        mut inner: S,
         run: Run,
         request: Protected,
     ) -> Result<Response, S::Error>
@@ -532,15 +523,31 @@ impl Exchange {
     {
         let protection = request.protection.clone();
         // A panic goes on to whoever catches it outside, once the run is ended.
-        let answered = AssertUnwindSafe(call(inner, request.into_inner()))
+        let ready = AssertUnwindSafe(poll_fn(|cx| inner.poll_ready(cx))).catch_unwind();
+        match ready.await {
+            Ok(Ok(())) => {}
+            // The handler was not called.
+            Ok(Err(error)) => {
+                run.release().await;
+                return Err(error);
+            }
+            Err(panic) => {
+                run.release().await;
+                resume_unwind(panic);
+            }
+        }
+        // In a block of its own, so that a panic of `call` itself is one of the handler.
+        let answered = AssertUnwindSafe(async { inner.call(request.into_inner()).await })
             .catch_unwind()
             .await;
-        let status = match &answered {
-            Ok(Ok(response)) => response.status(),
-            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        let (status, is_kept) = match &answered {
+            Ok(Ok(response)) => (response.status(), !DoNotRecord::is_part_of(response)),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, true),
         };
         // A user's function may say which statuses are stored, and panic. What the handler did must not be done again then.
-        let stores = catch_unwind(AssertUnwindSafe(|| self.stores(status, &protection)));
+        let stores = catch_unwind(AssertUnwindSafe(|| {
+            is_kept && self.stores(status, &protection)
+        }));
         let response = match answered {
             Ok(Ok(response)) => response.map(Body::new),
             failed => {
@@ -566,6 +573,9 @@ impl Exchange {
             }
             Ok(false) => {
                 run.release().await;
+                if is_kept && status.is_redirection() && status != StatusCode::NOT_MODIFIED {
+                    self.shared.warn_of_redirect(self.route.path());
+                }
                 Ok(response)
             }
             Err(panic) => {

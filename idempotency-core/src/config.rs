@@ -287,7 +287,8 @@ impl Config {
     }
 
     /// How many bytes this process may hold at once: request bodies that arrive, run or wait, answers that are being recorded, and
-    /// outcomes that are still to be stored. A request above the limit is refused with 503. Default: 256 MiB.
+    /// outcomes that are still to be stored. A request above the limit is refused with 503, and a streamed answer for which there is no
+    /// room gets a tombstone. Keep it well above [`max_request_body`](Self::max_request_body). Default: 256 MiB.
     ///
     /// Clones of this configuration share the limit, so all caches of a layer are under one.
     pub fn max_buffered(mut self, bytes: usize) -> Self {

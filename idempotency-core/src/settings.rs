@@ -84,13 +84,13 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 ///
 /// | field | value | default | in django-idempotency-key |
 /// |---|---|---|---|
-/// | `mode` | `enforce`, `exempt` | `enforce` | the class of the middleware |
-/// | `preset` | `default`, `ietf`, `stripe`: where the defaults of all below come from | `default` | |
+/// | `mode` | `enforce`, `exempt`, `optional` | `enforce` | the class of the middleware |
+/// | `preset` | `default` or `django`, `ietf`, `stripe`: where the defaults of all below come from | `default` | |
 /// | `encoder` | `basic`, `fingerprint`, `key_only`, or the name of the type | `basic` | `ENCODER_CLASS` |
 /// | `conflict_status` | a status; null or `original` for that of the recorded answer | 409 | `CONFLICT_STATUS_CODE` |
 /// | `in_flight_status`, `mismatch_status` | a status from 400 | 423, 422 | |
 /// | `header` | name of a header | `Idempotency-Key` | `HEADER` |
-/// | `methods` | list of unsafe methods | all | |
+/// | `methods` | list of unsafe methods on which `enforce` asks for a key | all; `ietf`: POST, PATCH; `stripe`: POST | |
 /// | `key_format` | `any`, `uuid` | `any` | |
 /// | `scope` | `default`, `authorization`, `none`, `{ cookie = "…" }`, `{ header = "…" }`, with `required` perhaps: see [`Scope`] | `default` | |
 /// | `scope_required` | whether a request in which the scope finds no caller is refused; if false, such requests share their keys | true for a cookie and a header; `default` refuses a cookie alone | |

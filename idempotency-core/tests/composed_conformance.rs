@@ -104,6 +104,11 @@ mod locked_in_real_time {
         async fn advance(&self, by: Duration) {
             Env::system().sleep(by).await;
         }
+
+        /// No rule may lose five of them, however busy the machine is.
+        fn unit(&self) -> Duration {
+            Duration::from_millis(200)
+        }
     }
 
     idempotency_core::conformance_tests!(RealTime);

@@ -1,21 +1,23 @@
 //! The examples, as the processes that a reader starts.
 
 use std::{
+    env, fs,
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Output, Stdio},
-    time::Duration,
 };
 
 use http::Method;
-use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader, Lines},
     process::{Child, ChildStdout, Command},
     time::timeout,
 };
 
-use crate::client::{Answer, Call};
+use crate::{
+    PATIENCE,
+    client::{Answer, Call},
+};
 
 /// An example that serves, until it is dropped.
 #[derive(Debug)]
@@ -137,14 +139,11 @@ pub fn command(example: &str) -> Command {
 ///
 /// # Panics
 ///
-/// Panics if it can't be started, or has not ended after 30 s.
+/// Panics if it can't be started, or does not end.
 pub async fn output(mut command: Command) -> Output {
     command.stderr(Stdio::piped());
-    let limit = Duration::from_secs(30);
-    let output = timeout(limit, command.output()).await;
-    output
-        .expect("an end within 30 s")
-        .expect("the example starts")
+    let output = timeout(PATIENCE, command.output()).await;
+    output.expect("an end").expect("the example starts")
 }
 
 /// What an example that can't start prints to stderr before it ends.
@@ -166,14 +165,14 @@ pub async fn refused(command: Command) -> String {
 ///
 /// # Panics
 ///
-/// Panics if it does not come within 30 s, or never will.
+/// Panics if it does not come.
 pub async fn until<R>(lines: &mut Lines<BufReader<R>>, is_it: impl Fn(&str) -> bool) -> Vec<String>
 where
     R: AsyncRead + Unpin,
 {
     let mut read = Vec::new();
     loop {
-        let line = match timeout(Duration::from_secs(30), lines.next_line()).await {
+        let line = match timeout(PATIENCE, lines.next_line()).await {
             Ok(line) => line.expect("lines of UTF-8"),
             Err(_) => panic!("the line did not come; until now: {read:#?}"),
         };
@@ -188,50 +187,67 @@ where
     }
 }
 
-/// Asks cargo for the example, so that it is there and up to date whichever way the tests were started. Where the whole
-/// workspace was built for the tests, as `tests/run` does, it is there already.
-fn executable(example: &str) -> PathBuf {
-    let mut cargo = std::process::Command::new(env!("CARGO"));
-    cargo
-        .args([
-            "build",
-            "--workspace",
-            "--all-features",
-            "--examples",
-            "--message-format=json",
-        ])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stderr(Stdio::inherit());
-    as_a_reader(&mut cargo);
-    let output = cargo.output().expect("cargo runs");
-    assert!(output.status.success(), "the examples do not build");
-    let messages = String::from_utf8(output.stdout).expect("cargo's messages are JSON");
-    messages
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| {
-            message["target"]["name"] == example && message["target"]["kind"] == json!(["example"])
-        })
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .expect("cargo names the example's executable")
+/// The executable of an example. A test does not build it: on a busy machine that takes longer than a test may.
+///
+/// # Panics
+///
+/// Panics if it is missing or older than its sources. The message says how to build it.
+#[must_use]
+pub fn executable(example: &str) -> PathBuf {
+    let name = format!("{example}{}", env::consts::EXE_SUFFIX);
+    let executable = artifacts().join("examples").join(name);
+    if let Err(message) = check(&executable) {
+        panic!("{message}");
+    }
+    executable
 }
 
-/// Takes away what cargo tells a test of its package. Build scripts that ask for it (that of `ring` does) would take all for changed
-/// that was built without.
-pub fn as_a_reader(command: &mut std::process::Command) {
-    for (name, _) in std::env::vars_os() {
-        let is_of_the_test = [
-            "CARGO_PKG_",
-            "CARGO_MANIFEST_",
-            "CARGO_CRATE_",
-            "CARGO_BIN_",
-        ]
-        .iter()
-        .any(|prefix| name.to_string_lossy().starts_with(prefix));
-        if is_of_the_test {
-            command.env_remove(name);
+/// The directory of the finished executables. The executable of the test may lie in another one, `CARGO_BUILD_BUILD_DIR`.
+fn artifacts() -> PathBuf {
+    // Set by nextest, and by `cargo test` since Rust 1.94.
+    let names = ["NEXTEST_BIN_EXE_service", "CARGO_BIN_EXE_service"];
+    let service = names.into_iter().find_map(env::var_os).map(PathBuf::from);
+    let directory = match service {
+        Some(service) => service.parent().map(Path::to_owned),
+        // In `deps` of it.
+        None => env::current_exe()
+            .ok()
+            .and_then(|test| Some(test.parent()?.parent()?.to_owned())),
+    };
+    directory.expect("an executable lies in a directory")
+}
+
+/// Refuses an example that is not what a build would make now.
+fn check(executable: &Path) -> Result<(), String> {
+    compare_times(executable).map_err(|problem| {
+        format!(
+            "{}: {problem}. `tests/run` builds the examples before the tests start. To run a test by hand, build them first, \
+             with the test's profile and target directory: `cargo build --workspace --all-features --examples`",
+            executable.display()
+        )
+    })
+}
+
+/// Compares the executable with its sources, which cargo lists beside it as a rule of `make`.
+fn compare_times(executable: &Path) -> Result<(), String> {
+    let time_of = |path: &Path| path.metadata().and_then(|metadata| metadata.modified());
+    let built = time_of(executable).map_err(|error| format!("the example is missing ({error})"))?;
+    let list = executable.with_extension("d");
+    let rule = fs::read_to_string(&list)
+        .map_err(|error| format!("its list of sources is missing ({error})"))?;
+    let (_, sources) = rule
+        .split_once(": ")
+        .ok_or_else(|| format!("{} lists no sources", list.display()))?;
+    // A space inside a path has a backslash before it.
+    for source in sources.trim_end().replace("\\ ", "\0").split(' ') {
+        let source = PathBuf::from(source.replace('\0', " "));
+        let changed = time_of(&source)
+            .map_err(|error| format!("its source {} is gone ({error})", source.display()))?;
+        if changed > built {
+            return Err(format!("the example is older than {}", source.display()));
         }
     }
+    Ok(())
 }
 
 fn is_curl(line: &str) -> bool {
@@ -270,4 +286,85 @@ pub fn curl(line: &str, address: SocketAddr) -> Call {
     headers
         .into_iter()
         .fold(call, |call, (name, value)| call.header(name, value))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    /// A directory with an example and two sources, the first of which has a space in its name.
+    struct Built(PathBuf);
+
+    impl Built {
+        fn new(test: &str) -> Self {
+            let built = Self(env::temp_dir().join(format!("{test} {}", std::process::id())));
+            fs::create_dir_all(&built.0).unwrap();
+            let sources = ["a source.rs", "b.rs"].map(|name| built.0.join(name));
+            let [first, second] = sources
+                .each_ref()
+                .map(|path| path.display().to_string().replace(' ', "\\ "));
+            for source in &sources {
+                fs::write(source, "").unwrap();
+            }
+            fs::write(built.0.join("shop"), "").unwrap();
+            let rule = format!("{}: {first} {second}\n", built.0.join("shop").display());
+            fs::write(built.0.join("shop.d"), rule).unwrap();
+            let now = SystemTime::now();
+            for (name, time) in [
+                ("a source.rs", now - 2 * MINUTE),
+                ("b.rs", now - MINUTE),
+                ("shop", now),
+            ] {
+                built.touch(name, time);
+            }
+            built
+        }
+
+        fn touch(&self, name: &str, time: SystemTime) {
+            let file = fs::File::options().write(true).open(self.0.join(name));
+            file.unwrap().set_modified(time).unwrap();
+        }
+
+        fn check(&self) -> Result<(), String> {
+            check(&self.0.join("shop"))
+        }
+    }
+
+    impl Drop for Built {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn an_example_newer_than_its_sources_is_run() {
+        assert_eq!(Built::new("newer").check(), Ok(()));
+    }
+
+    #[test]
+    fn an_example_older_than_a_source_is_refused() {
+        for source in ["a source.rs", "b.rs"] {
+            let built = Built::new("older");
+            built.touch(source, SystemTime::now() + MINUTE);
+            let message = built.check().unwrap_err();
+            assert!(message.contains("the example is older than"), "{message}");
+            assert!(message.contains(source), "{message}");
+        }
+    }
+
+    #[test]
+    fn an_example_that_is_missing_is_refused_with_the_command() {
+        for gone in ["shop", "shop.d", "b.rs"] {
+            let built = Built::new("missing");
+            fs::remove_file(built.0.join(gone)).unwrap();
+            let message = built.check().unwrap_err();
+            assert!(message.contains("tests/run"), "{message}");
+            let command = "cargo build --workspace --all-features --examples";
+            assert!(message.contains(command), "{message}");
+        }
+    }
 }

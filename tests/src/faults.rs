@@ -12,6 +12,8 @@ use idempotency_axum::{
 };
 use tokio::sync::{Semaphore, watch};
 
+use crate::PATIENCE;
+
 /// What an operation does instead of its work.
 #[derive(Clone, Debug)]
 pub enum Fault {
@@ -88,12 +90,11 @@ impl<S: Storage> FaultyStorage<S> {
     ///
     /// # Panics
     ///
-    /// Panics after 20 s, naming what was called.
+    /// Panics after [`PATIENCE`], naming what was called.
     pub async fn called(&self, operation: Operation, times: usize) {
         let mut calls = self.calls.subscribe();
         let enough = calls.wait_for(|calls| calls.get(&operation).is_some_and(|is| *is >= times));
-        let limit = Duration::from_secs(20);
-        if tokio::time::timeout(limit, enough).await.is_err() {
+        if tokio::time::timeout(PATIENCE, enough).await.is_err() {
             panic!("no {times} × {operation} in {:?}", self.calls.borrow());
         }
     }

@@ -4,7 +4,6 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use axum::body::Body;
@@ -15,6 +14,8 @@ use tokio::sync::{
     mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
     watch,
 };
+
+use crate::PATIENCE;
 
 /// A body whose frames come from the test, for one answer. Clones are the same body.
 #[derive(Clone, Debug)]
@@ -137,7 +138,7 @@ impl Feed {
     ///
     /// # Panics
     ///
-    /// Panics after 20 s.
+    /// Panics after [`PATIENCE`].
     pub async fn until_taken(&self, frames: usize) {
         self.wait_for(|reading| reading.frames >= frames).await;
     }
@@ -146,7 +147,7 @@ impl Feed {
     ///
     /// # Panics
     ///
-    /// Panics after 20 s.
+    /// Panics after [`PATIENCE`].
     pub async fn ended(&self) -> End {
         let reading = self.wait_for(|reading| reading.end.is_some()).await;
         reading.end.expect("waited for")
@@ -154,8 +155,7 @@ impl Feed {
 
     async fn wait_for(&self, is: impl Fn(&Reading) -> bool) -> Reading {
         let mut reading = self.0.reading.subscribe();
-        let limit = Duration::from_secs(20);
-        match tokio::time::timeout(limit, reading.wait_for(|reading| is(reading))).await {
+        match tokio::time::timeout(PATIENCE, reading.wait_for(|reading| is(reading))).await {
             Ok(Ok(reading)) => *reading,
             _ => panic!(
                 "the reading of the body got to {:?}",

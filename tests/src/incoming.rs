@@ -3,7 +3,6 @@
 use std::{
     pin::Pin,
     task::{Context, Poll, Waker},
-    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -16,7 +15,7 @@ use hyper::{
 };
 use tokio::task::JoinHandle;
 
-use crate::client::Answer;
+use crate::{PATIENCE, client::Answer};
 
 /// The head of an answer, and its body as it comes. Dropping it closes the connection.
 #[derive(Debug)]
@@ -85,9 +84,6 @@ impl Ending {
     }
 }
 
-/// Longer than anything takes that comes at all.
-const PATIENCE: Duration = Duration::from_secs(20);
-
 impl Incoming {
     pub(crate) fn new(
         mut response: Response<hyper::body::Incoming>,
@@ -109,7 +105,7 @@ impl Incoming {
     ///
     /// # Panics
     ///
-    /// Panics if the body ends before, or they do not come in 20 s.
+    /// Panics if the body ends before, or they do not come.
     pub async fn read(&mut self, length: usize) -> Bytes {
         while self.surplus.len() < length {
             let Ok(next) = tokio::time::timeout(PATIENCE, self.body.frame()).await else {
@@ -143,7 +139,7 @@ impl Incoming {
     ///
     /// # Panics
     ///
-    /// Panics if the body stands still for 20 s.
+    /// Panics if the body stands still.
     pub async fn finish(mut self) -> Ending {
         let mut trailers = None;
         let is_broken = loop {

@@ -6,6 +6,8 @@
     reason = "the harness is outside of what `Env` drives"
 )]
 
+use std::time::Duration;
+
 pub mod catalogue;
 pub mod client;
 pub mod example;
@@ -30,6 +32,9 @@ pub use self::{
     runs::{Gate, Runs},
     server::Server,
 };
+
+/// When a test gives up on what has to come. Only a failure takes so long, however busy the machine is.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The README's examples compile and run as doctests of this package.
 #[cfg(doctest)]

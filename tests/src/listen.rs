@@ -13,6 +13,8 @@ use tracing::{
 };
 use tracing_subscriber::{Layer, layer::Context, layer::SubscriberExt, registry::LookupSpan};
 
+use crate::PATIENCE;
+
 /// The names of all events so far, as an observer to give to a configuration.
 #[derive(Clone, Debug)]
 pub struct Events {
@@ -42,13 +44,12 @@ impl Events {
     ///
     /// # Panics
     ///
-    /// Panics after 30 s, naming what did happen.
+    /// Panics after [`PATIENCE`], naming what did happen.
     pub async fn until(&self, name: &str, times: usize) {
         let mut names = self.names.subscribe();
         let heard =
             names.wait_for(|names| names.iter().filter(|event| **event == name).count() >= times);
-        let limit = std::time::Duration::from_secs(30);
-        if tokio::time::timeout(limit, heard).await.is_err() {
+        if tokio::time::timeout(PATIENCE, heard).await.is_err() {
             panic!("no {times} × {name:?} in {:?}", self.names.borrow());
         }
     }

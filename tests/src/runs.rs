@@ -6,11 +6,12 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
-    time::Duration,
 };
 
 use http::StatusCode;
 use tokio::sync::{Semaphore, watch};
+
+use crate::PATIENCE;
 
 /// How often handlers ran. Clones share the count.
 #[derive(Clone, Debug, Default)]
@@ -75,14 +76,11 @@ impl Gate {
     ///
     /// # Panics
     ///
-    /// Panics after 30 s.
+    /// Panics after [`PATIENCE`].
     pub async fn arrived(&self, handlers: usize) {
         let mut arrived = self.arrived.subscribe();
         let enough = arrived.wait_for(|arrived| *arrived >= handlers);
-        if tokio::time::timeout(Duration::from_secs(30), enough)
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(PATIENCE, enough).await.is_err() {
             panic!("{} of {handlers} came to the gate", *self.arrived.borrow());
         }
     }

@@ -16,7 +16,7 @@ use self::{
     judge::Judge,
     network::Link,
     people::{Node, Nodes, PlainEncoder, client},
-    world::{SERVER, Step, World},
+    world::{Chance, SERVER, Step, World},
 };
 
 mod judge;
@@ -26,11 +26,10 @@ mod world;
 
 const LEASE: Duration = Duration::from_secs(30);
 const WAIT: Duration = Duration::from_secs(40);
-const MAX_HOLD: Duration = Duration::from_secs(300);
 const LIMIT: usize = 64;
 
-/// Longer than a world lasts: what was recorded stays.
-const TTL: Duration = Duration::from_secs(1_000_000_000);
+/// As long as things go wrong.
+const TROUBLED: Duration = Duration::from_secs(900);
 
 /// What a world came to.
 #[derive(Debug)]
@@ -57,6 +56,58 @@ struct Rates {
     pause: usize,
     partition: usize,
     corrupt: usize,
+}
+
+/// How a world's service is configured, and what its handlers are like.
+#[derive(Clone, Copy, Debug)]
+struct Terms {
+    max_hold: Duration,
+    /// In every other world longer than the world lasts.
+    ttl: Duration,
+    max_running: usize,
+    /// Its handlers answer conflicts themselves.
+    manual: bool,
+    /// Out of a thousand handlers so many never return,
+    hung: usize,
+    /// and so many answer with a body that never ends.
+    endless: usize,
+}
+
+impl Terms {
+    const LONGEST_HOLD: Duration = Duration::from_secs(300);
+    const MAX_WAITING: usize = 6;
+    const NO_LIMIT: usize = 1_000;
+    const FOR_EVER: Duration = Duration::from_secs(1_000_000_000);
+
+    fn draw(chance: &mut Chance) -> Self {
+        let mut rate = |most: usize| match chance.below(2) {
+            0 => 0,
+            _ => 1 + chance.below(most),
+        };
+        let (hung, endless) = (rate(200), rate(200));
+        Self {
+            max_hold: match chance.below(2) {
+                0 => Self::LONGEST_HOLD,
+                _ => chance.millis(45_000, 200_000),
+            },
+            ttl: match chance.below(2) {
+                0 => Self::FOR_EVER,
+                _ => chance.millis(20_000, 400_000),
+            },
+            max_running: match chance.below(3) {
+                0 => 1 + chance.below(3),
+                _ => Self::NO_LIMIT,
+            },
+            manual: chance.below(4) == 0,
+            hung,
+            endless,
+        }
+    }
+
+    /// How long a client stays at most.
+    fn stay(&self) -> Duration {
+        2 * self.max_hold + Duration::from_secs(100)
+    }
 }
 
 #[derive(Clone)]
@@ -99,11 +150,12 @@ impl Plan {
 /// Runs the world of `seed` to its end, or to its first finding.
 #[must_use]
 pub fn run(seed: u64, traces: bool) -> Report {
-    let size = World::new(seed, 1).chance(|chance| 1 + chance.below(4));
+    let (size, terms) =
+        World::new(seed, 1).chance(|chance| (1 + chance.below(4), Terms::draw(chance)));
     let world = World::new(seed, size);
-    let judge = Judge::new(world.clone(), size, traces);
+    let judge = Judge::new(world.clone(), size, terms, traces);
     let plan = Plan::draw(&world);
-    judge.note(|| format!("seed {seed}: {size} nodes, {:?}", plan.rates()));
+    judge.note(|| format!("seed {seed}: {size} nodes, {terms:?}, {:?}", plan.rates()));
     let server = MemoryStorage::builder()
         .env(world.env(world.home(SERVER)))
         .build();
@@ -111,6 +163,7 @@ pub fn run(seed: u64, traces: bool) -> Report {
         world,
         judge,
         plan,
+        terms,
         server,
         nodes: Nodes::default(),
         steps: 0,
@@ -168,21 +221,24 @@ pub fn explore(seed: u64, steps: u64) -> Explored {
 }
 
 /// Every fault and every state, as they are counted.
-const REACHED: [&str; 42] = [
+const REACHED: [&str; 53] = [
     "answer: 201",
     "answer: 409",
     "answer: 409 replay",
     "answer: 423",
     "answer: 500",
     "answer: 503",
+    "answer: 503 overloaded",
     "engine: adopted",
     "engine: completed",
+    "engine: conflict",
     "engine: deferred",
     "engine: executing",
     "engine: lost",
     "engine: reclaimed",
     "engine: refused",
     "engine: released",
+    "engine: replaced",
     "engine: replayed",
     "engine: storage_failed",
     "engine: tombstoned",
@@ -191,6 +247,7 @@ const REACHED: [&str; 42] = [
     "fault: a client left in its answer",
     "fault: a waiter was cancelled",
     "fault: answer lost",
+    "fault: body never ends",
     "fault: clock skew",
     "fault: crash",
     "fault: delay",
@@ -198,6 +255,7 @@ const REACHED: [&str; 42] = [
     "fault: delivered twice",
     "fault: error after the effect",
     "fault: error before the effect",
+    "fault: handler hangs",
     "fault: handler panics",
     "fault: handler slower than its lease",
     "fault: partition",
@@ -208,8 +266,14 @@ const REACHED: [&str; 42] = [
     "fault: unreadable record",
     "state: a client gave up",
     "state: a client was answered",
+    "state: a conflict run",
+    "state: a conflict run kept the record",
     "state: a late completion was lost",
     "state: a node was overtaken",
+    "state: a record was replaced",
+    "state: a run outlived the TTL of its tombstone",
+    "state: an operation without a client was dropped",
+    "state: ran again after the TTL",
     "state: renewed",
 ];
 
@@ -217,6 +281,7 @@ struct Stage {
     world: World,
     judge: Judge,
     plan: Plan,
+    terms: Terms,
     server: MemoryStorage,
     nodes: Nodes,
     steps: u64,
@@ -232,7 +297,6 @@ impl Stage {
         self.invite();
         let troubles = self.world.clone();
         let plan = Plan(self.plan.0.clone());
-        let until = Duration::from_secs(900);
         let trouble = Trouble {
             judge: self.judge.clone(),
             nodes: self.nodes.clone(),
@@ -241,7 +305,7 @@ impl Stage {
             size,
         };
         self.world.spawn(self.world.home(SERVER), async move {
-            trouble.make(troubles, until).await
+            trouble.make(troubles, TROUBLED).await
         });
         self.go_on_until_still();
     }
@@ -258,6 +322,7 @@ impl Stage {
     fn starter(&self) -> Arc<dyn Fn(usize) -> Node + Send + Sync> {
         let (world, judge) = (self.world.clone(), self.judge.clone());
         let (server, plan) = (self.server.clone(), Plan(self.plan.0.clone()));
+        let terms = self.terms;
         Arc::new(move |node| {
             let home = world.home(node);
             let link = Link {
@@ -270,22 +335,28 @@ impl Stage {
             let lock = LockPolicy::default()
                 .ttl(LEASE)
                 .timeout(WAIT)
-                .max_hold(MAX_HOLD);
+                .max_hold(terms.max_hold);
             let config = Config::default()
                 .env(world.env(home))
                 .encoder(PlainEncoder)
                 .lock(lock)
-                .ttl(TTL)
-                .max_waiting(6)
+                .ttl(terms.ttl)
+                .max_running(terms.max_running)
+                .max_waiting(Terms::MAX_WAITING)
                 .max_response_body(LIMIT)
                 .observer(judge.clone());
+            let policy = match terms.manual {
+                true => KeyPolicy::required().manual(),
+                false => KeyPolicy::required(),
+            };
             Node {
                 world: world.clone(),
                 home,
                 judge: judge.clone(),
+                terms,
                 layer: IdempotencyLayer::enforce(link)
                     .config(config)
-                    .policy(KeyPolicy::required()),
+                    .policy(policy),
             }
         })
     }
@@ -320,7 +391,8 @@ impl Stage {
 
     /// Until nothing will happen any more: every client was answered or is gone, and nobody waits, runs or holds a claim.
     fn go_on_until_still(&mut self) {
-        let deadline = Duration::from_secs(900) + 20 * MAX_HOLD;
+        let deadline = TROUBLED + 40 * Terms::LONGEST_HOLD;
+        let mut looked = Duration::ZERO;
         loop {
             match self.world.step() {
                 Step::Still => break,
@@ -328,6 +400,10 @@ impl Stage {
             }
             for what in self.world.panics() {
                 self.judge.find(format!("a task panicked: {what}"));
+            }
+            if self.world.now() > looked + LEASE / 3 {
+                looked = self.world.now();
+                self.judge.look();
             }
             if self.judge.has_found() {
                 return;

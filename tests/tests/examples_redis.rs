@@ -9,7 +9,7 @@ use std::{path::Path, process::Stdio, time::Duration};
 
 use idempotency_tests::{
     Answer, Example,
-    example::{as_a_reader, command, refused},
+    example::{command, executable, refused, until},
     redis::Redis,
 };
 use tokio::{process::Command, time::timeout};
@@ -49,17 +49,14 @@ async fn without_a_redis_it_says_so() {
 
 #[tokio::test]
 async fn the_script_shows_one_execution_of_each_order() {
-    // Where it has to be built first, that takes its time.
-    drop(command("orders_redis"));
     let examples = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/examples"));
     let mut script = Command::new("bash");
     script
         .arg(examples.join("orders_redis/show.sh"))
-        .env("CARGO", env!("CARGO"))
+        .env("ORDERS_REDIS", executable("orders_redis"))
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    as_a_reader(script.as_std_mut());
-    let output = timeout(Duration::from_secs(50), script.output()).await;
+    let output = timeout(Duration::from_secs(110), script.output()).await;
     let output = output.expect("an end").expect("bash runs");
     let shown = String::from_utf8(output.stdout).expect("UTF-8");
     let said = String::from_utf8_lossy(&output.stderr);
@@ -91,4 +88,48 @@ async fn the_script_shows_one_execution_of_each_order() {
         "{shown}"
     );
     assert!(second[1].starts_with("at two: 201, "), "{shown}");
+}
+
+// ---- production
+
+async fn production(redis: &Redis) -> Example {
+    let mut command = command("production");
+    command.env("REDIS_URL", redis.url());
+    Example::spawn(command).await
+}
+
+#[tokio::test]
+async fn production_prints_lines_that_do_what_they_say() {
+    let redis = Redis::start();
+    let example = production(&redis).await;
+    let answers = example.try_lines().await;
+    let codes: Vec<_> = answers.iter().map(Answer::code).collect();
+    assert_eq!(codes, [201, 201, 400, 401]);
+    example.says_those_codes(&codes);
+    assert!(answers[1].is_replay());
+    assert_eq!(answers[1].body, answers[0].body);
+}
+
+#[tokio::test]
+async fn production_loses_no_order_when_it_is_stopped() {
+    let redis = Redis::start();
+    let mut example = production(&redis).await;
+    let order = |example: &Example, key: &str| {
+        let call = example.post("/orders").key(key);
+        call.header("authorization", "Bearer 42-monday")
+    };
+    // A client that leaves while its order is under way.
+    let leaves = tokio::spawn(order(&example, "order-1").send());
+    until(&mut example.stdout, |line| line == "an order begins").await;
+    leaves.abort();
+    let pid = example.child.id().expect("it runs").to_string();
+    let kill = Command::new("kill").arg(&pid).status().await;
+    assert!(kill.expect("kill runs").success());
+    let status = timeout(Duration::from_secs(60), example.child.wait()).await;
+    assert!(status.expect("it ends").expect("its status").success());
+
+    let again = production(&redis).await;
+    let retry = order(&again, "order-1").send().await;
+    assert_eq!((retry.code(), retry.text()), (201, "order 1\n"));
+    assert!(retry.is_replay(), "the order was recorded before the end");
 }

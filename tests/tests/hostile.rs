@@ -9,7 +9,6 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
-    time::Duration,
 };
 
 use axum::{Router, body::Bytes, extract::State, routing::post};
@@ -26,7 +25,7 @@ use idempotency_axum::{
     Config, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, LockPolicy,
     MemoryStorage,
 };
-use idempotency_tests::{Events, Gate, Runs, Server};
+use idempotency_tests::{Events, Gate, PATIENCE, Runs, Server};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -57,9 +56,6 @@ unsafe impl GlobalAlloc for Measuring {
 static ALLOCATOR: Measuring = Measuring;
 
 const LIMIT: usize = 1000;
-
-/// Longer than anything here takes.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
 struct Shop {
@@ -336,7 +332,7 @@ async fn ten_thousand_open_requests() {
     const CONNECTIONS: usize = 100;
     const STREAMS: usize = 100;
     const MAY_WAIT: usize = 1_000;
-    let lock = LockPolicy::default().timeout(PATIENCE);
+    let lock = LockPolicy::default().timeout(10 * PATIENCE);
     let config = Config::default().lock(lock).max_waiting(MAY_WAIT);
     let (shop, server) = Shop::open(config).await;
     let original = {

@@ -204,6 +204,155 @@ mod check {
         assert_eq!(server.post("/search").send().await.code(), 200);
     }
 
+    /// Where a handler that uses keys has no layer of ours.
+    fn without_layer(layer: &IdempotencyLayer) -> Vec<(&'static str, Router)> {
+        let order = || routing::post(run.idempotency_key(required()));
+        let layered = || {
+            Router::new()
+                .route("/plain", routing::post(run))
+                .layer(layer.clone())
+        };
+        let optional = routing::post(run.idempotency_key(KeyPolicy::optional()));
+        vec![
+            ("added after the layer", layered().route("/order", order())),
+            ("optional", layered().route("/order", optional)),
+            (
+                "merged",
+                layered().merge(Router::new().route("/order", order())),
+            ),
+            (
+                "nested",
+                layered().nest("/api", Router::new().route("/order", order())),
+            ),
+            (
+                "a fallback",
+                layered().fallback(run.idempotency_key(required())),
+            ),
+            (
+                "another layer around it",
+                Router::new()
+                    .route("/order", order())
+                    .layer(tower::limit::ConcurrencyLimitLayer::new(1))
+                    .merge(layered()),
+            ),
+            (
+                "one method of a route",
+                layered().route("/order", routing::get(run).merge(order())),
+            ),
+        ]
+    }
+
+    #[tokio::test]
+    async fn names_a_handler_that_no_layer_wraps() {
+        let layer = layer();
+        for (place, router) in without_layer(&layer) {
+            let misuse = layer.check(router).expect_err(place);
+            let MisuseKind::NoLayer { handler, .. } = misuse.kind() else {
+                panic!("{place}: another misuse: {misuse}");
+            };
+            assert!(handler.ends_with("::run"), "{place}: {handler}");
+            let message = misuse.to_string();
+            for part in [handler, "KeyPolicy", "before `.layer(…)`"] {
+                assert!(message.contains(part), "no {part:?} in {message}");
+            }
+        }
+        let by_attribute = Router::new()
+            .route("/plain", routing::post(run))
+            .layer(layer.clone())
+            .route("/payment", routing::post(pay_by_attribute));
+        let misuse = layer.check(by_attribute).unwrap_err();
+        assert!(
+            misuse.to_string().contains("::pay_by_attribute"),
+            "{misuse}"
+        );
+    }
+
+    #[tokio::test]
+    async fn finds_no_fault_with_handlers_that_have_a_layer() {
+        let layer = layer();
+        let order = || run.idempotency_key(required());
+        for (place, router) in [
+            (
+                "layer",
+                Router::new()
+                    .route("/order", routing::post(order()))
+                    .layer(layer.clone()),
+            ),
+            (
+                "route_layer",
+                Router::new()
+                    .route("/order", routing::post(order()))
+                    .route_layer(layer.clone()),
+            ),
+            (
+                "method router",
+                Router::new().route("/order", routing::post(order()).layer(layer.clone())),
+            ),
+            (
+                "handler",
+                Router::new().route("/order", routing::post(order().layer(layer.clone()))),
+            ),
+            (
+                "a stack on the handler",
+                Router::new().route(
+                    "/order",
+                    routing::post(
+                        order().layer(
+                            ServiceBuilder::new()
+                                .layer(tower::limit::ConcurrencyLimitLayer::new(1))
+                                .layer(layer.clone()),
+                        ),
+                    ),
+                ),
+            ),
+            (
+                "nested",
+                Router::new().nest(
+                    "/api",
+                    Router::new()
+                        .route("/order", routing::post(order()))
+                        .layer(layer.clone()),
+                ),
+            ),
+            (
+                "a layer around both",
+                Router::new()
+                    .nest(
+                        "/api",
+                        Router::new().route("/order", routing::post(order())),
+                    )
+                    .fallback(order())
+                    .layer(layer.clone()),
+            ),
+            (
+                "exempt",
+                Router::new().route("/order", routing::post(run.idempotency_exempt())),
+            ),
+            (
+                "another layer of ours",
+                Router::new()
+                    .route("/order", routing::post(order()))
+                    .layer(layer.clone().config(Config::ietf())),
+            ),
+        ] {
+            if let Err(misuse) = layer.check(router) {
+                panic!("{place}: {misuse}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn does_not_see_behind_nest_service() {
+        let layer = layer();
+        let inner = Router::new().route("/order", routing::post(run.idempotency_key(required())));
+        let router = Router::new()
+            .route("/plain", routing::post(run))
+            .layer(layer.clone())
+            .nest_service("/api", inner.with_state::<()>(()));
+        let app = layer.check(router).expect("a clone does not show it");
+        assert_eq!(post(&app, "/api/order", Some("key")).await.code(), 500);
+    }
+
     #[tokio::test]
     async fn a_layer_with_state_after_it_is_seen() {
         let layer = layer();

@@ -267,7 +267,7 @@ fn every_defect_has_a_test_that_exists() {
 
 const KEY: &str = "the-key";
 /// What a test that hangs is given.
-const LONG: Duration = Duration::from_secs(30);
+const LONG: Duration = idempotency_tests::PATIENCE;
 
 fn enforce(config: Config) -> IdempotencyLayer {
     IdempotencyLayer::enforce(MemoryStorage::new()).config(config)

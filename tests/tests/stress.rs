@@ -23,7 +23,7 @@ use idempotency_axum::{
     Record, Refusal, Storage, StorageError, Token,
 };
 use idempotency_tests::{
-    Answer, Call, Events, Fault, FaultyStorage, Gate, Runs, Server,
+    Answer, Call, Events, Fault, FaultyStorage, Gate, PATIENCE, Runs, Server,
     node::{answer, operation, poll_times},
 };
 use tokio::{
@@ -72,7 +72,7 @@ async fn yields(times: usize) {
 
 /// Fails a test that would hang.
 async fn in_time<F: Future>(what: &str, work: F) -> F::Output {
-    match tokio::time::timeout(Duration::from_secs(30), work).await {
+    match tokio::time::timeout(PATIENCE, work).await {
         Ok(output) => output,
         Err(_) => panic!("{what} does not end"),
     }
@@ -576,8 +576,8 @@ async fn a_handler_that_a_timeout_inside_cancels_is_released() {
     };
     let memory = MemoryStorage::new();
     let layer = IdempotencyLayer::enforce(memory.clone());
-    let limit =
-        TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, Duration::from_millis(10));
+    // The second call has to come in time.
+    let limit = TimeoutLayer::with_status_code(StatusCode::GATEWAY_TIMEOUT, Duration::from_secs(2));
     let app = Router::new()
         .route("/orders", post(handler).layer(limit))
         .layer(layer.clone());
@@ -639,7 +639,7 @@ fn a_server_may_be_shut_down_in_the_midst_of_requests() {
 
 // ---- Handlers that take long ----
 
-const LEASE: Duration = Duration::from_millis(900);
+const LEASE: Duration = Duration::from_millis(1_500);
 
 /// Another node: asks for the key in a runtime of its own until there is an answer. Says whether it might have run.
 fn other_node(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two processes behind one Redis: each order is made once. Needs redis-server, redis-cli, curl and cargo; starts and stops all by
-# itself.
+# itself. ORDERS_REDIS names the executable, if it is built already.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../../.."
 
@@ -17,7 +17,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 # Prints the first line of a file that holds the words, once it is there.
 line_of() {
-    local file=$1 words=$2 left=300
+    local file=$1 words=$2 left=600
     until grep -m 1 -- "$words" "$file" 2>/dev/null; do
         left=$((left - 1))
         if [ "$left" -eq 0 ]; then
@@ -44,8 +44,11 @@ show() {
     if [ "$2" = 000 ]; then printf '%s: no answer\n' "$1"; else printf '%s: %s, %s\n' "$1" "$2" "$(cat "$work/$3")"; fi
 }
 
-cargo build --quiet --workspace --all-features --examples
-service=${CARGO_TARGET_DIR:-target}/debug/examples/orders_redis
+service=${ORDERS_REDIS-}
+if [ -z "$service" ]; then
+    cargo build --quiet --workspace --all-features --examples
+    service=${CARGO_TARGET_DIR:-target}/debug/examples/orders_redis
+fi
 
 say "A Redis that writes everything down before it answers, and two processes"
 redis-server --port 0 --unixsocket "$work/redis.sock" --dir "$work" --appendonly yes --appendfsync always >"$work/redis" &

@@ -108,9 +108,10 @@ fn read_mode(field: &Field) -> Result<Mode> {
 
 fn read_preset(field: &Field) -> Result<Preset> {
     field.one_of(
-        "\"default\", \"ietf\" or \"stripe\"",
+        "\"default\", \"django\", \"ietf\" or \"stripe\"",
         &[
             ("default", Preset::Default),
+            ("django", Preset::Default),
             ("ietf", Preset::Ietf),
             ("stripe", Preset::Stripe),
         ],

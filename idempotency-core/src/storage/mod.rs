@@ -59,6 +59,13 @@ pub use self::cache::redis::RedisCache;
 /// 9. Dropping any of these futures is safe: the storage is in the state before or after the call.
 /// 10. What lies under a key but is not a readable record is an error of kind
 ///     [`Unreadable`](crate::StorageErrorKind::Unreadable) for that key, never an absent one.
+///
+/// # Threads
+///
+/// The engine renews claims, and stores what could not be stored in time, on [`Env::background`](crate::Env::background): a thread with a
+/// tokio runtime of its own. A storage whose connections are driven by another runtime stands still when that runtime does, so one that
+/// connects by itself should keep a connection for these calls ([`Env::in_background`](crate::Env::in_background) tells them). No future
+/// may block its thread: renewals of other claims wait behind it.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a storage",
     label = "not a storage",

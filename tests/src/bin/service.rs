@@ -12,6 +12,7 @@ use axum::{Router, extract::State, http::StatusCode, routing::post};
 use idempotency_axum::{
     Config, Event, IdempotencyKey, IdempotencyLayer, LockPolicy, RedisStorage, idempotency_key,
 };
+use idempotency_tests::PATIENCE;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
     net::TcpListener,
@@ -40,7 +41,8 @@ async fn create_order(State(service): State<Service>, key: IdempotencyKey) -> (S
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
     let url = env::var("REDIS_URL")?;
-    let storage = RedisStorage::connect(url).await?;
+    // A busy machine is no fault of Redis.
+    let storage = RedisStorage::connect(url).time_limit(PATIENCE).await?;
     let milliseconds = |name| -> Result<Option<Duration>, Box<dyn Error>> {
         match env::var(name) {
             Ok(number) => Ok(Some(Duration::from_millis(number.parse()?))),
@@ -56,6 +58,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
     let config = Config::default()
         .lock(lock)
+        .storage_timeout(PATIENCE)
         .observer(|event: &Event<'_>| println!("event {}", event.name()));
     let layer = IdempotencyLayer::enforce(storage).config(config);
 

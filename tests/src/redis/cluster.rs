@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use idempotency_axum::EncodedKey;
 
 use super::server::{Redis, ask, free_port};
+use crate::PATIENCE;
 
 const SLOTS: u16 = 16_384;
 
@@ -19,7 +20,7 @@ impl Cluster {
     ///
     /// # Panics
     ///
-    /// Panics if it does not come together within 30 s.
+    /// Panics if it does not come together.
     pub async fn start() -> Self {
         let mut masters = Vec::new();
         for _ in 0..3 {
@@ -29,7 +30,7 @@ impl Cluster {
                     .on_a_port()
                     .with(&["--cluster-enabled", "yes"])
                     .with(&["--cluster-port", &bus])
-                    .with(&["--cluster-node-timeout", "1000"])
+                    .with(&["--cluster-node-timeout", "5000"])
                     .with(&["--cluster-require-full-coverage", "no"])
                     .start(),
             );
@@ -65,10 +66,7 @@ impl Cluster {
                 {
                     break;
                 }
-                assert!(
-                    since.elapsed() < Duration::from_secs(30),
-                    "no Cluster: {info}"
-                );
+                assert!(since.elapsed() < PATIENCE, "no Cluster: {info}");
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }

@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::server::send_signal;
-use crate::client::Call;
+use crate::{PATIENCE, client::Call};
 
 /// What a service is told when it starts.
 #[derive(Clone, Debug)]
@@ -109,7 +109,7 @@ impl Process {
     ///
     /// # Panics
     ///
-    /// Panics after 30 s.
+    /// Panics after [`PATIENCE`].
     pub async fn until(&self, words: &str, times: usize) -> String {
         until(&self.said, words, times).await
     }
@@ -159,7 +159,7 @@ async fn until(said: &watch::Sender<Vec<String>>, words: &str, times: usize) -> 
         lines.nth(times - 1).cloned()
     };
     let found = heard.wait_for(|said| nth(said).is_some());
-    match timeout(Duration::from_secs(30), found).await {
+    match timeout(PATIENCE, found).await {
         Ok(Ok(said)) => nth(&said).expect("it was there"),
         _ => panic!("no {times} × {words:?} in {:#?}", said.borrow()),
     }

@@ -15,6 +15,7 @@ use tokio::{
 };
 
 use super::server::{Redis, directory};
+use crate::PATIENCE;
 
 /// Stands between a service and its Redis. It passes everything on until it is told to do something else.
 #[derive(Debug)]
@@ -181,10 +182,10 @@ impl Withheld {
     ///
     /// # Panics
     ///
-    /// Panics after 30 s.
+    /// Panics after [`PATIENCE`].
     pub async fn there(&mut self) {
         let there = self.0.wait_for(|there| *there);
-        let there = timeout(Duration::from_secs(30), there).await;
+        let there = timeout(PATIENCE, there).await;
         there.expect("something to withhold").expect("a proxy");
     }
 }
@@ -194,10 +195,10 @@ impl Late {
     ///
     /// # Panics
     ///
-    /// Panics after 30 s.
+    /// Panics after [`PATIENCE`].
     pub async fn there(&mut self) {
         let there = self.there.wait_for(|there| *there);
-        let there = timeout(Duration::from_secs(30), there).await;
+        let there = timeout(PATIENCE, there).await;
         there.expect("something that is late").expect("a proxy");
     }
 

@@ -7,17 +7,15 @@ use std::{
     pin::Pin,
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
 };
 
 use futures_util::{Stream, StreamExt as _};
 use idempotency_axum::redis::{self, Client, FromRedisValue, IntoConnectionInfo as _, ToRedisArgs};
 use tokio::time::timeout;
 
-/// How long anything that should happen at once may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::PATIENCE;
 
-/// A `redis-server` on a unix socket, or also on a free port of 127.0.0.1. It writes every command to its disk before it answers.
+/// A `redis-server` on a unix socket, or also on a free port of 127.0.0.1. It writes every command to its file before it answers.
 #[derive(Debug)]
 pub struct Redis {
     directory: PathBuf,
@@ -136,7 +134,7 @@ impl Redis {
         self.port.expect("a server with a port")
     }
 
-    /// Kills it as a power failure would.
+    /// `kill -9`.
     ///
     /// # Panics
     ///
@@ -159,9 +157,10 @@ impl Redis {
         if self.is_sentinel {
             command.args(["sentinel.conf", "--sentinel"]);
         } else {
+            // What a killed process has written is there. Only a power failure needs `fsync`, for which a busy disk takes seconds.
             command
                 .args(["--save", ""])
-                .args(["--appendonly", "yes", "--appendfsync", "always"]);
+                .args(["--appendonly", "yes", "--appendfsync", "no"]);
         }
         command
             .current_dir(&self.directory)
@@ -313,15 +312,26 @@ pub(super) async fn ask<T: FromRedisValue>(url: &str, words: &[impl ToRedisArgs]
     answer.await.expect("an answer").expect("success")
 }
 
-/// A port that is free now.
+const PORTS: u32 = 20_000;
+
+/// A port that is free, and stays free until its server takes it.
 ///
 /// # Panics
 ///
 /// Panics if there is none.
 #[must_use]
 pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("its address").port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // The system itself gives away ports from 32,768 on, also to connections. Each process begins with another port.
+    let first = std::process::id().wrapping_mul(16);
+    for _ in 0..PORTS {
+        let next = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % PORTS;
+        let port = u16::try_from(10_000 + next).expect("below 32,768");
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no port is free");
 }
 
 /// An empty directory, whose name is short enough for a socket in it.

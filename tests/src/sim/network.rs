@@ -42,7 +42,7 @@ struct Fate {
 }
 
 impl Link {
-    fn fate(&self, operation: Operation) -> Fate {
+    fn fate(&self, operation: Operation, key: &EncodedKey) -> Fate {
         let rates = self.plan.rates();
         let fate = self.world.chance(|chance| {
             let mut fate = Fate {
@@ -88,6 +88,9 @@ impl Link {
                         self.judge.disturb(self.home.node);
                     }
                 }
+                if operation == Operation::Replace {
+                    self.judge.replacement_is_late(key);
+                }
             }
         }
         fate
@@ -105,7 +108,7 @@ impl Link {
         F: Fn(Link) -> BoxFuture<'static, Result<T, StorageError>> + Send + Sync + 'static,
     {
         self.judge.sent(self.home, operation, key);
-        let fate = self.fate(operation);
+        let fate = self.fate(operation, key);
         let (answer, answered) = oneshot::channel();
         let (link, key) = (self.clone(), *key);
         let delivery = async move {
@@ -190,7 +193,7 @@ impl Storage for Link {
             let record = record.clone();
             let work = async move {
                 let held = link.server.complete(&asked, token, &record, ttl).await?;
-                link.judge.completed(&asked, token, &record, held);
+                link.judge.completed(&asked, token, &record, ttl, held);
                 Ok(held)
             };
             Box::pin(work) as BoxFuture<'static, _>
@@ -247,7 +250,11 @@ impl Storage for Link {
         let (asked, record) = (*key, record.clone());
         let work = move |link: Link| {
             let record = record.clone();
-            let work = async move { link.server.replace(&asked, &record, ttl).await };
+            let work = async move {
+                link.server.replace(&asked, &record, ttl).await?;
+                link.judge.replaced(&asked, &record, ttl);
+                Ok(())
+            };
             Box::pin(work) as BoxFuture<'static, _>
         };
         self.send(Operation::Replace, key, work).await
@@ -264,7 +271,7 @@ impl Storage for Link {
 
     /// A subscription, not a message: it ends with whoever waits.
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        let fate = self.fate(Operation::Wait);
+        let fate = self.fate(Operation::Wait, key);
         let (mut answer, answered) = oneshot::channel();
         let (link, key) = (self.clone(), *key);
         let delivery = async move {

@@ -15,20 +15,21 @@ use axum::{body::Body, extract::FromRequestParts, extract::Request, response::Re
 use bytes::Bytes;
 use futures_util::{
     FutureExt,
-    future::{Either, select},
+    future::{Either, pending, select},
     stream,
 };
 use http::StatusCode;
 use http_body_util::BodyExt;
 use idempotency_axum::{
-    Encoded, EncodedKey, Engine, IdempotencyKey, IdempotencyLayer, Key, KeyEncoder, RequestView,
+    Encoded, EncodedKey, Engine, IdempotencyKey, IdempotencyLayer, Key, KeyEncoder,
+    ManualIdempotency, Problem, Refusal, RequestView,
 };
 use tower::{Layer, ServiceExt, service_fn};
 
 use super::{
-    LEASE, LIMIT, MAX_HOLD,
-    judge::{End, Judge},
-    world::{Chance, Home, MeantToPanic, World, unmeant},
+    LEASE, LIMIT, Terms,
+    judge::{Client, End, Judge},
+    world::{Chance, Home, MeantToPanic, Sleep, World, unmeant},
 };
 
 /// One node of the service.
@@ -37,6 +38,7 @@ pub(super) struct Node {
     pub(super) world: World,
     pub(super) home: Home,
     pub(super) judge: Judge,
+    pub(super) terms: Terms,
     pub(super) layer: IdempotencyLayer,
 }
 
@@ -61,10 +63,20 @@ enum Course {
     Panics,
     IsTooLong,
     Breaks,
+    /// It never returns.
+    Hangs,
+    /// Its answer's body never ends.
+    Drags,
 }
 
 impl Course {
-    fn draw(chance: &mut Chance) -> Self {
+    fn draw(chance: &mut Chance, terms: &Terms) -> Self {
+        if chance.permille(terms.hung) {
+            return Self::Hangs;
+        }
+        if chance.permille(terms.endless) {
+            return Self::Drags;
+        }
         match chance.below(100) {
             0..40 => Self::Answers,
             40..65 => Self::Streams,
@@ -76,12 +88,12 @@ impl Course {
     }
 }
 
-fn takes(chance: &mut Chance) -> Duration {
+fn takes(chance: &mut Chance, terms: &Terms) -> Duration {
     match chance.below(100) {
         0..50 => Duration::ZERO,
         50..80 => chance.millis(1, 2_000),
         80..97 => chance.millis(1_000, 4 * LEASE.as_millis() as usize),
-        _ => MAX_HOLD + chance.millis(1, 60_000),
+        _ => terms.max_hold + chance.millis(1, 60_000),
     }
 }
 
@@ -103,7 +115,9 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if !self.ended {
-            self.node.judge.cancelled(self.node.home, &self.key);
+            self.node
+                .judge
+                .cancelled(self.node.home, &self.key, self.number);
         }
     }
 }
@@ -115,16 +129,34 @@ impl Node {
             Ok(key) => key.encoded(),
             Err(_) => panic!("a handler ran unprotected"),
         };
-        let (number, body) = self.judge.started(self.home, &key);
+        let client = parts
+            .extensions
+            .get::<Client>()
+            .cloned()
+            .unwrap_or_default();
+        let manual = Option::<ManualIdempotency>::from_request_parts(&mut parts, &()).await;
+        let conflict = manual.into_iter().flatten().find(ManualIdempotency::exists);
+        let (number, body) = match conflict.filter(|_| self.terms.manual) {
+            Some(conflict) => {
+                let shown = conflict.response();
+                let shown = shown.as_ref().map(|answer| &answer.body()[..]);
+                self.judge
+                    .started_on_conflict(self.home, &key, &client, shown)
+            }
+            None => self.judge.started(self.home, &key, &client),
+        };
         let mut running = Running {
             node: self.clone(),
             key,
             number,
             ended: false,
         };
-        let (course, takes) = self
-            .world
-            .chance(|chance| (Course::draw(chance), takes(chance)));
+        let (course, takes) = self.world.chance(|chance| {
+            (
+                Course::draw(chance, &self.terms),
+                takes(chance, &self.terms),
+            )
+        });
         if takes > LEASE {
             self.judge.count("fault: handler slower than its lease");
         }
@@ -150,7 +182,11 @@ impl Node {
                 self.judge.count("fault: handler panics");
                 resume_unwind(Box::new(MeantToPanic) as Box<dyn Any + Send>)
             }
-            Course::Streams | Course::IsTooLong | Course::Breaks => {
+            Course::Hangs => {
+                self.judge.count("fault: handler hangs");
+                pending().await
+            }
+            Course::Streams | Course::IsTooLong | Course::Breaks | Course::Drags => {
                 created(self.stream(course, running, body))
             }
         }
@@ -167,6 +203,7 @@ impl Node {
             frames.push(Bytes::from([b'x'; LIMIT].to_vec()));
         }
         self.judge.count("fault: slow body");
+        self.judge.streams(&running.key, running.number);
         let world = self.world.clone();
         let frames = frames.into_iter();
         let step =
@@ -191,6 +228,10 @@ impl Node {
                             None
                         }
                         None if course == Course::IsTooLong => None,
+                        None if course == Course::Drags => {
+                            running.node.judge.count("fault: body never ends");
+                            pending().await
+                        }
                         None => {
                             running.end(End::Unreplayable);
                             let broken = std::io::Error::other("the source of the answer is gone");
@@ -260,7 +301,11 @@ impl Node {
     }
 
     async fn serve(&self, key: &str) -> bool {
-        let request = Request::post("/orders").header("idempotency-key", key);
+        let (client, asked) = (Client::default(), self.world.now());
+        let _under_way = self.judge.asked(self.home);
+        let request = Request::post("/orders")
+            .header("idempotency-key", key)
+            .extension(client.clone());
         let Ok(request) = request.body(Body::empty()) else {
             return false;
         };
@@ -269,11 +314,14 @@ impl Node {
             node.clone().handle(request).map(Ok::<_, Infallible>)
         });
         let service = self.layer.layer(service);
-        let (leaves, after) = self
-            .world
-            .chance(|chance| (chance.permille(200), chance.millis(0, 30_000)));
+        let stays = self.world.chance(|chance| match chance.below(10) {
+            0..2 => chance.millis(0, 30_000),
+            2 => chance.millis(0, 400_000),
+            _ => self.terms.stay(),
+        });
+        let leaves = asked + stays;
         let answer = Box::pin(AssertUnwindSafe(service.oneshot(request)).catch_unwind());
-        let response = match self.unless_left(leaves, after, answer).await {
+        let response = match self.unless_left(leaves, &client, answer).await {
             None => return false,
             Some(Ok(Ok(response))) => response,
             Some(Ok(Err(never))) => match never {},
@@ -287,23 +335,30 @@ impl Node {
         if response.status() == StatusCode::LOCKED {
             self.judge.refused_in_flight(self.home, &encoded(key));
         }
-        let came = self.read(response).await;
-        self.tell(key, came)
+        let is_replay = response.headers().contains_key("idempotency-replayed");
+        if response.status() == StatusCode::CONFLICT && !is_replay {
+            self.judge.not_replayable(&encoded(key));
+        }
+        let problem = response.extensions().get::<Problem>();
+        if problem.is_some_and(|problem| problem.refusal() == Refusal::Overloaded) {
+            self.judge.count("answer: 503 overloaded");
+            self.judge.overloaded(self.home, self.engine().waiting());
+        }
+        let came = self.read(response, leaves, &client).await;
+        self.tell(key, came, asked)
     }
 
     async fn unless_left<F: Future + Unpin>(
         &self,
-        leaves: bool,
-        after: Duration,
+        leaves: Duration,
+        client: &Client,
         work: F,
     ) -> Option<F::Output> {
-        if !leaves {
-            return Some(work.await);
-        }
-        match select(work, pin!(self.world.sleep(after))).await {
+        match select(work, pin!(self.until(leaves))).await {
             Either::Left((output, _)) => Some(output),
             Either::Right((_, work)) => {
                 let waited = self.engine().waiting();
+                self.judge.left(self.home, client);
                 drop(work);
                 let what = match self.engine().waiting() < waited {
                     true => "fault: a waiter was cancelled",
@@ -315,12 +370,16 @@ impl Node {
         }
     }
 
+    fn until(&self, time: Duration) -> Sleep {
+        self.world.sleep(time.saturating_sub(self.world.now()))
+    }
+
     pub(super) fn engine(&self) -> &Engine {
         self.layer.engine()
     }
 
     /// Reads an answer, at a pace of its own, perhaps not to its end.
-    async fn read(&self, response: Response) -> Came {
+    async fn read(&self, response: Response, leaves: Duration, client: &Client) -> Came {
         let (parts, mut body) = response.into_parts();
         let is_slow = self.world.chance(|chance| chance.permille(300));
         let mut bytes = Vec::new();
@@ -329,16 +388,25 @@ impl Node {
                 let pause = self.world.chance(|chance| chance.millis(0, 20_000));
                 self.world.sleep(pause).await;
             }
-            if self.world.chance(|chance| chance.permille(30)) {
-                self.judge.count("fault: a client left in its answer");
-                return Came::Nothing;
-            }
-            match body.frame().await {
-                Some(Ok(frame)) => {
+            let is_tired = self.world.chance(|chance| chance.permille(30));
+            let frame = match is_tired {
+                true => None,
+                false => match select(body.frame(), pin!(self.until(leaves))).await {
+                    Either::Left((frame, _)) => Some(frame),
+                    Either::Right(_) => None,
+                },
+            };
+            match frame {
+                None => {
+                    self.judge.count("fault: a client left in its answer");
+                    self.judge.left(self.home, client);
+                    return Came::Nothing;
+                }
+                Some(Some(Ok(frame))) => {
                     bytes.extend_from_slice(frame.data_ref().unwrap_or(&Bytes::new()))
                 }
-                Some(Err(_)) => return Came::Nothing,
-                None => break,
+                Some(Some(Err(_))) => return Came::Nothing,
+                Some(None) => break,
             }
         }
         let is_replay = parts.headers.contains_key("idempotency-replayed");
@@ -346,7 +414,7 @@ impl Node {
     }
 
     /// Tells the judge. Says whether the client has its answer.
-    fn tell(&self, key: &str, came: Came) -> bool {
+    fn tell(&self, key: &str, came: Came, asked: Duration) -> bool {
         let Came::To(status, is_replay, body) = came else {
             return false;
         };
@@ -358,11 +426,11 @@ impl Node {
             if is_replay { " replay" } else { "" }
         ));
         match (status.as_u16(), is_replay) {
-            (409, true) => self.judge.replayed(&key, &text),
-            (409, false) => self.judge.not_replayable(&key),
+            (409, true) => self.judge.replayed(self.home, &key, &text, asked),
+            (409, false) => {}
             (201 | 500, false) => {
                 let own = text.trim_end_matches('x');
-                self.judge.answered(&key, own);
+                self.judge.answered(self.home, &key, own);
                 return status == StatusCode::CREATED;
             }
             (423 | 503, false) => return false,

@@ -7,7 +7,7 @@ use idempotency_axum::{
     Config, Encoded, Env, FingerprintKeyEncoder, Key, KeyEncoder, KeyOnlyEncoder, MemoryStorage,
     OnStorageError, OnUnreadable, Operation, RequestView,
 };
-use idempotency_tests::{Answer, Fault, FaultyStorage};
+use idempotency_tests::{Answer, Fault, FaultyStorage, PATIENCE};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -140,7 +140,7 @@ async fn request_body_silent(column: Column) {
 
 /// All tasks run on this thread.
 async fn until(mut is: impl FnMut() -> bool) {
-    let limit = tokio::time::Instant::now() + Duration::from_secs(20);
+    let limit = tokio::time::Instant::now() + PATIENCE;
     while !is() {
         assert!(tokio::time::Instant::now() < limit, "it never is so");
         tokio::task::yield_now().await;

@@ -4,6 +4,7 @@ use axum::{Router, handler::Handler, routing::any};
 use idempotency_axum::{Config, Env, IdempotencyLayer, KeyPolicy, MemoryStorage, SimulatedClock};
 use idempotency_tests::{Answer, Runs, Server};
 
+mod answers;
 mod attributes;
 mod caches;
 mod combinators;

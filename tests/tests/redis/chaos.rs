@@ -4,7 +4,10 @@ use std::{collections::HashMap, time::Duration};
 
 use futures_util::{StreamExt, stream};
 use idempotency_axum::{Config, LockPolicy, RedisStorage};
-use idempotency_tests::redis::{Chaos, Proxy, Redis};
+use idempotency_tests::{
+    PATIENCE,
+    redis::{Chaos, Proxy, Redis},
+};
 
 use super::{Shop, assert_replays, until};
 
@@ -73,7 +76,7 @@ async fn five_thousand_requests_over_a_bad_network() {
 
     // Nothing is stuck: what is still claimed is given back or recorded, and then every key has its one answer.
     for shop in &shops {
-        let drained = tokio::time::timeout(Duration::from_secs(30), shop.layer.engine().drain());
+        let drained = tokio::time::timeout(PATIENCE, shop.layer.engine().drain());
         drained.await.expect("every claim ends");
     }
     for n in 0..KEYS {

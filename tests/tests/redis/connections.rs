@@ -8,7 +8,10 @@ use idempotency_axum::{
     StorageErrorKind,
     redis::sentinel::{SentinelClient, SentinelServerType},
 };
-use idempotency_tests::redis::{Cluster, Proxy, Redis};
+use idempotency_tests::{
+    PATIENCE,
+    redis::{Cluster, Proxy, Redis},
+};
 use tokio::runtime::{Builder, Runtime};
 
 use super::{KEY, Shop, assert_replays, claim, until};
@@ -92,7 +95,7 @@ async fn a_storage_that_is_dropped_closes_its_connections() {
         (clients.lines().count() == 2).then_some(())
     });
     // Much sooner than a connection that nobody needs for now.
-    let closed = tokio::time::timeout(Duration::from_secs(10), closed).await;
+    let closed = tokio::time::timeout(Duration::from_secs(20), closed).await;
     closed.expect("they are closed at once");
 }
 
@@ -171,7 +174,7 @@ fn behind_a_runtime_that_stands_still<S: Send + 'static, T: Send + 'static>(
         assert!(Env::in_background());
         let _ = tell.send(call.await);
     });
-    let done = told.recv_timeout(Duration::from_secs(30)).unwrap();
+    let done = told.recv_timeout(PATIENCE).unwrap();
     drop(go_on);
     blocking.join().unwrap();
     done
@@ -286,8 +289,7 @@ fn who_waits_does_not_depend_on_another_runtime() {
     waited.unwrap();
 
     busy.block_on(async {
-        let patience = Duration::from_secs(30);
-        let waits = tokio::time::timeout(patience, storage.wait(&KEY, 2 * patience));
+        let waits = tokio::time::timeout(PATIENCE, storage.wait(&KEY, 2 * PATIENCE));
         let released = async {
             tokio::task::yield_now().await;
             assert_eq!(holder.release(&KEY, claim.token).await.unwrap(), Held::Yes);
@@ -338,8 +340,7 @@ async fn while_a_subscription_is_asked_for_the_key_is_looked_at() {
         .time_limit(Duration::from_secs(60));
     let claim = claim();
     assert_eq!(holder.begin(&KEY, &claim).await.unwrap(), Begin::Acquired);
-    let patience = Duration::from_secs(30);
-    let waits = tokio::time::timeout(patience, storage.wait(&KEY, 2 * patience));
+    let waits = tokio::time::timeout(PATIENCE, storage.wait(&KEY, 2 * PATIENCE));
     let released = async {
         let (_asked, _) = silent.accept().await.unwrap();
         assert_eq!(holder.release(&KEY, claim.token).await.unwrap(), Held::Yes);

@@ -11,14 +11,13 @@ use idempotency_axum::{
     },
 };
 use idempotency_tests::{
-    Gate, Logs,
+    Gate, Logs, PATIENCE,
     redis::{Cluster, Redis},
 };
 
 use super::{KEY, Shop, assert_replays, claim, until};
 
 const TTL: Duration = Duration::from_secs(60);
-const PATIENCE: Duration = Duration::from_secs(20);
 
 fn large() -> Record {
     let body = "x".repeat(100_000);

@@ -372,6 +372,7 @@ async fn preset_is_where_defaults_come_from() {
     // (preset, other body, retry, replay header)
     for (preset, other_body, retry, replayed) in [
         ("default", 201, 409, "idempotency-replayed"),
+        ("django", 201, 409, "idempotency-replayed"),
         ("ietf", 422, 201, "idempotency-replayed"),
         ("stripe", 400, 201, "idempotent-replayed"),
     ] {

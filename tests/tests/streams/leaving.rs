@@ -16,7 +16,7 @@ use axum::{
 use futures_util::FutureExt;
 use http_body::{Frame, SizeHint};
 use idempotency_axum::{Config, MemoryStorage, Operation};
-use idempotency_tests::{End, Fault, FaultyStorage, Incoming, Length, Protocol};
+use idempotency_tests::{End, Fault, FaultyStorage, Incoming, Length, PATIENCE, Protocol};
 use tokio::sync::{Semaphore, watch};
 
 use crate::{Play, Stage, impatient};
@@ -48,7 +48,7 @@ impl LetGo {
     async fn until(&self, bodies: usize) {
         let mut count = self.0.subscribe();
         let enough = count.wait_for(|count| *count >= bodies);
-        let enough = tokio::time::timeout(Duration::from_secs(20), enough).await;
+        let enough = tokio::time::timeout(PATIENCE, enough).await;
         assert!(
             enough.is_ok(),
             "the server does not notice that the client left"

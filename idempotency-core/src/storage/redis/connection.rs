@@ -429,7 +429,7 @@ mod tests {
 
     /// Makes connections that never answer, and counts those that are open: each has a clone.
     #[derive(Clone)]
-    struct Silent(#[expect(dead_code, reason = "it is counted, not read")] Arc<()>);
+    struct Silent(#[expect(dead_code, reason = "its clones are counted")] Arc<()>);
 
     impl Maker for Silent {
         type Connection = Self;

@@ -1,0 +1,56 @@
+//! The guide: one page per question. Each page opens with its short answer.
+//!
+//! | page | question |
+//! |---|---|
+//! | [`policies`] | Which requests need a key, and how does a handler say otherwise? |
+//! | [`scope`] | Whose key is it? |
+//! | [`uploads`] | How do large request bodies and uploads work? |
+//! | [`cors`] | What do browsers need? |
+//! | [`streams`] | What happens to streams, server-sent events and WebSockets? |
+//! | [`clients`] | What should a client do? |
+//! | [`webhooks`] | How are webhooks received and sent? |
+//! | [`testing`] | How is a service with idempotency keys tested? |
+//! | [`operating`] | What does an operator need to know? |
+//! | [`settings`] | How is the layer configured from a file or the environment? |
+//! | [`migrating`] | How does a service move from django-idempotency-key? |
+//! | [`coming_from`] | What is called what, for users of other libraries? |
+//!
+//! Every Rust block of the pages is compiled, and most of them run and assert as tests of this crate. The pages show the memory
+//! storage where the storage does not matter. The [crate docs](crate) describe the way of a request, and [`problem`](crate::problem) lists
+//! all kinds of refusal.
+
+#[doc = include_str!("docs/policies.md")]
+pub mod policies {}
+
+#[doc = include_str!("docs/scope.md")]
+pub mod scope {}
+
+#[doc = include_str!("docs/uploads.md")]
+pub mod uploads {}
+
+#[doc = include_str!("docs/cors.md")]
+pub mod cors {}
+
+#[doc = include_str!("docs/streams.md")]
+pub mod streams {}
+
+#[doc = include_str!("docs/clients.md")]
+pub mod clients {}
+
+#[doc = include_str!("docs/webhooks.md")]
+pub mod webhooks {}
+
+#[doc = include_str!("docs/testing.md")]
+pub mod testing {}
+
+#[doc = include_str!("docs/operating.md")]
+pub mod operating {}
+
+#[doc = include_str!("docs/settings.md")]
+pub mod settings {}
+
+#[doc = include_str!("docs/migrating.md")]
+pub mod migrating {}
+
+#[doc = include_str!("docs/coming_from.md")]
+pub mod coming_from {}
