@@ -710,6 +710,27 @@ mod tests {
     }
 
     #[test]
+    fn redirections_lead_to_hosts_of_all_kinds() {
+        let asked = ("asked".to_owned(), 1);
+        for (told, host) in [
+            ("MOVED 7 n1:6380", Some("n1")),
+            ("ASK 7 10.0.0.1:6380", Some("10.0.0.1")),
+            ("MOVED 7 ::1:6380", Some("::1")),
+            ("MOVED 7 :6380", Some("asked")),
+            ("MOVED 7 ?:6380", None),
+            ("MOVED 7 n1", None),
+            ("MOVED 7 n1:66000", None),
+            ("MOVED", None),
+            ("ERR 7 n1:6380", None),
+        ] {
+            let answer = redis::parse_redis_value(format!("-{told}\r\n").as_bytes());
+            let error = answer.and_then(Value::extract_error).unwrap_err();
+            let expected = host.map(|host| (host.to_owned(), 6380));
+            assert_eq!(redirection(&error, &asked), expected, "{told}");
+        }
+    }
+
+    #[test]
     fn owners_are_read_from_what_nodes_tell() {
         let node = |host: Value, port| Value::Array(vec![host, Value::Int(port)]);
         let range =
