@@ -512,7 +512,7 @@ impl Exchange {
     /// Runs the handler and records what it answers.
     async fn execute<S, R>(
         self,
-        inner: S,
+        mut inner: S,
         run: Run,
         request: Protected,
     ) -> Result<Response, S::Error>
@@ -523,7 +523,21 @@ impl Exchange {
     {
         let protection = request.protection.clone();
         // A panic goes on to whoever catches it outside, once the run is ended.
-        let answered = AssertUnwindSafe(call(inner, request.into_inner()))
+        let ready = AssertUnwindSafe(poll_fn(|cx| inner.poll_ready(cx))).catch_unwind();
+        match ready.await {
+            Ok(Ok(())) => {}
+            // The handler was not called.
+            Ok(Err(error)) => {
+                run.release().await;
+                return Err(error);
+            }
+            Err(panic) => {
+                run.release().await;
+                resume_unwind(panic);
+            }
+        }
+        // In a block of its own, so that a panic of `call` itself is one of the handler.
+        let answered = AssertUnwindSafe(async { inner.call(request.into_inner()).await })
             .catch_unwind()
             .await;
         let (status, is_kept) = match &answered {

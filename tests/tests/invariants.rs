@@ -689,7 +689,6 @@ async fn invariant_06_an_error_counts_as_a_500() {
     for (first, end) in [
         (First::Panics, "injected: the handler"),
         (First::Fails, "failed"),
-        (First::NeverReady, "not ready"),
     ] {
         let (said, retry, runs) = twice_to_work(first, StoreOn::success()).await;
         assert_eq!((&*said, retry.status(), runs), (end, StatusCode::OK, 2));
@@ -698,6 +697,11 @@ async fn invariant_06_an_error_counts_as_a_500() {
             (&*said, retry.status(), runs),
             (end, StatusCode::CONFLICT, 1)
         );
+    }
+    // What was never ready was never called.
+    for store_on in [StoreOn::success(), StoreOn::all()] {
+        let (said, retry, _) = twice_to_work(First::NeverReady, store_on).await;
+        assert_eq!((&*said, retry.status()), ("not ready", StatusCode::OK));
     }
 }
 
@@ -708,7 +712,6 @@ async fn invariant_06_a_store_on_that_panics_leaves_a_tombstone() {
         (First::Answered, "injected: which are stored?"),
         (First::Panics, "injected: the handler"),
         (First::Fails, "failed"),
-        (First::NeverReady, "not ready"),
     ] {
         let store_on = StoreOn::from_fn(|_| panic!("injected: which are stored?"));
         let (said, retry, runs) = twice_to_work(first, store_on).await;

@@ -409,3 +409,26 @@ async fn without_locks_turns_are_not_waited_for() {
     assert_replays(node.engine.begin(&key).await, "three");
     node.assert_quiet().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_replaced_tombstone_is_shown_where_its_operation_still_runs() {
+    let max_hold = LEASE * 2;
+    let node = Node::with(|config| config.lock(LockPolicy::default().max_hold(max_hold)));
+    let peer = node.peer();
+    let key = operation(1);
+    let hung = claim_of(node.engine.begin(&key).await);
+    node.pass(max_hold).await;
+    let turn = turn_of(manual(&peer, &key).await);
+    assert_eq!(turn.replace(answer("two")).await.unwrap(), Held::Yes);
+
+    let turn = turn_of(manual(&node.engine, &key).await);
+    assert_eq!(turn.record(), &record("two"));
+    turn.keep().await;
+    // The tombstone is refreshed while the operation runs, and does not come back.
+    node.pass(LEASE).await;
+    let turn = turn_of(manual(&node.engine, &key).await);
+    assert_eq!(turn.record(), &record("two"));
+    turn.keep().await;
+    drop(hung);
+    node.assert_quiet().await;
+}

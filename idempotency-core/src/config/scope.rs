@@ -217,8 +217,7 @@ impl Scope {
 fn credentials(headers: &HeaderMap) -> Vec<u8> {
     let mut all = joined(header_values(headers, &header::AUTHORIZATION)).unwrap_or_default();
     for name in &API_KEYS {
-        let values = joined(header_values(headers, name)).filter(|values| !values.is_empty());
-        if let Some(values) = values {
+        if let Some(values) = joined(header_values(headers, name)) {
             all.push(b'\n');
             all.extend_from_slice(name.as_str().as_bytes());
             all.push(b':');
@@ -279,14 +278,15 @@ fn cookie_values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item =
         })
 }
 
-/// All the values, since a server behind us may look at any of them; a zero byte, which no header can hold, separates them.
+/// All the values, since a server behind us may look at any of them; a zero byte, which no header can hold, separates them. `None`
+/// if there are none, or all are empty.
 fn joined<'a>(mut values: impl Iterator<Item = &'a [u8]>) -> Option<Vec<u8>> {
     let mut joined = values.next()?.to_vec();
     for value in values {
         joined.push(0);
         joined.extend_from_slice(value);
     }
-    Some(joined)
+    joined.iter().any(|byte| *byte != 0).then_some(joined)
 }
 
 impl Default for Scope {

@@ -1,6 +1,9 @@
 //! Claim, run and record in one call, for what is not HTTP.
 
-use std::future::Future;
+use std::{
+    future::Future,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+};
 
 use http::{HeaderMap, StatusCode};
 use serde::{Serialize, de::DeserializeOwned};
@@ -37,7 +40,7 @@ impl Engine {
     /// `Ok` values are recorded as JSON, for [`Config::ttl`](crate::Config::ttl); an `Err` releases the key. A duplicate of a running
     /// operation waits up to [`LockPolicy::timeout`](crate::LockPolicy::timeout) for its value.
     ///
-    /// Dropping the future cancels the operation and releases the key, and so does a panic. To let an operation survive its caller,
+    /// Dropping the future cancels the operation and releases the key, and so does a panic of it. To let an operation survive its caller,
     /// run this in a task.
     ///
     /// ```
@@ -63,7 +66,8 @@ impl Engine {
     /// ```
     ///
     /// With [`OnStorageError::RunUnprotected`](crate::OnStorageError::RunUnprotected) the operation also runs, without a record, where
-    /// the storage fails. A value that can't be written as JSON leaves a tombstone, and an error in the log.
+    /// the storage fails. A value that can't be written as JSON leaves a tombstone, and an error in the log;
+    /// one that panics when it is written leaves a tombstone too.
     pub async fn run<T, E, F>(&self, encoded: &Encoded, operation: impl FnOnce() -> F) -> Ran<T, E>
     where
         T: Serialize + DeserializeOwned,
@@ -88,12 +92,18 @@ impl Engine {
             }
         };
         // Where the value can't be stored, observers and the log are told why; it was executed all the same.
-        let _ = match serde_json::to_vec(&value) {
-            Ok(json) => {
+        let written = catch_unwind(AssertUnwindSafe(|| serde_json::to_vec(&value)));
+        let _ = match written {
+            Ok(Ok(json)) => {
                 let record = StoredResponse::new(StatusCode::OK, &HeaderMap::new(), json);
                 claim.complete(record).await
             }
-            Err(error) => {
+            Err(panic) => {
+                // What was executed must not be executed again.
+                let _ = claim.tombstone(TombstoneReason::Unstorable).await;
+                resume_unwind(panic);
+            }
+            Ok(Err(error)) => {
                 tracing::error!(
                     target: "idempotency",
                     key = %encoded.key,

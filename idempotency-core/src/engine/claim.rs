@@ -124,7 +124,8 @@ impl Claim {
         let stored = shared.storage.complete(&self.key, self.token, &record, ttl);
         match shared.limited(stored).await {
             Ok(held) => {
-                self.end();
+                self.ended = true;
+                let _telling = shared.ledger.end(self.token);
                 keeper::completed(&shared, &self.key, since, &record, held);
                 match held {
                     Held::Yes => Completion::Stored,
@@ -134,7 +135,8 @@ impl Claim {
             Err(error) => {
                 shared.failed(&self.key, Operation::Complete, &error);
                 if is_offer {
-                    self.end();
+                    self.ended = true;
+                    drop(shared.ledger.end(self.token));
                     return Completion::Lost;
                 }
                 match self.leave_to_keeper(true) {
@@ -169,11 +171,6 @@ impl Claim {
             token: self.token,
             claimed: run.is_held().then_some(Claimed::Yes),
         })
-    }
-
-    fn end(&mut self) {
-        self.ended = true;
-        drop(self.shared.ledger.end(self.token));
     }
 }
 

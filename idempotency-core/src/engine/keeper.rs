@@ -4,7 +4,13 @@
 //! a request that is answered within a third of the lease costs no spawn and no timer beyond the one that the keeper already has.
 //! It runs on [`Env::background`](crate::Env::background), so that no runtime of the program has to run for it.
 
-use std::{collections::VecDeque, panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::{
     FutureExt, StreamExt,
@@ -41,19 +47,23 @@ pub(super) fn wake(shared: &Arc<Shared>) {
 }
 
 fn start(shared: &Arc<Shared>) {
-    let Some(spawner) = shared.config.env.background() else {
-        shared.ledger.lose_keeper();
-        tracing::error!(
-            target: "idempotency",
-            "no runtime to renew claims on: they end with their lease; call the engine inside a tokio runtime"
-        );
-        return;
-    };
+    // Dropped before its end it gives its place free, also where an environment of a user's panics. That is not passed on: this is
+    // called where a panic may be under way already.
     let keeper = Keeper {
         shared: shared.clone(),
         leaving: false,
     };
-    spawner.spawn(keeper.run().with_current_subscriber());
+    let started = catch_unwind(AssertUnwindSafe(|| {
+        let spawner = shared.config.env.background()?;
+        spawner.spawn(keeper.run().with_current_subscriber());
+        Some(())
+    }));
+    if !matches!(started, Ok(Some(()))) {
+        tracing::error!(
+            target: "idempotency",
+            "no runtime to renew claims on: they end with their lease; call the engine inside a tokio runtime"
+        );
+    }
 }
 
 /// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key. `failed`: the storage refused
@@ -262,13 +272,19 @@ async fn guarded(shared: &Shared, token: Token, job: Job, work: impl Future<Outp
     }
 }
 
-/// `operation` under the time limit of the keeper: a renewal that hangs has to be tried again before the lease is over.
+/// `operation` under the time limit of the keeper: a renewal that hangs has to be tried again before the lease is over. A storage
+/// that panics has failed, and is tried again no more often than any other that fails.
 async fn limited<T>(
     shared: &Shared,
     operation: impl Future<Output = Result<T, StorageError>>,
 ) -> Result<T, StorageError> {
     let config = &shared.config;
     let limit = config.storage_timeout.min(config.lock.lease() / 3);
+    let operation = AssertUnwindSafe(operation).catch_unwind();
+    let operation = operation.map(|done| match done {
+        Ok(done) => done,
+        Err(_) => Err(StorageError::unavailable("the storage panicked")),
+    });
     shared.limited_to(limit, operation).await
 }
 
@@ -356,6 +372,7 @@ async fn store_tombstone(shared: &Shared, token: Token) {
     let stored = shared.storage.complete(&key, token, &tombstone, ttl);
     let stored = limited(shared, stored).await;
     let now = shared.config.env.now();
+    let _telling = shared.ledger.telling();
     match stored {
         Ok(Held::Yes) => {
             let is_first = shared.ledger.change(token, |run| run.tombstone_stored(now));
@@ -391,6 +408,7 @@ async fn store_late(shared: &Shared, token: Token) {
     };
     let now = shared.config.env.now();
     if late.expires <= now {
+        let _telling = shared.ledger.telling();
         if shared
             .ledger
             .advance(token, |run| run.late_stored(late.replaced))
@@ -400,7 +418,9 @@ async fn store_late(shared: &Shared, token: Token) {
         }
         return;
     }
-    match try_to_store(shared, &key, token, &late).await {
+    let stored = try_to_store(shared, &key, token, &late).await;
+    let _telling = shared.ledger.telling();
+    match stored {
         Ok((record, held)) => {
             let next = shared
                 .ledger
@@ -449,7 +469,9 @@ async fn try_to_store(
         is_last = answered == Some(true);
     } else {
         match limited(shared, storage.get(key)).await {
-            Ok(None) => {}
+            Ok(None) => {
+                is_last = shared.ledger.change(token, Run::answered) == Some(true);
+            }
             Ok(Some(Entry::Completed(there))) if there == record => {
                 return Ok((record, Held::Yes));
             }
@@ -471,7 +493,17 @@ async fn try_to_store(
         Ok(held)
     };
     let error = match limited(shared, completed).await {
-        Ok(held) => return Ok((record, held)),
+        Ok(held) => {
+            if held == Held::Yes && late.replaced == 0 && offered != record {
+                // The key may have been free, so that the tombstone is there now. If this takes too long, the record most likely
+                // was there before.
+                let replaced = limited(shared, storage.replace(key, &record, ttl)).await;
+                if let Err(error) = replaced {
+                    shared.failed(key, Operation::Replace, &error);
+                }
+            }
+            return Ok((record, held));
+        }
         Err(error) => error,
     };
     if is_last {

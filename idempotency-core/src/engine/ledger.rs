@@ -41,6 +41,8 @@ struct State {
     releases: Releases,
     /// Requests between `enter` and `add` or `leave`.
     entered: usize,
+    /// Ends that somebody is still to be told of.
+    telling: usize,
     /// Runs that count among those that may run.
     places: usize,
     waiting: usize,
@@ -87,7 +89,10 @@ pub(super) enum Found {
         fingerprint: Option<Fingerprint>,
         waiter: Waiter,
     },
+    /// What is still to be stored.
     Outcome(Record),
+    /// What is stored, and was replaced there since, perhaps.
+    Stored(Record),
 }
 
 impl State {
@@ -133,7 +138,7 @@ impl State {
     }
 
     fn is_drained(&self) -> bool {
-        self.runs.is_empty() && self.entered == 0 && self.releases.is_empty()
+        self.runs.is_empty() && self.entered == 0 && self.telling == 0 && self.releases.is_empty()
     }
 }
 
@@ -166,6 +171,7 @@ impl Ledger {
                 waiter: self.waiters.subscribe(key, true),
             },
             Answer::Outcome(record) => Found::Outcome(record),
+            Answer::Stored(record) => Found::Stored(record),
             Answer::Nothing => Found::Nothing,
         }
     }
@@ -174,7 +180,7 @@ impl Ledger {
     pub(super) fn subscribe(&self, key: &EncodedKey) -> Result<Waiter, Record> {
         let state = self.lock();
         let run = state.of_key(key);
-        if let Some(Answer::Outcome(record)) = run.map(Run::answer) {
+        if let Some(Answer::Outcome(record) | Answer::Stored(record)) = run.map(Run::answer) {
             return Err(record);
         }
         Ok(self.waiters.subscribe(key, run.is_some()))
@@ -234,11 +240,22 @@ impl Ledger {
     }
 
     /// Ends a run.
-    pub(super) fn end(&self, token: Token) -> Option<Run> {
+    pub(super) fn end(&self, token: Token) -> Telling<'_> {
         let mut state = self.lock();
-        let run = state.remove(token)?;
-        self.check_drained(&state);
-        Some(run)
+        state.telling += 1;
+        Telling {
+            ledger: self,
+            _run: state.remove(token),
+        }
+    }
+
+    /// Whoever may end a run holds this until all are told of it.
+    pub(super) fn telling(&self) -> Telling<'_> {
+        self.lock().telling += 1;
+        Telling {
+            ledger: self,
+            _run: None,
+        }
     }
 
     /// Ends a run whose end is still to be told to the storage: it counts as entered until [`leave`](Self::leave).
@@ -366,6 +383,8 @@ impl Ledger {
         for token in tokens {
             state.change(token, Run::start_over);
         }
+        // What that one was releasing is left to its lease.
+        self.check_drained(&state);
     }
 
     /// The keeper has nothing under way: says whether it may end, since nothing is left to look after.
@@ -434,6 +453,22 @@ impl Ledger {
         if state.is_drained() {
             self.drained.notify_waiters();
         }
+    }
+}
+
+/// Who drains finds everybody told: observers, and those who wait. Until it is dropped, not everybody is.
+#[must_use]
+pub(super) struct Telling<'a> {
+    ledger: &'a Ledger,
+    /// Not to be dropped under the lock.
+    _run: Option<Run>,
+}
+
+impl Drop for Telling<'_> {
+    fn drop(&mut self) {
+        let mut state = self.ledger.lock();
+        state.telling -= 1;
+        self.ledger.check_drained(&state);
     }
 }
 

@@ -333,10 +333,8 @@ impl Engine {
     /// For shutdown: stop taking requests, then drain, under a time limit of your own (an outcome that a dead storage can't
     /// take is tried until its TTL is over).
     pub async fn drain(&self) {
-        // A claim that was dropped where no runtime was entered is still to be released.
-        if self.running() == 0 {
-            keeper::wake(&self.shared);
-        }
+        // What ended where no runtime was entered, or in one that has ended, is still to be told to the storage.
+        keeper::wake(&self.shared);
         self.shared.ledger.drained().await;
     }
 
@@ -356,7 +354,7 @@ impl Engine {
         let shared = &self.shared;
         let key = &encoded.key;
         match shared.ledger.find(key) {
-            Found::Outcome(record) => {
+            Found::Outcome(record) | Found::Stored(record) => {
                 return Attempt::Decided(replay(encoded, record, waited));
             }
             Found::Running {

@@ -92,11 +92,11 @@ impl Releases {
         self.failures = self.failures.saturating_add(1);
     }
 
-    /// The storage did not answer one that was taken, which is tried again.
+    /// The storage did not answer one that was taken, which is tried again once the others were: that may be about its key alone.
     pub(super) fn failed(&mut self, release: Release) {
         self.under_way -= 1;
         // It may have been released, only nobody said so.
-        self.queue.push_front(Release {
+        self.queue.push_back(Release {
             claimed: Claimed::Perhaps,
             ..release
         });

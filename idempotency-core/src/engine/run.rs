@@ -128,7 +128,10 @@ pub(super) enum Next {
 /// What a key's own run tells of it.
 pub(super) enum Answer {
     Running,
+    /// What is still to be stored.
     Outcome(Record),
+    /// What is stored, and was replaced there since, perhaps.
+    Stored(Record),
     Nothing,
 }
 
@@ -186,7 +189,8 @@ impl Run {
     pub(super) fn answer(&self) -> Answer {
         match &self.phase {
             Phase::Held | Phase::Finishing(_) => Answer::Running,
-            Phase::GivenUp(_) => Answer::Outcome(self.tombstone()),
+            Phase::GivenUp(None) => Answer::Outcome(self.tombstone()),
+            Phase::GivenUp(Some(_)) => Answer::Stored(self.tombstone()),
             Phase::Pending(pending) => Answer::Outcome(pending.record.clone()),
             Phase::Unclaimed | Phase::Lost => Answer::Nothing,
         }

@@ -202,13 +202,19 @@ impl Engine {
     /// What stands recorded now that it is our turn: the turn before may have replaced what was `seen`.
     async fn stands(&self, encoded: &Encoded, seen: Record) -> Result<Record, NoTurn> {
         let key = &encoded.key;
-        let record = match self.shared.ledger.find(key) {
+        let found = self.shared.ledger.find(key);
+        if let Found::Running { .. } = found {
+            return Err(NoTurn::RecordIsGone);
+        }
+        let record = match found {
             Found::Outcome(record) => record,
-            Found::Running { .. } => return Err(NoTurn::RecordIsGone),
-            Found::Nothing => match self.get(key).await {
-                Ok(Some(Entry::Completed(record))) => record,
-                Ok(_) => return Err(NoTurn::RecordIsGone),
-                Err(error) => match self.shared.storage_failed(key, Operation::Get, error) {
+            found => match (self.get(key).await, found) {
+                (Ok(Some(Entry::Completed(record))), _) => record,
+                // The storage has lost the tombstone of an operation that still runs here. Otherwise it is asked all the same, since
+                // a conflict run may have replaced it.
+                (Ok(_), Found::Stored(tombstone)) => tombstone,
+                (Ok(_), _) => return Err(NoTurn::RecordIsGone),
+                (Err(error), _) => match self.shared.storage_failed(key, Operation::Get, error) {
                     Decision::Refuse(refused) => return Err(NoTurn::Refused(refused)),
                     _ => seen,
                 },

@@ -60,9 +60,9 @@ impl LockPolicy {
 
     /// After how long a running operation is given up. Its key gets a tombstone, which stays for as long as the operation runs and for
     /// the TTL after that, so it never runs twice. Its place among [`Config::max_running`](crate::Config::max_running) is free, and the
-    /// middleware drops it if its client is gone. Default: 10 min.
+    /// middleware drops it if its client is gone. Default: 10 min. At least [`MIN_TTL`](Self::MIN_TTL).
     pub fn max_hold(mut self, limit: Duration) -> Self {
-        self.hold_limit = limit;
+        self.hold_limit = limit.max(Self::MIN_TTL);
         self
     }
 

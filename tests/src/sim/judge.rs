@@ -23,12 +23,6 @@ use super::{
     world::{Home, SERVER, World},
 };
 
-/// On the node where an operation runs on past `max_hold`, a manual handler is shown its tombstone and not the last answer.
-const TOMBSTONE_HIDES: &str = "known: a tombstone hid the last answer";
-
-/// What the engine does not keep yet.
-const KNOWN: [&str; 1] = [TOMBSTONE_HIDES];
-
 /// How an execution ends, as its handler decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
@@ -260,15 +254,6 @@ impl Judge {
     pub(super) fn find(&self, finding: String) {
         self.note(|| format!("VIOLATION {finding}"));
         self.lock().findings.push(finding);
-    }
-
-    /// Of a kind that is known: counted, and no finding.
-    fn find_known(&self, kind: &'static str, finding: String) {
-        if !KNOWN.contains(&kind) {
-            return self.find(finding);
-        }
-        self.note(|| format!("known: {finding}"));
-        self.count(kind);
     }
 
     pub(super) fn has_found(&self) -> bool {
@@ -679,7 +664,7 @@ impl Judge {
     ) -> (usize, String) {
         let now = self.1.now();
         let earliest = self.earliest();
-        let (others, is_there, is_last, is_running) = self.with(key, |case| {
+        let (others, is_there, is_last) = self.with(key, |case| {
             let (mut others, mut is_running) = (Vec::new(), false);
             for it in case.executions.iter().filter(|it| !it.is_overtaken) {
                 // A first run that was held too long is a conflict for all others, also while it runs; its node knows first.
@@ -715,7 +700,7 @@ impl Judge {
                 (None, None) => is_running && shown.is_none(),
             };
             let is_there = stored.is_some() || pending.is_some() || is_running;
-            (others, is_there, is_last, is_running)
+            (others, is_there, is_last)
         });
         let (number, body) = self.enter(home, key, client, None);
         self.count("state: a conflict run");
@@ -743,10 +728,7 @@ impl Judge {
                 "{} was shown {text:?}, which is not the last answer",
                 short(key)
             );
-            match is_running && shown.is_none() {
-                true => self.find_known(TOMBSTONE_HIDES, finding),
-                false => self.find(finding),
-            }
+            self.find(finding);
         }
         (number, body)
     }
