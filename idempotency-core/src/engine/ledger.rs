@@ -91,8 +91,8 @@ pub(super) enum Found {
     },
     /// What is still to be stored.
     Outcome(Record),
-    /// What is stored, and was replaced there since, perhaps.
-    Stored(Record),
+    /// The tombstone of an operation that still runs. Another may stand in its place at the storage.
+    GivenUp(Record),
 }
 
 impl State {
@@ -171,7 +171,7 @@ impl Ledger {
                 waiter: self.waiters.subscribe(key, true),
             },
             Answer::Outcome(record) => Found::Outcome(record),
-            Answer::Stored(record) => Found::Stored(record),
+            Answer::GivenUp(record) => Found::GivenUp(record),
             Answer::Nothing => Found::Nothing,
         }
     }
@@ -180,7 +180,7 @@ impl Ledger {
     pub(super) fn subscribe(&self, key: &EncodedKey) -> Result<Waiter, Record> {
         let state = self.lock();
         let run = state.of_key(key);
-        if let Some(Answer::Outcome(record) | Answer::Stored(record)) = run.map(Run::answer) {
+        if let Some(Answer::Outcome(record) | Answer::GivenUp(record)) = run.map(Run::answer) {
             return Err(record);
         }
         Ok(self.waiters.subscribe(key, run.is_some()))

@@ -354,7 +354,7 @@ impl Engine {
         let shared = &self.shared;
         let key = &encoded.key;
         match shared.ledger.find(key) {
-            Found::Outcome(record) | Found::Stored(record) => {
+            Found::Outcome(record) | Found::GivenUp(record) => {
                 return Attempt::Decided(replay(encoded, record, waited));
             }
             Found::Running {

@@ -210,9 +210,9 @@ impl Engine {
             Found::Outcome(record) => record,
             found => match (self.get(key).await, found) {
                 (Ok(Some(Entry::Completed(record))), _) => record,
-                // The storage has lost the tombstone of an operation that still runs here. Otherwise it is asked all the same, since
-                // a conflict run may have replaced it.
-                (Ok(_), Found::Stored(tombstone)) => tombstone,
+                // An operation that still runs here was given up. The storage is asked all the same, since another may have run, or a
+                // conflict run replaced the tombstone.
+                (Ok(_), Found::GivenUp(tombstone)) => tombstone,
                 (Ok(_), _) => return Err(NoTurn::RecordIsGone),
                 (Err(error), _) => match self.shared.storage_failed(key, Operation::Get, error) {
                     Decision::Refuse(refused) => return Err(NoTurn::Refused(refused)),
