@@ -67,10 +67,10 @@ fn count(event: &Event<'_>) {
 async fn run() -> Result<(), Box<dyn Error>> {
     let location = env::var("REDIS_URL").unwrap_or_else(|_| "redis://127.0.0.1:6379".to_owned());
     let storage = RedisStorage::connect(location)
-        .require_noeviction()
-        .await?
         // Another one for each service that shares the Redis.
-        .prefix("shop");
+        .prefix("shop")
+        .require_noeviction()
+        .await?;
     // The user and not the token: a retry may come with a fresh one.
     let scope = Scope::from_fn(|parts| {
         let UserId(user) = parts.extensions.get()?;

@@ -402,7 +402,8 @@ async fn an_answer_too_large_to_look_at_is_not_sent_again() {
     let node = Node::new();
     let claim = claim_of(node.engine.begin(&operation(1)).await);
     node.storage.set(Operation::Complete, Fault::HangAfter);
-    node.storage.set(Operation::Get, Fault::Hang);
+    // What is there takes too long to arrive as well.
+    node.storage.set(Operation::Begin, Fault::Hang);
     let completing = tokio::spawn(claim.complete(answer("large")));
     idle().await;
     node.clock.advance(Duration::from_secs(1));
@@ -411,7 +412,7 @@ async fn an_answer_too_large_to_look_at_is_not_sent_again() {
     node.pass(LEASE).await;
     assert_eq!(node.engine.running(), 0);
     assert_replays(node.peer().begin(&operation(1)).await, "large");
-    node.storage.heal(Operation::Get);
+    node.storage.heal(Operation::Begin);
     node.assert_quiet().await;
 }
 
@@ -519,5 +520,28 @@ impl Environment for CountedSleeps {
 
     fn spawner(&self) -> Option<Spawner> {
         self.env.spawner()
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outcome_whose_future_stands_still_is_stored_all_the_same() {
+    for drops in [false, true] {
+        let node = Node::new();
+        let claim = claim_of(node.engine.begin(&operation(1)).await);
+        node.storage.set(Operation::Complete, Fault::Hang);
+        let mut completing = Box::pin(claim.complete(answer("one")));
+        assert!(poll_times(completing.as_mut(), 1).await.is_none());
+        node.storage.heal(Operation::Complete);
+        // Its runtime is not driven any more.
+        node.pass(2 * LEASE).await;
+        assert_replays(node.peer().begin(&operation(1)).await, "one");
+        if drops {
+            drop(completing);
+        } else {
+            let completion = completing.await;
+            assert_eq!(completion, Completion::Lost, "nothing is left to store");
+        }
+        assert_replays(node.peer().begin(&operation(1)).await, "one");
+        node.assert_quiet().await;
     }
 }

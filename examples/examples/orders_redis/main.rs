@@ -35,9 +35,9 @@ async fn run() -> Result<(), Box<dyn Error>> {
     let location = env::var("REDIS_URL").unwrap_or_else(|_| "redis://127.0.0.1:6379".to_owned());
     // A Redis that may forget records to make room is refused here.
     let storage = RedisStorage::connect(location)
+        .prefix("shop")
         .require_noeviction()
-        .await?
-        .prefix("shop");
+        .await?;
     // A duplicate waits for the running original, in whichever process that is. When that process dies, its key is free as soon as
     // its lease is over.
     let lock = LockPolicy::default()

@@ -105,9 +105,10 @@ impl Claim {
             fingerprint: self.fingerprint,
             outcome,
         };
+        let now = shared.config.env.now();
         let finish = shared
             .ledger
-            .change(self.token, |run| (run.finish(&record), run.since));
+            .change(self.token, |run| (run.finish(&record, now), run.since));
         let (ttl, since, is_offer) = match finish {
             Some((Finish::Store(ttl), since)) => (ttl, since, false),
             Some((Finish::Offer(ttl), since)) => (ttl, since, true),

@@ -25,8 +25,8 @@ use super::{
     run::{Failure, Job, Late, Next, Run},
 };
 use crate::{
-    Begin, EncodedKey, Entry, Event, Held, NewClaim, Operation, Outcome, Record, Storage,
-    StorageError, StorageErrorKind, Token, TombstoneReason,
+    Begin, EncodedKey, Event, Held, NewClaim, Operation, Outcome, Record, Storage, StorageError,
+    StorageErrorKind, Token, TombstoneReason,
 };
 
 /// How many outcomes the keeper stores at once. Renewals have no such limit: one that hangs delays only itself.
@@ -468,19 +468,38 @@ async fn try_to_store(
         });
         is_last = answered == Some(true);
     } else {
-        match limited(shared, storage.get(key)).await {
-            Ok(None) => {
-                is_last = shared.ledger.change(token, Run::answered) == Some(true);
+        let claim = NewClaim {
+            token,
+            fingerprint: record.fingerprint,
+            lease,
+        };
+        match limited(shared, storage.begin(key, &claim)).await {
+            // The storage had lost the claim.
+            Ok(Begin::Acquired) => {
+                let answered = shared.ledger.change(token, |run| {
+                    run.renewed(shared.config.env.now());
+                    run.answered()
+                });
+                if answered.is_none() {
+                    // Removed by hand meanwhile.
+                    unclaim(shared, key, token, Claimed::Perhaps);
+                    return Ok((record, Held::Lost));
+                }
+                is_last = answered == Some(true);
+                shared.config.emit(&Event::Reclaimed { key: *key });
             }
-            Ok(Some(Entry::Completed(there))) if there == record => {
-                return Ok((record, Held::Yes));
-            }
+            Ok(Begin::Completed(there)) if there == record => return Ok((record, Held::Yes)),
             // Ours or another's: a tombstone tells at little cost, since the storage keeps the first record of a token.
-            Ok(Some(_)) => offered = unstorable(&record),
+            Ok(Begin::Completed(_) | Begin::InFlight { .. }) => offered = unstorable(&record),
+            // What is there may be too large to arrive in time.
             Err(error) if error.kind() == StorageErrorKind::Timeout => {
-                offered = unstorable(&record);
+                let renewed = limited(shared, storage.renew(key, token, lease)).await;
+                match renewed.map_err(unanswered(Operation::Renew))? {
+                    Held::Yes => {}
+                    Held::Lost => offered = unstorable(&record),
+                }
             }
-            Err(error) => return Err(unanswered(Operation::Get)(error)),
+            Err(error) => return Err(unanswered(Operation::Begin)(error)),
         }
     }
     let ttl = late.expires.saturating_sub(now);
@@ -493,17 +512,7 @@ async fn try_to_store(
         Ok(held)
     };
     let error = match limited(shared, completed).await {
-        Ok(held) => {
-            if held == Held::Yes && late.replaced == 0 && offered != record {
-                // The key may have been free, so that the tombstone is there now. If this takes too long, the record most likely
-                // was there before.
-                let replaced = limited(shared, storage.replace(key, &record, ttl)).await;
-                if let Err(error) = replaced {
-                    shared.failed(key, Operation::Replace, &error);
-                }
-            }
-            return Ok((record, held));
-        }
+        Ok(held) => return Ok((record, held)),
         Err(error) => error,
     };
     if is_last {

@@ -75,7 +75,7 @@ struct Pending {
     refusals: u32,
     expires: Duration,
     /// What it takes of the memory that may be held.
-    _held: Reservation,
+    _held: Option<Reservation>,
 }
 
 /// When the keeper must look at a run. Outcomes are apart: in an outage there may be thousands, which are not to be gone through for
@@ -278,9 +278,18 @@ impl Run {
             }
             Phase::GivenUp(_) => Job::Tombstone,
             Phase::Pending(_) => Job::Outcome,
-            Phase::Finishing(_) => {
-                self.store_at = Duration::MAX;
-                return None;
+            Phase::Finishing(ref record) => {
+                self.phase = Phase::Pending(Pending {
+                    record: record.clone(),
+                    replaced: 0,
+                    attempts: 0,
+                    failed: false,
+                    refusals: 0,
+                    expires: now.saturating_add(self.ttl),
+                    // The future that stands still holds it too, and is counted.
+                    _held: None,
+                });
+                Job::Outcome
             }
         };
         self.storing = true;
@@ -298,7 +307,7 @@ impl Run {
     /// The keeper was dropped in the middle of its work.
     pub(super) fn start_over(&mut self) {
         self.renewing = false;
-        if std::mem::take(&mut self.storing) && !matches!(self.phase, Phase::Finishing(_)) {
+        if std::mem::take(&mut self.storing) {
             self.store_at = Duration::ZERO;
         }
     }
@@ -466,14 +475,15 @@ impl Run {
     // ---- what its own future does
 
     /// The operation is over, with an outcome.
-    pub(super) fn finish(&mut self, record: &Record) -> Finish {
+    pub(super) fn finish(&mut self, record: &Record, now: Duration) -> Finish {
         match self.phase {
             Phase::GivenUp(_) => Finish::Expired,
             // Its outcome is offered once, and nobody here answers from it.
             Phase::Lost => Finish::Offer(self.ttl),
             _ => {
                 self.phase = Phase::Finishing(record.clone());
-                self.store_at = Duration::MAX;
+                // Its runtime may stand still: then the keeper stores it.
+                self.store_at = now.saturating_add(self.lease);
                 Finish::Store(self.ttl)
             }
         }
@@ -495,12 +505,14 @@ impl Run {
                 }
                 (self.tombstone(), now)
             }
+            // The keeper has taken it over.
+            Phase::Pending(_) => return Next::Goes,
             _ => return Next::Over,
         };
         let expires = now.saturating_add(self.ttl);
         self.store_at = first.min(expires);
         self.phase = Phase::Pending(Pending {
-            _held: hold(&record),
+            _held: Some(hold(&record)),
             record,
             replaced: 0,
             attempts: 0,
@@ -513,7 +525,10 @@ impl Run {
 
     /// Whether the operation has an outcome that its own future did not store.
     pub(super) fn has_outcome(&self) -> bool {
-        matches!(self.phase, Phase::Finishing(_) | Phase::GivenUp(_))
+        matches!(
+            self.phase,
+            Phase::Finishing(_) | Phase::GivenUp(_) | Phase::Pending(_)
+        )
     }
 
     /// Whether the storage has a claim of it.
@@ -582,7 +597,7 @@ mod tests {
 
     fn pending(now: Duration) -> Run {
         let (mut run, _) = run();
-        assert_eq!(run.finish(&record()), Finish::Store(TTL));
+        assert_eq!(run.finish(&record(), Duration::ZERO), Finish::Store(TTL));
         assert_eq!(run.defer(now, true, hold), Next::Goes);
         run
     }
@@ -621,7 +636,7 @@ mod tests {
             "the TTL may be over before the operation is"
         );
         assert_eq!(run.tombstone_stored(MAX_HOLD + LEASE / 3), Some(false));
-        assert_eq!(run.finish(&record()), Finish::Expired);
+        assert_eq!(run.finish(&record(), Duration::ZERO), Finish::Expired);
         assert_eq!(run.defer(MAX_HOLD + LEASE, false, hold), Next::Over);
     }
 
@@ -630,10 +645,23 @@ mod tests {
         let (mut run, _) = run();
         assert_eq!(run.take_store(MAX_HOLD), Some(Job::Tombstone));
         run.tombstone_failed(MAX_HOLD);
-        assert_eq!(run.finish(&record()), Finish::Expired);
+        assert_eq!(run.finish(&record(), Duration::ZERO), Finish::Expired);
         assert_eq!(run.defer(MAX_HOLD, false, hold), Next::Goes);
         assert_eq!(run.late_record(), Some(run.tombstone()));
         assert_eq!(run.take_store(MAX_HOLD), Some(Job::Outcome));
+        assert_eq!(run.late_stored(0), Next::Over);
+    }
+
+    #[test]
+    fn an_outcome_whose_future_stands_still_is_stored_by_the_keeper() {
+        let (mut run, _) = run();
+        assert_eq!(run.finish(&record(), SECOND), Finish::Store(TTL));
+        assert_eq!(run.take_store(LEASE), None);
+        assert_eq!(run.take_store(SECOND + LEASE), Some(Job::Outcome));
+        assert_eq!(run.late_record(), Some(record()));
+        // The future goes on, and is dropped or fails.
+        assert!(run.has_outcome());
+        assert_eq!(run.defer(SECOND + LEASE, true, hold), Next::Goes);
         assert_eq!(run.late_stored(0), Next::Over);
     }
 
@@ -647,7 +675,7 @@ mod tests {
         assert_eq!(run.take_store(MAX_HOLD), None);
         assert!(progress.is_given_up() && !run.has_place);
         assert_eq!(run.due().claim, Duration::MAX);
-        assert_eq!(run.finish(&record()), Finish::Offer(TTL));
+        assert_eq!(run.finish(&record(), Duration::ZERO), Finish::Offer(TTL));
     }
 
     #[test]

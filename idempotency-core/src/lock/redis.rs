@@ -6,7 +6,11 @@ use redis::aio::ConnectionLike;
 
 use crate::{
     EncodedKey, Entry, Held, Lock, NewClaim, StorageError, Token,
-    storage::redis::{connect::RedisConnect, prefix::Prefix, server::Server},
+    storage::redis::{
+        connect::{Options, RedisConnect},
+        prefix::Prefix,
+        server::Server,
+    },
 };
 
 /// Locks keys in Redis, for all processes that use it. Clones share the connection.
@@ -20,8 +24,8 @@ use crate::{
 /// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
 /// use idempotency_core::{LockedStorage, RedisCache, RedisLock};
 ///
-/// let lock = RedisLock::connect("redis://127.0.0.1:6379").await?.name("MyLock");
-/// let cache = RedisCache::connect("redis://127.0.0.1:6379").await?;
+/// let lock = RedisLock::connect("redis://127.0.0.1:6379").name("MyLock").await?;
+/// let cache = RedisCache::connect("redis://127.0.0.1:6379").prefix("MyCache").await?;
 /// let storage = LockedStorage::new(cache, lock);
 /// # let _ = storage;
 /// # Ok(())
@@ -52,13 +56,13 @@ impl RedisLock {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::of(Server::through(connection))
+        Self::of(Server::through(connection), Options::default())
     }
 
-    fn of(server: Server) -> Self {
+    fn of(server: Server, options: Options) -> Self {
         Self {
             server,
-            name: Prefix::default(),
+            name: options.prefix,
         }
     }
 

@@ -173,9 +173,9 @@ impl StorageSettings {
 impl StorageSettings {
     async fn open_redis(&self, place: Place<'_>) -> Result<AnyStorage, SettingsError> {
         let location = self.location(place.path, redis_location, REDIS_LOCATION)?;
-        let storage = self.connect(place, crate::RedisStorage::connect(location));
         let prefix = prefix(self.name.as_deref(), place.path, place.cache);
-        Ok(AnyStorage::new(storage.await?.prefix(prefix)))
+        let connecting = crate::RedisStorage::connect(location).prefix(prefix);
+        Ok(AnyStorage::new(self.connect(place, connecting).await?))
     }
 
     async fn open_locked_redis(
@@ -184,9 +184,9 @@ impl StorageSettings {
         lock: impl Lock,
     ) -> Result<AnyStorage, SettingsError> {
         let location = self.location(place.path, redis_location, REDIS_LOCATION)?;
-        let records = self.connect(place, crate::RedisCache::connect(location));
         let prefix = prefix(self.name.as_deref(), place.path, place.cache);
-        let records = records.await?.prefix(prefix);
+        let connecting = crate::RedisCache::connect(location).prefix(prefix);
+        let records = self.connect(place, connecting).await?;
         Ok(AnyStorage::new(crate::LockedStorage::new(records, lock)))
     }
 
@@ -197,7 +197,7 @@ impl StorageSettings {
         location: &str,
         name: String,
     ) -> Result<AnyStorage, SettingsError> {
-        let connecting = crate::RedisLock::connect(location);
+        let connecting = crate::RedisLock::connect(location).name(name);
         let lock = self.terms(connecting, place.time_limit).await;
         let lock = lock.map_err(|error| not_connected(&lock_path(), error))?;
         if class == StorageKind::Memory {
@@ -208,7 +208,7 @@ impl StorageSettings {
                  that another process gets runs again"
             );
         }
-        self.open_locked(class, place, lock.name(name)).await
+        self.open_locked(class, place, lock).await
     }
 
     async fn connect<T: 'static>(

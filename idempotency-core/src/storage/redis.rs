@@ -6,7 +6,7 @@ use bytes::Bytes;
 use redis::aio::ConnectionLike;
 
 use self::{
-    connect::RedisConnect,
+    connect::{Options, RedisConnect},
     link::{Repeatable, bytes_of, milliseconds, unexpected},
     prefix::Prefix,
     scripts::Script,
@@ -35,9 +35,9 @@ mod subscriber;
 /// use idempotency_core::RedisStorage;
 ///
 /// let storage = RedisStorage::connect("redis://127.0.0.1:6379")
+///     .prefix("shop")
 ///     .require_noeviction()
-///     .await?
-///     .prefix("shop");
+///     .await?;
 /// # let _ = storage;
 /// # Ok(())
 /// # }
@@ -62,6 +62,24 @@ impl RedisStorage {
     /// let one = RedisStorage::connect("rediss://shop:password@cache:6380/2").await?;
     /// let cluster = RedisStorage::connect("redis://n1:6379,redis://n2:6379").await?;
     /// # let _ = (one, cluster);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// All [options](RedisConnect) can be set before it is awaited:
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), idempotency_core::RedisConnectError> {
+    /// use std::time::Duration;
+    /// use idempotency_core::RedisStorage;
+    ///
+    /// let storage = RedisStorage::connect("redis://cache")
+    ///     .prefix("shop")
+    ///     .time_limit(Duration::from_secs(2))
+    ///     .wait_replicas(1, Duration::from_millis(500))
+    ///     .require_noeviction()
+    ///     .await?;
+    /// # let _ = storage;
     /// # Ok(())
     /// # }
     /// ```
@@ -104,7 +122,7 @@ impl RedisStorage {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::of(Server::through(connection))
+        Self::of(Server::through(connection), Options::default())
     }
 
     /// A storage in the master that sentinels name. They are asked when the first command is sent, and again when the connection
@@ -126,14 +144,15 @@ impl RedisStorage {
     ///
     /// A failover can lose what the replica had not heard of yet: see [`wait_replicas`](Self::wait_replicas).
     pub fn sentinel(client: redis::sentinel::SentinelClient) -> Self {
-        Self::of(Server::behind_sentinels(client))
+        Self::of(Server::behind_sentinels(client), Options::default())
     }
 
-    fn of(server: Server) -> Self {
+    fn of(server: Server, options: Options) -> Self {
+        let Options { prefix, replicas } = options;
         Self {
             server,
-            prefix: Prefix::default(),
-            replicas: None,
+            prefix,
+            replicas,
         }
     }
 
@@ -169,7 +188,7 @@ impl RedisStorage {
     ///
     /// It makes the loss of a claim by a failover less likely, not impossible: who becomes master may be a replica that was not
     /// waited for. It costs a round trip, for which all that share the connection wait too. For one server with replicas: in a
-    /// Cluster every claim fails then. `timeout` should be shorter than the [time limit](Self::time_limit). With a connection of your own
+    /// Cluster every claim fails then ([`connect`](Self::connect) refuses one for which this is set before it is awaited). `timeout` should be shorter than the [time limit](Self::time_limit). With a connection of your own
     /// ([`new`](Self::new)), one that is lost right after the claim is not noticed, and its successor waits for nothing.
     pub fn wait_replicas(mut self, count: u32, timeout: Duration) -> Self {
         self.replicas = Some((count, timeout));
@@ -459,7 +478,7 @@ mod tests {
                 age: Arc::new(AtomicU64::new(1)),
             };
             let link = Link::new(script.clone(), Server::DEFAULT_LIMIT);
-            let storage = RedisStorage::of(Server::new(link, Tellers::none()));
+            let storage = RedisStorage::of(Server::new(link, Tellers::none()), Options::default());
             let storage = storage.wait_replicas(1, Duration::from_millis(100));
             let key = EncodedKey::from_bytes([7; 32]);
             let begun = storage.begin(&key, &claim).await;

@@ -3,8 +3,8 @@
 use std::{error::Error, time::Duration};
 
 use idempotency_axum::{
-    Begin, EncodedKey, LockedStorage, RedisCache, RedisConnectErrorKind, RedisLock, RedisStorage,
-    Storage,
+    Begin, Cache, EncodedKey, Lock, LockedStorage, RedisCache, RedisConnectErrorKind, RedisLock,
+    RedisStorage, Storage,
     redis::{
         self,
         sentinel::{SentinelClient, SentinelServerType},
@@ -216,7 +216,7 @@ async fn users_and_passwords() {
 
     let wrong = format!("redis://shop:hunter2@127.0.0.1:{port}");
     let error = RedisStorage::connect(&wrong).await.unwrap_err();
-    assert_eq!(error.kind(), RedisConnectErrorKind::Unreachable);
+    assert_eq!(error.kind(), RedisConnectErrorKind::Refused);
     assert!(!chain(&error).contains("hunter2"), "{}", chain(&error));
     assert!(!format!("{:?}", RedisStorage::connect(&wrong)).contains("hunter2"));
 
@@ -227,6 +227,90 @@ async fn users_and_passwords() {
         .unwrap_err();
     assert_eq!(error.kind(), RedisConnectErrorKind::Evicts);
     assert!(error.to_string().contains("INFO or CONFIG GET"), "{error}");
+}
+
+/// The error says what to look at, and shows no password.
+#[tokio::test]
+async fn who_is_not_let_in() {
+    let redis = Redis::builder().on_a_port().start();
+    let rights = [
+        "ACL", "SETUSER", "shop", "on", ">pass", "~*", "&*", "+@all", "-select",
+    ];
+    let _: String = redis.ask(&rights).await;
+    let _: String = redis
+        .ask(&["CONFIG", "SET", "requirepass", "open sesame"])
+        .await;
+    let server = format!("127.0.0.1:{}", redis.port());
+    for location in [
+        // NOAUTH
+        server.clone(),
+        format!("{server}/2"),
+        format!("{server}?protocol=resp3"),
+        // WRONGPASS
+        format!("redis://:hunter2@{server}"),
+        format!("redis://:hunter2@{server}/2"),
+        format!("redis://:hunter2@{server}?protocol=resp3"),
+        format!("redis://nobody:hunter2@{server}"),
+        format!(
+            "redis://:hunter2@{server},redis://127.0.0.1:{}",
+            free_port()
+        ),
+        // NOPERM
+        format!("redis://shop:pass@{server}/2"),
+        format!("redis://shop:pass@{server}/2?protocol=resp3"),
+    ] {
+        let error = RedisStorage::connect(&location).await.unwrap_err();
+        let text = chain(&error);
+        assert_eq!(
+            error.kind(),
+            RedisConnectErrorKind::Refused,
+            "{location}: {text}"
+        );
+        assert!(error.to_string().contains("the password"), "{error}");
+        assert!(!text.contains("hunter2"), "{text}");
+    }
+    let right = format!("redis://:open%20sesame@{server}");
+    let _ = RedisStorage::connect(&right).await.unwrap();
+
+    let error = RedisStorage::connect(format!("{right}/99")).await;
+    let error = error.unwrap_err();
+    assert_eq!(error.kind(), RedisConnectErrorKind::Unsupported);
+    assert!(error.to_string().contains("`databases`"), "{error}");
+}
+
+#[tokio::test]
+async fn all_options_stand_before_the_await() {
+    let redis = Redis::start();
+    let storage = RedisStorage::connect(redis.url())
+        .prefix("shop")
+        .time_limit(Duration::from_secs(2))
+        .require_noeviction()
+        .await
+        .unwrap();
+    let _ = storage.begin(&KEY, &super::claim()).await.unwrap();
+    let _ = RedisLock::connect(redis.url())
+        .name("shop")
+        .await
+        .unwrap()
+        .acquire(&KEY, Duration::from_secs(30))
+        .await
+        .unwrap();
+    let cache = RedisCache::connect(redis.url()).prefix("shop").await;
+    let ttl = Duration::from_secs(30);
+    cache.unwrap().set(&KEY, "value".into(), ttl).await.unwrap();
+    let mut names: Vec<String> = redis.ask(&["KEYS", "*"]).await;
+    names.sort();
+    let expected = ["shop:", "shop:cache:", "shop:lock:"].map(|prefix| format!("{prefix}{KEY}"));
+    assert_eq!(names, expected);
+
+    // It has no replica.
+    let storage = RedisStorage::connect(redis.url())
+        .prefix("others")
+        .wait_replicas(1, Duration::from_millis(1))
+        .await
+        .unwrap();
+    let error = storage.begin(&KEY, &super::claim()).await.unwrap_err();
+    assert!(chain(&error).contains("too few replicas"), "{error:?}");
 }
 
 #[tokio::test]
@@ -341,9 +425,18 @@ async fn a_limit_may_be_any() {
     );
 }
 
-/// The service is a process of its own here, because the environment says whose signatures it trusts.
 #[tokio::test]
 async fn tls_with_the_systems_roots() {
+    tls(false).await;
+}
+
+#[tokio::test]
+async fn tls_of_a_cluster() {
+    tls(true).await;
+}
+
+/// The service is a process of its own here, because the environment says whose signatures it trusts.
+async fn tls(is_cluster: bool) {
     let mut ca = rcgen::CertificateParams::new([]).unwrap();
     ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let ca_key = rcgen::KeyPair::generate().unwrap();
@@ -366,8 +459,22 @@ async fn tls_with_the_systems_roots() {
             "--tls-key-file",
             "server.key",
         ])
-        .with(&["--tls-ca-cert-file", "ca.pem", "--tls-auth-clients", "no"])
-        .start();
+        .with(&["--tls-ca-cert-file", "ca.pem", "--tls-auth-clients", "no"]);
+    let redis = match is_cluster {
+        true => redis
+            .with(&["--cluster-enabled", "yes", "--tls-cluster", "yes"])
+            .start(),
+        false => redis.start(),
+    };
+    if is_cluster {
+        let add = ["CLUSTER", "ADDSLOTSRANGE", "0", "16383"];
+        let _: String = redis.ask(&add).await;
+        until(async || {
+            let info: String = redis.ask(&["CLUSTER", "INFO"]).await;
+            info.contains("cluster_state:ok").then_some(())
+        })
+        .await;
+    }
 
     let trusted = redis.directory().join("ca.pem").display().to_string();
     let location = format!("rediss://127.0.0.1:{port}");

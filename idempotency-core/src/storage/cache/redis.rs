@@ -8,7 +8,7 @@ use redis::{Cmd, aio::ConnectionLike};
 use crate::{
     Cache, EncodedKey, StorageError,
     storage::redis::{
-        connect::RedisConnect,
+        connect::{Options, RedisConnect},
         link::{bytes_of, milliseconds},
         prefix::Prefix,
         server::Server,
@@ -42,13 +42,13 @@ impl RedisCache {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::of(Server::through(connection))
+        Self::of(Server::through(connection), Options::default())
     }
 
-    fn of(server: Server) -> Self {
+    fn of(server: Server, options: Options) -> Self {
         Self {
             server,
-            prefix: Prefix::default(),
+            prefix: options.prefix,
         }
     }
 

@@ -29,11 +29,18 @@ use crate::Env;
 
 const SLOTS: usize = 16_384;
 
+/// The host of a node that is to go by its name, and has none.
+const NAMELESS: &str = "?";
+
 /// How often a command follows a slot that moves.
 const REDIRECTIONS: usize = 5;
 
 /// How long the owners that were just asked for are taken for right.
 const FRESH: Duration = Duration::from_millis(100);
+
+/// How many nodes have a vote when the owners are asked for, and how long after the first.
+const VOTES: usize = 5;
+const MOMENT: Duration = Duration::from_millis(50);
 
 /// A connection to each node. Clones share the connections.
 #[derive(Clone)]
@@ -127,11 +134,9 @@ impl Cluster {
 
     /// The masters, once it is known which there are.
     pub(super) async fn masters(&self) -> RedisResult<Vec<Client>> {
-        self.refreshed().await;
-        let masters = self.0.state().owners.masters();
-        if masters.is_empty() {
-            return Err(gone("no node of the Cluster tells who has its slots"));
-        }
+        let owners = self.find_owners().await?;
+        let masters = owners.masters();
+        self.0.state().replace(owners, &self.0.named);
         masters.iter().map(|master| self.0.client(master)).collect()
     }
 
@@ -164,10 +169,15 @@ impl Cluster {
             };
             match error.kind() {
                 ErrorKind::Server(kind @ (ServerErrorKind::Moved | ServerErrorKind::Ask)) => {
-                    let Some(other) = redirection(&error, &to) else {
-                        return Err(error);
-                    };
                     is_asking = kind == ServerErrorKind::Ask;
+                    let Some(other) = redirection(&error, &to) else {
+                        self.refreshed().await;
+                        match self.owner(slot) {
+                            Some(owner) if !is_asking && owner != to => to = owner,
+                            _ => return Err(error),
+                        }
+                        continue;
+                    };
                     if !is_asking {
                         self.0.state().owners.set(slot, &other);
                         self.refresh();
@@ -217,7 +227,8 @@ impl Cluster {
         let mut state = inner.state();
         if let Some(refresh) = &state.refresh {
             let age = now.saturating_sub(refresh.since);
-            let is_over = refresh.done.peek().is_some();
+            // Perhaps nobody has waited for it, and so nobody has seen it end.
+            let is_over = refresh.done.clone().now_or_never().is_some();
             // One whose runtime stands still does not count.
             let lasts = if is_over {
                 FRESH
@@ -239,7 +250,7 @@ impl Cluster {
         drop(state);
         let cluster = Self(self.0.clone());
         spawner.spawn(async move {
-            if let Some(owners) = cluster.find_owners().await {
+            if let Ok(owners) = cluster.find_owners().await {
                 cluster.0.state().replace(owners, &cluster.0.named);
             }
             // Perhaps nobody waits for it.
@@ -254,33 +265,52 @@ impl Cluster {
         }
     }
 
-    async fn find_owners(&self) -> Option<Owners> {
-        let known: Vec<Address> = self.0.state().nodes.keys().cloned().collect();
+    async fn find_owners(&self) -> RedisResult<Owners> {
+        // Whether connected to or not. Under the names that were given some may be there twice, and would have two votes.
+        let known = self.0.state().owners.masters();
         match self.owners_from(known).await {
-            Some(owners) => Some(owners),
-            None => self.owners_from(self.0.named.clone()).await,
+            Ok(owners) => Ok(owners),
+            Err(_) => self.owners_from(self.0.named.clone()).await,
         }
     }
 
-    /// Asks all these nodes at once. The first answer counts: if it is old, the nodes themselves correct it.
-    async fn owners_from(&self, nodes: Vec<Address>) -> Option<Owners> {
+    /// Asks all these nodes at once, and takes what most of the first say: one that is cut off from the others tells what was.
+    async fn owners_from(&self, nodes: Vec<Address>) -> RedisResult<Owners> {
         let inner = &*self.0;
         let mut question = redis::cmd("CLUSTER");
         question.arg("SLOTS");
         let question = &question;
         let answers = nodes.into_iter().map(|address| async move {
-            let node = inner.node(&address).ok()?;
+            let node = inner.node(&address)?;
             let asked = node.send(question, inner.limit);
-            let answer = inner.env.within(inner.limit, asked).await?;
-            Owners::read(answer.ok()?, &address.0)
+            let answer = inner.env.within(inner.limit, asked).await;
+            let answer = answer.unwrap_or_else(|| Err(gone("a node of the Cluster is silent")))?;
+            Owners::read(answer, &address.0)
+                .ok_or_else(|| gone("a node of the Cluster knows of no slot"))
         });
         let mut answers: FuturesUnordered<_> = answers.collect();
-        while let Some(answer) = answers.next().await {
-            if answer.is_some() {
-                return answer;
+        let mut told = Vec::new();
+        let mut failure = None;
+        while told.is_empty() {
+            match answers.next().await {
+                Some(Ok(owners)) => told.push(owners),
+                Some(Err(error)) => failure = Some(error),
+                None => {
+                    let nobody = || gone("no node of the Cluster is known");
+                    return Err(failure.unwrap_or_else(nobody));
+                }
             }
         }
-        None
+        let others = async {
+            while told.len() < VOTES
+                && let Some(answer) = answers.next().await
+            {
+                told.extend(answer);
+            }
+        };
+        // Those that are not heard by then have no vote.
+        let _ = inner.env.within(MOMENT, others).await;
+        Ok(Owners::agreed(told))
     }
 }
 
@@ -370,13 +400,9 @@ impl Owners {
             let [host, Value::Int(port), ..] = &master[..] else {
                 return None;
             };
-            let host = match host {
-                Value::BulkString(host) => std::str::from_utf8(host).ok()?,
-                Value::SimpleString(host) => host,
-                _ => "",
-            };
-            let host = match host {
-                "" | "?" => asked,
+            let host = match text(host).unwrap_or_default() {
+                "" => asked,
+                NAMELESS => ip_of(master).unwrap_or(asked),
                 host => host,
             };
             let master = (host.to_owned(), u16::try_from(*port).ok()?);
@@ -386,6 +412,23 @@ impl Owners {
             }
         }
         (!owners.addresses.is_empty()).then_some(owners)
+    }
+
+    /// Of each slot the owner whom most of `told` name, or the first of as many.
+    fn agreed(mut told: Vec<Self>) -> Self {
+        if told.len() == 1 {
+            return told.remove(0);
+        }
+        let mut agreed = Self::none();
+        for slot in 0..SLOTS {
+            let named = || told.iter().filter_map(|owners| owners.of(slot));
+            let votes = |owner: &Address| named().filter(|other| *other == owner).count();
+            // Of several that are the greatest, `max_by_key` takes the last.
+            if let Some(owner) = named().rev().max_by_key(|owner| votes(owner)) {
+                agreed.set(slot, owner);
+            }
+        }
+        agreed
     }
 
     fn of(&self, slot: usize) -> Option<&Address> {
@@ -408,6 +451,30 @@ impl Owners {
     }
 }
 
+/// The address among what `CLUSTER SLOTS` tells of a node that goes by another name.
+fn ip_of(node: &[Value]) -> Option<&str> {
+    let ip = match node.get(3)? {
+        Value::Array(flat) => flat.chunks_exact(2).find_map(|pair| match pair {
+            [name, value] if text(name) == Some("ip") => text(value),
+            _ => None,
+        }),
+        Value::Map(pairs) => pairs
+            .iter()
+            .find_map(|(name, value)| text(value).filter(|_| text(name) == Some("ip"))),
+        _ => None,
+    };
+    // Its own, one that nobody has told it of does not know.
+    ip.filter(|ip| !ip.is_empty())
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::BulkString(text) => std::str::from_utf8(text).ok(),
+        Value::SimpleString(text) => Some(text),
+        _ => None,
+    }
+}
+
 /// A command that has got no answer yet. If it is dropped, the owners are asked for.
 struct Doubt<'a>(Option<&'a Cluster>);
 
@@ -419,11 +486,13 @@ impl Drop for Doubt<'_> {
     }
 }
 
+/// Where an answer of `MOVED` or `ASK` leads, if it tells.
 fn redirection(error: &RedisError, from: &Address) -> Option<Address> {
     let (to, _) = error.redirect_node()?;
     let (host, port) = to.rsplit_once(':')?;
     let host = match host {
         "" => &from.0,
+        NAMELESS => return None,
         host => host,
     };
     Some((host.to_owned(), port.parse().ok()?))
@@ -474,9 +543,153 @@ fn invalid(what: &'static str) -> RedisError {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+    #![allow(
+        clippy::disallowed_methods,
+        reason = "nodes are outside of what `Env` drives"
+    )]
+
+    use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+
     use redis::cluster_routing::Slot;
+    use tokio::{
+        io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+        net::TcpListener,
+        sync::watch,
+        task::yield_now,
+    };
 
     use super::*;
+
+    /// A node that tells of owners, and of nothing else.
+    struct Teller {
+        listener: TcpListener,
+        address: Address,
+        asked: Arc<AtomicU32>,
+    }
+
+    impl Teller {
+        async fn new() -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            Self {
+                listener,
+                address: ("127.0.0.1".to_owned(), port),
+                asked: Arc::default(),
+            }
+        }
+
+        /// Says that `owner` has all slots, once `is_its_turn`. Says when it has said so.
+        fn tell(self, owner: &Address, mut is_its_turn: watch::Receiver<bool>) -> Arc<AtomicU32> {
+            let (host, port) = owner;
+            let len = host.len();
+            let owners =
+                format!("*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n${len}\r\n{host}\r\n:{port}\r\n");
+            let asked = self.asked.clone();
+            tokio::spawn(async move {
+                let (mut stream, _) = self.listener.accept().await.unwrap();
+                let (from, mut to) = stream.split();
+                let mut lines = BufReader::new(from).lines();
+                while let Ok(Some(line)) = lines.next_line().await {
+                    let answer = match line.as_str() {
+                        "SETINFO" => "+OK\r\n",
+                        "SLOTS" => {
+                            let _ = is_its_turn.wait_for(|turn| *turn).await;
+                            self.asked.fetch_add(1, SeqCst);
+                            &owners
+                        }
+                        _ => continue,
+                    };
+                    to.write_all(answer.as_bytes()).await.unwrap();
+                }
+            });
+            asked
+        }
+    }
+
+    fn cluster(named: &[&Address], env: Env) -> Cluster {
+        let named: Vec<ConnectionInfo> = named
+            .iter()
+            .map(|(host, port)| {
+                let client = Client::open(format!("redis://{host}:{port}")).unwrap();
+                client.get_connection_info().clone()
+            })
+            .collect();
+        Cluster::new(&named, Duration::from_secs(1), env).unwrap()
+    }
+
+    fn at_once() -> watch::Receiver<bool> {
+        watch::Sender::new(true).subscribe()
+    }
+
+    /// Who began it may not have waited for its end.
+    #[tokio::test]
+    async fn a_question_that_is_answered_keeps_nobody_from_the_next() {
+        let (env, clock) = Env::simulated(7);
+        let node = Teller::new().await;
+        let address = node.address.clone();
+        let asked = node.tell(&address, at_once());
+        let cluster = cluster(&[&address], env);
+        drop(cluster.refresh());
+        while cluster.owner(0).is_none() {
+            yield_now().await;
+        }
+        clock.advance(FRESH);
+        cluster.refreshed().await;
+        assert_eq!(asked.load(SeqCst), 2);
+    }
+
+    /// A node that is cut off from the others, and not from us, still names itself.
+    #[tokio::test]
+    async fn a_node_that_knows_no_better_is_outvoted() {
+        let (env, _clock) = Env::simulated(7);
+        let [old, one, two] = [
+            Teller::new().await,
+            Teller::new().await,
+            Teller::new().await,
+        ];
+        let [former, new, third] = [&old, &one, &two].map(|node| node.address.clone());
+        let cluster = cluster(&[&former, &new, &third], env);
+        // It is the first to answer.
+        let turn = watch::Sender::new(false);
+        one.tell(&new, turn.subscribe());
+        two.tell(&new, turn.subscribe());
+        let asked = old.tell(&former, at_once());
+        let refreshed = cluster.refreshed();
+        let turns = async {
+            while asked.load(SeqCst) == 0 {
+                yield_now().await;
+            }
+            turn.send_replace(true);
+        };
+        tokio::join!(refreshed, turns);
+        assert_eq!(cluster.owner(0), Some(new));
+    }
+
+    /// The nodes that were named may have been replaced long ago.
+    #[tokio::test]
+    async fn owners_are_asked_that_were_not_connected_to_yet() {
+        let (env, clock) = Env::simulated(7);
+        let [named, owner] = [Teller::new().await, Teller::new().await];
+        let [first, second] = [&named, &owner].map(|node| node.address.clone());
+        let cluster = cluster(&[&first], env);
+        named.tell(&second, at_once());
+        cluster.refreshed().await;
+        let asked = owner.tell(&second, at_once());
+        let apart = cluster.apart();
+        // The one that was named lets nobody in any more.
+        let patience = async {
+            loop {
+                clock.advance(FRESH);
+                yield_now().await;
+            }
+        };
+        tokio::select! {
+            () = apart.refreshed() => {}
+            () = patience => {}
+        }
+        assert_eq!(asked.load(SeqCst), 1);
+    }
 
     #[test]
     fn slots_are_those_of_redis() {
@@ -493,6 +706,27 @@ mod tests {
         ] {
             let slot = u16::try_from(slot_of(key.as_bytes())).ok();
             assert_eq!(slot.and_then(Slot::new), Some(Slot::for_key(key)), "{key}");
+        }
+    }
+
+    #[test]
+    fn redirections_lead_to_hosts_of_all_kinds() {
+        let asked = ("asked".to_owned(), 1);
+        for (told, host) in [
+            ("MOVED 7 n1:6380", Some("n1")),
+            ("ASK 7 10.0.0.1:6380", Some("10.0.0.1")),
+            ("MOVED 7 ::1:6380", Some("::1")),
+            ("MOVED 7 :6380", Some("asked")),
+            ("MOVED 7 ?:6380", None),
+            ("MOVED 7 n1", None),
+            ("MOVED 7 n1:66000", None),
+            ("MOVED", None),
+            ("ERR 7 n1:6380", None),
+        ] {
+            let answer = redis::parse_redis_value(format!("-{told}\r\n").as_bytes());
+            let error = answer.and_then(Value::extract_error).unwrap_err();
+            let expected = host.map(|host| (host.to_owned(), 6380));
+            assert_eq!(redirection(&error, &asked), expected, "{told}");
         }
     }
 
@@ -514,6 +748,20 @@ mod tests {
         );
         assert_eq!(owners.of(SLOTS - 1), Some(&one));
         assert_eq!(owners.of(SLOTS), None);
+        // That of which the name is not known tells its address.
+        let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let pair = || [text("ip"), text("::1")];
+        for (told, host) in [
+            (Value::Array(pair().to_vec()), "::1"),
+            (Value::Map(vec![pair().into()]), "::1"),
+            (Value::Array(vec![text("ip"), text("")]), "asked"),
+            (Value::Nil, "asked"),
+        ] {
+            let node = vec![text("?"), Value::Int(1), text("id"), told];
+            let answer = Value::Array(vec![range(0, 1, Value::Array(node))]);
+            let owners = Owners::read(answer, "asked").unwrap();
+            assert_eq!(owners.of(0), Some(&(host.to_owned(), 1)));
+        }
         for odd in [
             Value::Nil,
             Value::Array(vec![]),

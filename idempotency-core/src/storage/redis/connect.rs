@@ -14,11 +14,12 @@ use super::{
     connection::Remade,
     link::Link,
     maker::{self, One, tcp},
+    prefix::Prefix,
     scripts,
     server::Server,
     subscriber::{Tellers, subscribing},
 };
-use crate::{Env, StorageError};
+use crate::{Env, RedisCache, RedisLock, RedisStorage, StorageError};
 
 mod about;
 mod error;
@@ -31,15 +32,24 @@ pub struct RedisConnect<T> {
     location: String,
     require_noeviction: bool,
     limit: Duration,
-    make: fn(Server) -> T,
+    options: Options,
+    make: fn(Server, Options) -> T,
+}
+
+/// What can be chosen of a storage, a lock or a cache, also when it is connected already.
+#[derive(Default)]
+pub(crate) struct Options {
+    pub(crate) prefix: Prefix,
+    pub(crate) replicas: Option<(u32, Duration)>,
 }
 
 impl<T> RedisConnect<T> {
-    pub(crate) fn new(location: &str, make: fn(Server) -> T) -> Self {
+    pub(crate) fn new(location: &str, make: fn(Server, Options) -> T) -> Self {
         Self {
             location: location.to_owned(),
             require_noeviction: false,
             limit: Server::DEFAULT_LIMIT,
+            options: Options::default(),
             make,
         }
     }
@@ -58,12 +68,45 @@ impl<T> RedisConnect<T> {
     }
 }
 
+impl RedisConnect<RedisStorage> {
+    /// What the keys begin with: see [`RedisStorage::prefix`].
+    pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
+        self.options.prefix = Prefix::chosen(prefix.as_ref());
+        self
+    }
+
+    /// Waits after every claim until `count` replicas have it, `timeout` at most: see [`RedisStorage::wait_replicas`]. A Cluster is
+    /// refused then.
+    pub fn wait_replicas(mut self, count: u32, timeout: Duration) -> Self {
+        self.options.replicas = Some((count, timeout));
+        self
+    }
+}
+
+impl RedisConnect<RedisCache> {
+    /// What the keys begin with: see [`RedisCache::prefix`].
+    pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
+        self.options.prefix = Prefix::chosen(prefix.as_ref());
+        self
+    }
+}
+
+impl RedisConnect<RedisLock> {
+    /// What the keys begin with: see [`RedisLock::name`].
+    pub fn name(mut self, name: impl AsRef<str>) -> Self {
+        self.options.prefix = Prefix::chosen(name.as_ref());
+        self
+    }
+}
+
 impl<T> fmt::Debug for RedisConnect<T> {
     /// Without the location, which may hold a password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisConnect")
             .field("require_noeviction", &self.require_noeviction)
             .field("time_limit", &self.limit)
+            .field("prefix", &format_args!("{}", self.options.prefix))
+            .field("wait_replicas", &self.options.replicas)
             .finish_non_exhaustive()
     }
 }
@@ -74,18 +117,22 @@ impl<T: 'static> IntoFuture for RedisConnect<T> {
 
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
-            let server = open(&self.location, self.require_noeviction, self.limit).await?;
-            Ok((self.make)(server))
+            let server = open(&self).await?;
+            Ok((self.make)(server, self.options))
         })
     }
 }
 
-/// Opens what `location` names: one server, or the nodes of a Cluster with commas between.
-async fn open(
-    location: &str,
-    require_noeviction: bool,
-    limit: Duration,
-) -> Result<Server, RedisConnectError> {
+/// Opens what the location names: one server, or the nodes of a Cluster with commas between.
+async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError> {
+    let RedisConnect {
+        location,
+        require_noeviction,
+        limit,
+        options,
+        make: _,
+    } = connect;
+    let (require_noeviction, limit) = (*require_noeviction, *limit);
     let nodes = nodes(location, limit)?;
     let patience = limit.max(Server::DEFAULT_LIMIT);
     let env = Env::system();
@@ -99,15 +146,22 @@ async fn open(
     let tellers = Tellers::Any(tellers.map_err(RedisConnectError::url)?);
 
     let (mut connection, client) = first_that_answers(&nodes, patience).await?;
-    let about = within(patience, About::server(&mut connection)).await?;
+    let about = within(patience, About::server(&mut connection)).await??;
     let link = if about.is_cluster() {
+        if options.replicas.is_some() {
+            return Err(RedisConnectError::new(Reason::ReplicasOfACluster));
+        }
         let cluster = Cluster::new(&nodes, patience, env).map_err(RedisConnectError::url)?;
         let masters = within(patience.saturating_mul(2), cluster.masters()).await?;
-        let masters = masters.map_err(RedisConnectError::unreachable)?;
+        let masters = masters.map_err(RedisConnectError::connecting)?;
         for told in join_all(masters.iter().map(|master| ask(master, patience))).await {
             match told {
                 Ok(about) => about.check(require_noeviction)?,
-                Err(error) if require_noeviction => return Err(error),
+                Err(error)
+                    if require_noeviction || error.kind() == RedisConnectErrorKind::Refused =>
+                {
+                    return Err(error);
+                }
                 Err(error) => tracing::warn!(
                     target: "idempotency",
                     error = ?std::error::Error::source(&error),
@@ -132,8 +186,8 @@ async fn open(
 /// What one server tells of itself.
 async fn ask(client: &Client, limit: Duration) -> Result<About, RedisConnectError> {
     let connected = maker::connect(client, limit).await;
-    let mut connection = connected.map_err(RedisConnectError::unreachable)?;
-    within(limit, About::server(&mut connection)).await
+    let mut connection = connected.map_err(RedisConnectError::connecting)?;
+    within(limit, About::server(&mut connection)).await?
 }
 
 /// Where a program depends on several providers and has chosen none, rustls panics when it is first used.
@@ -175,12 +229,16 @@ async fn first_that_answers(
     nodes: &[ConnectionInfo],
     limit: Duration,
 ) -> Result<(MultiplexedConnection, Client), RedisConnectError> {
-    let mut failure = None;
+    let mut failure: Option<RedisConnectError> = None;
     for node in nodes {
         let client = Client::open(node.clone()).map_err(RedisConnectError::url)?;
         match maker::connect(&client, limit).await {
             Ok(connection) => return Ok((connection, client)),
-            Err(error) => failure = Some(RedisConnectError::unreachable(error)),
+            // That one refused says more than that another is not there.
+            Err(error) => {
+                let known = failure.filter(|error| error.kind() == RedisConnectErrorKind::Refused);
+                failure = known.or_else(|| Some(RedisConnectError::connecting(error)));
+            }
         }
     }
     Err(failure.unwrap_or_else(|| RedisConnectError::unreachable("no server is named")))

@@ -245,7 +245,8 @@ impl<M: Maker> Remade<M> {
                 may_be_replica = false;
                 continue;
             }
-            if error.is_unrecoverable_error() {
+            // The driver means to go on where the kernel gave a connection up (`TimedOut`, `HostUnreachable`).
+            if error.is_io_error() || error.is_unrecoverable_error() {
                 self.discard(age);
             }
             return answer;
@@ -263,8 +264,13 @@ impl<M: Maker> Remade<M> {
         let both = &both;
         let ask = |mut connection: M::Connection| {
             async move {
-                let mut answers: Vec<Value> = both.query_async(&mut connection).await?;
-                Ok(answers.pop().unwrap_or(Value::Nil))
+                // What the driver makes of a pipeline's errors has neither code nor detail.
+                let answers = connection.req_packed_commands(both, 0, 2).await?;
+                let mut answers = answers.into_iter().map(Value::extract_error);
+                let asked = answers.next().unwrap_or(Ok(Value::Nil));
+                let answer = answers.next().unwrap_or(Ok(Value::Nil));
+                // What was done counts, and otherwise what went wrong first.
+                answer.or_else(|error| asked.and(Err(error)))
             }
             .boxed()
         };
@@ -479,6 +485,48 @@ mod tests {
 
         env.sleep(2 * LAST_ANSWER).await;
         assert_eq!(count(), 0);
+    }
+
+    /// Makes connections that the kernel gives up when something is sent.
+    #[derive(Clone)]
+    struct Cut;
+
+    impl Maker for Cut {
+        type Connection = Self;
+
+        async fn make(&self) -> RedisResult<Self> {
+            Ok(Self)
+        }
+    }
+
+    impl ConnectionLike for Cut {
+        fn req_packed_command<'a>(&'a mut self, _: &'a Cmd) -> RedisFuture<'a, Value> {
+            async { Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()) }.boxed()
+        }
+
+        fn req_packed_commands<'a>(
+            &'a mut self,
+            _: &'a Pipeline,
+            _: usize,
+            _: usize,
+        ) -> RedisFuture<'a, Vec<Value>> {
+            pending().boxed()
+        }
+
+        fn get_db(&self) -> i64 {
+            0
+        }
+    }
+
+    #[tokio::test]
+    async fn what_the_kernel_gave_up_is_not_asked_again() {
+        let connection = Remade::new(Cut, Env::system());
+        let ping = redis::cmd("PING");
+        for age in 1..=2 {
+            let sent = connection.send(&ping, Duration::ZERO).await;
+            assert!(sent.is_err_and(|error| error.is_timeout()));
+            assert_eq!(connection.age(), age);
+        }
     }
 
     /// As calls that look on behalf of others are.

@@ -16,15 +16,25 @@ pub(super) struct About {
 
 impl About {
     /// Asks the server behind `connection`.
-    pub(super) async fn server(connection: &mut MultiplexedConnection) -> Self {
+    pub(super) async fn server(
+        connection: &mut MultiplexedConnection,
+    ) -> Result<Self, RedisConnectError> {
         // Everybody may say hello. What INFO and CONFIG tell is often not for every user.
-        let hello = pairs(redis::cmd("HELLO").query_async(connection).await);
-        let info = lines(redis::cmd("INFO").query_async(connection).await);
+        let hello = redis::cmd("HELLO").query_async(connection).await;
+        let info = redis::cmd("INFO").query_async(connection).await;
+        for answer in [&hello, &info] {
+            if let Err(error) = answer
+                && error.code() == Some("NOAUTH")
+            {
+                return Err(RedisConnectError::connecting(error.clone()));
+            }
+        }
+        let (hello, info) = (pairs(hello), lines(info));
         let config = match info.of("maxmemory_policy") {
             Some(_) => Told::default(),
             None => pairs(memory_settings().query_async(connection).await),
         };
-        Self::read(&hello, &info, &config)
+        Ok(Self::read(&hello, &info, &config))
     }
 
     fn read(hello: &Told, info: &Told, config: &Told) -> Self {

@@ -2,7 +2,7 @@
 
 use std::{error::Error, fmt};
 
-use redis::RedisError;
+use redis::{ErrorKind, RedisError, ServerErrorKind};
 
 use crate::{BoxError, StorageError};
 
@@ -24,8 +24,11 @@ pub struct RedisConnectError {
 pub enum RedisConnectErrorKind {
     /// The URL can't be read, or asks for what this build does not have.
     Url,
-    /// No server answers there, or it does not let this user in.
+    /// No server answers there.
     Unreachable,
+    /// A server answers, and does not let this user in: the password is wrong or missing, or the user lacks a right that connecting
+    /// needs.
+    Refused,
     /// The server is older than Redis 7.
     TooOld,
     /// Several servers are named, and they are no Cluster: each process could keep its records in another one.
@@ -35,18 +38,24 @@ pub enum RedisConnectErrorKind {
     /// The server evicts records, or does not tell, and
     /// [`require_noeviction`](crate::RedisConnect::require_noeviction) is set.
     Evicts,
+    /// The server can't do what is asked of it: it has no database of that number, or is a Cluster and
+    /// [`wait_replicas`](crate::RedisConnect::wait_replicas) is set.
+    Unsupported,
 }
 
 #[derive(Debug)]
 pub(super) enum Reason {
     Url,
     Unreachable,
+    Refused,
     TooOld(String),
     NotACluster,
     Replica,
     Sentinel,
     Evicts(String),
     EvictionUnknown,
+    NoSuchDatabase,
+    ReplicasOfACluster,
 }
 
 impl RedisConnectError {
@@ -64,6 +73,19 @@ impl RedisConnectError {
         }
     }
 
+    /// What came of connecting, or of the first commands.
+    pub(super) fn connecting(error: RedisError) -> Self {
+        let reason = match is_refusal(&error) {
+            true => Reason::Refused,
+            false if is_of_the_database(&error) => Reason::NoSuchDatabase,
+            false => Reason::Unreachable,
+        };
+        Self {
+            reason,
+            source: Some(error.into()),
+        }
+    }
+
     pub(super) fn unreachable(source: impl Into<BoxError>) -> Self {
         Self {
             reason: Reason::Unreachable,
@@ -77,10 +99,14 @@ impl RedisConnectError {
         match self.reason {
             Reason::Url => RedisConnectErrorKind::Url,
             Reason::Unreachable => RedisConnectErrorKind::Unreachable,
+            Reason::Refused => RedisConnectErrorKind::Refused,
             Reason::TooOld(_) => RedisConnectErrorKind::TooOld,
             Reason::NotACluster => RedisConnectErrorKind::NotACluster,
             Reason::Replica | Reason::Sentinel => RedisConnectErrorKind::NotAMaster,
             Reason::Evicts(_) | Reason::EvictionUnknown => RedisConnectErrorKind::Evicts,
+            Reason::NoSuchDatabase | Reason::ReplicasOfACluster => {
+                RedisConnectErrorKind::Unsupported
+            }
         }
     }
 }
@@ -90,6 +116,9 @@ impl fmt::Display for RedisConnectError {
         match &self.reason {
             Reason::Url => f.write_str("the URL of Redis can't be used"),
             Reason::Unreachable => f.write_str("Redis can't be reached"),
+            Reason::Refused => f.write_str(
+                "Redis refuses this user: check the user, the password (in a URL its special characters are percent-encoded) and the rights of the user",
+            ),
             Reason::TooOld(version) => write!(
                 f,
                 "Redis {version} is too old: version {OLDEST} or newer is needed, or Valkey"
@@ -110,8 +139,33 @@ impl fmt::Display for RedisConnectError {
             Reason::EvictionUnknown => f.write_str(
                 "Redis does not tell whether it evicts records; allow its user INFO or CONFIG GET",
             ),
+            Reason::NoSuchDatabase => f.write_str(
+                "Redis has no database of the number in the URL: a Cluster has only 0, a server 16 unless `databases` says otherwise",
+            ),
+            Reason::ReplicasOfACluster => f.write_str(
+                "`wait_replicas` is for one server with replicas, and this is a Cluster: leave it out, or use one server or sentinels",
+            ),
         }
     }
+}
+
+/// Whether the server does not let the user in, or not do what connecting takes.
+pub(super) fn is_refusal(error: &RedisError) -> bool {
+    let kinds = [
+        ErrorKind::AuthenticationFailed,
+        ErrorKind::Server(ServerErrorKind::NoPerm),
+    ];
+    // Of a refused `SELECT` the driver keeps no more than the text.
+    let says = |text| error.detail().is_some_and(|detail| detail.contains(text));
+    kinds.contains(&error.kind())
+        || ["WRONGPASS", "NOAUTH"].map(Some).contains(&error.code())
+        || says("has no permissions to run")
+        || says("Authentication required")
+}
+
+/// Whether `SELECT` failed. The driver says so by no more than its text.
+fn is_of_the_database(error: &RedisError) -> bool {
+    error.to_string().contains("refused to switch database")
 }
 
 impl Error for RedisConnectError {

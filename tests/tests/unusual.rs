@@ -1,4 +1,4 @@
-//! Schedules and inputs that once broke something.
+//! Unusual schedules and inputs: storages and environments that panic, threads that are missing, runtimes that end.
 
 #![allow(
     clippy::disallowed_methods,
