@@ -545,15 +545,28 @@ impl Judge {
         let now = self.1.now();
         let expires = now.saturating_add(ttl);
         let replaced = self.with(key, |case| {
-            if case.live(now).is_none() {
+            let Some(stored) = case.live(now) else {
                 return Ok(None);
-            }
+            };
+            // Of the first run, or nothing that can be shown.
+            let is_first = stored
+                .body()
+                .is_none_or(|body| case.by_body(body).is_some_and(Execution::is_first));
+            let was_answer = stored.body().is_some();
             let Outcome::Response(answer) = &record.outcome else {
-                return Err("a tombstone in its record's place");
+                if was_answer {
+                    return Err("a tombstone in an answer's place");
+                }
+                if let Some(stored) = &mut case.record {
+                    stored.expires = expires;
+                }
+                return Ok(None);
             };
             match case.by_body_mut(answer.body()) {
                 None => return Err("an answer that nobody gave"),
-                Some(it) if it.is_first() => return Err("an answer of no conflict"),
+                Some(it) if it.is_first() && !is_first => {
+                    return Err("the first answer in a later one's place");
+                }
                 Some(it) if it.end() != Some(End::Answer) => return Err("an answer that is none"),
                 Some(it) if expires < it.kept_until(self.2.ttl) => {
                     return Err("an answer that is kept too short");
@@ -664,7 +677,7 @@ impl Judge {
     ) -> (usize, String) {
         let now = self.1.now();
         let earliest = self.earliest();
-        let (others, is_there, is_last) = self.with(key, |case| {
+        let (others, is_there, is_last, was_corrupt) = self.with(key, |case| {
             let (mut others, mut is_running) = (Vec::new(), false);
             for it in case.executions.iter().filter(|it| !it.is_overtaken) {
                 // A first run that was held too long is a conflict for all others, also while it runs; its node knows first.
@@ -700,7 +713,7 @@ impl Judge {
                 (None, None) => is_running && shown.is_none(),
             };
             let is_there = stored.is_some() || pending.is_some() || is_running;
-            (others, is_there, is_last)
+            (others, is_there, is_last, case.was_corrupt)
         });
         let (number, body) = self.enter(home, key, client, None);
         self.count("state: a conflict run");
@@ -721,7 +734,7 @@ impl Judge {
             self.find(format!("{} runs on a conflict with nothing", short(key)));
         }
         // A node that was not told that its outcome had arrived goes by its own.
-        let is_sure = !excused && !self.is_tampered(home.node, 2 * LEASE);
+        let is_sure = !excused && !was_corrupt && !self.is_tampered(home.node, 2 * LEASE);
         if is_sure && is_there && !is_last {
             let text = shown.map(String::from_utf8_lossy);
             let finding = format!(
