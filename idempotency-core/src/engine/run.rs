@@ -189,10 +189,12 @@ impl Run {
         !matches!(self.phase, Phase::Unclaimed | Phase::Lost)
     }
 
-    pub(super) fn answer(&self) -> Answer {
+    pub(super) fn answer(&self, now: Duration) -> Answer {
         match &self.phase {
             Phase::Held | Phase::Finishing(_) => Answer::Running,
             Phase::GivenUp(_) => Answer::GivenUp(self.tombstone()),
+            // The keeper may be late to drop it.
+            Phase::Pending(pending) if pending.expires <= now => Answer::Nothing,
             Phase::Pending(pending) => Answer::Outcome(pending.record.clone()),
             Phase::Unclaimed | Phase::Lost => Answer::Nothing,
         }
@@ -630,7 +632,9 @@ mod tests {
         assert_eq!(run.take_store(MAX_HOLD - SECOND), None);
         assert_eq!(run.take_store(MAX_HOLD), Some(Job::Tombstone));
         assert!(progress.is_given_up() && !run.has_place);
-        assert!(matches!(run.answer(), Answer::GivenUp(record) if record == run.tombstone()));
+        assert!(
+            matches!(run.answer(MAX_HOLD), Answer::GivenUp(record) if record == run.tombstone())
+        );
         assert_eq!(run.tombstone_stored(MAX_HOLD), Some(true));
         assert_eq!(run.due().claim, MAX_HOLD + LEASE / 3);
         assert_eq!(
@@ -690,6 +694,14 @@ mod tests {
         assert!(run.answered());
         run.late_failed(SECOND, Failure::Refused);
         assert!(!run.answered(), "not even a tombstone was stored");
+    }
+
+    #[test]
+    fn an_outcome_answers_until_its_ttl_is_over() {
+        let run = pending(Duration::ZERO);
+        let at = |now| run.answer(now);
+        assert!(matches!(at(TTL - SECOND), Answer::Outcome(found) if found == record()));
+        assert!(matches!(at(TTL), Answer::Nothing));
     }
 
     #[test]

@@ -202,7 +202,7 @@ impl Engine {
     /// What stands recorded now that it is our turn: the turn before may have replaced what was `seen`.
     async fn stands(&self, encoded: &Encoded, seen: Record) -> Result<Record, NoTurn> {
         let key = &encoded.key;
-        let found = self.shared.ledger.find(key);
+        let found = self.shared.ledger.find(key, self.config().env.now());
         if let Found::Running { .. } = found {
             return Err(NoTurn::RecordIsGone);
         }
