@@ -237,7 +237,7 @@ pub mod storage {
     pub use idempotency_core::{
         AnyStorage, Begin, BoxError, Cache, DecodeError, DecodeErrorKind, Entry, Held, Lock,
         LockedStorage, NewClaim, Outcome, ProcessLock, Record, Storage, StorageError,
-        StorageErrorKind, StoredResponse, Token, TombstoneReason, Transaction, Transactional,
+        StorageErrorKind, StoredResponse, Token, TombstoneReason,
     };
     #[cfg(feature = "memory")]
     #[doc(inline)]

@@ -41,7 +41,7 @@
 //! record's TTL is over.
 //!
 //! What no lease can give is exactly-once: a process that is stopped for longer than its lease, and then goes on, runs beside
-//! its successor. [`Transactional`] storages close that gap for what is written to the same database.
+//! its successor.
 //!
 //! # Storages
 //!
@@ -95,10 +95,7 @@ pub use self::{
     lock::{Lock, LockPolicy, ProcessLock},
     record::{Outcome, Record, StoredResponse, TombstoneReason},
     settings::{Mode, Opened, Settings, SettingsError, SettingsErrorKind},
-    storage::{
-        AnyStorage, Begin, Cache, Entry, Held, LockedStorage, NewClaim, Storage, Token,
-        Transaction, Transactional,
-    },
+    storage::{AnyStorage, Begin, Cache, Entry, Held, LockedStorage, NewClaim, Storage, Token},
 };
 
 /// The driver, for its connections and clients.

@@ -114,10 +114,10 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `strip_headers`, `keep_headers` | lists of names: not recorded; recorded after all | | |
 /// | `documentation` | an http or https URL, or a path | | |
 /// | `storage` | a class, or a table with the fields below | `memory` | |
-/// | `storage.class` | `memory`, `redis`, `postgres` | `memory` | `STORAGE.CLASS` |
+/// | `storage.class` | `memory`, `redis` | `memory` | `STORAGE.CLASS` |
 /// | `storage.cache_name` | what `cache_name` calls the default cache | `default` | `STORAGE.CACHE_NAME` |
 /// | `storage.store_on` | `store_on`, here as in the original | | `STORAGE.STORE_ON_STATUSES` |
-/// | `storage.location` | `host[:port]` or a URL, for classes `redis` and `postgres` | | |
+/// | `storage.location` | `host[:port]` or a URL, for class `redis` | | |
 /// | `storage.name` | prefix of the storage's keys, for these classes | `idempotency` | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |

@@ -544,7 +544,7 @@ fn read_storages(field: &Field) -> Result<BTreeMap<String, StorageSettings>> {
     Ok(storages)
 }
 
-const STORAGE: &str = "\"memory\", \"redis\", \"postgres\", or a table with `class` and more";
+const STORAGE: &str = "\"memory\", \"redis\", or a table with `class` and more";
 
 impl StorageSettings {
     /// What is only a class.
@@ -556,7 +556,7 @@ impl StorageSettings {
     }
 
     fn read(fields: &mut Fields) -> Result<Self> {
-        const CLASSES: &str = "\"memory\", \"redis\" or \"postgres\"";
+        const CLASSES: &str = "\"memory\" or \"redis\"";
         Ok(Self {
             class: fields.read("class", |field| read_storage_class(field, CLASSES))?,
             location: fields.read("location", read_location)?,
@@ -577,9 +577,6 @@ fn read_storage_class(field: &Field, allowed: &str) -> Result<StorageKind> {
             ("MemoryKeyStorage", StorageKind::Memory),
             ("redis", StorageKind::Redis),
             ("RedisStorage", StorageKind::Redis),
-            ("postgres", StorageKind::Postgres),
-            ("postgresql", StorageKind::Postgres),
-            ("PostgresStorage", StorageKind::Postgres),
         ],
     )
 }

@@ -13,7 +13,6 @@ use crate::{AnyStorage, Lock, ProcessLock};
 pub(super) enum StorageKind {
     Memory,
     Redis,
-    Postgres,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -70,10 +69,6 @@ impl StorageSettings {
         let class = class(self.class, self.location.as_ref(), path)?;
         let class = class.unwrap_or(StorageKind::Memory);
         match (class, claims) {
-            (StorageKind::Postgres, _) => {
-                self.location(path, postgres_location, POSTGRES_LOCATION)?;
-                Err(no_such_storage(path, "PostgreSQL"))
-            }
             (StorageKind::Memory, Claims::Storage) => self.open_memory(path),
             (StorageKind::Redis, Claims::Storage) => self.open_redis(place).await,
             (_, Claims::Process) => self.open_locked(class, place, ProcessLock::new()).await,
@@ -95,7 +90,6 @@ impl StorageSettings {
         match class {
             StorageKind::Memory => self.open_locked_memory(place.path, lock),
             StorageKind::Redis => self.open_locked_redis(place, lock).await,
-            StorageKind::Postgres => Err(no_such_storage(place.path, "PostgreSQL")),
         }
     }
 
@@ -345,7 +339,6 @@ fn class<C>(
 }
 
 const REDIS_LOCATION: &str = "host[:port] or redis://[user:password@]host[:port][/database]";
-const POSTGRES_LOCATION: &str = "postgres://[user:password@]host[:port]/database";
 
 /// Shows nothing of a location that is not one: it may be a password in the wrong place.
 fn checked_location<'a>(
@@ -381,13 +374,6 @@ fn redis_location(text: &str) -> bool {
     }
 }
 
-fn postgres_location(text: &str) -> bool {
-    let rest = text.split_once("://");
-    rest.is_some_and(|(scheme, rest)| {
-        ["postgres", "postgresql"].contains(&scheme) && !rest.is_empty()
-    })
-}
-
 /// `host`, `host:port`, `[::1]:port`.
 pub(super) fn is_host_and_port(text: &str) -> bool {
     let is_host = |host: &str| {
@@ -410,12 +396,9 @@ pub(super) fn is_host_and_port(text: &str) -> bool {
     }
 }
 
+#[cfg(not(feature = "redis"))]
 fn no_such_storage(path: &Path, name: &str) -> SettingsError {
-    let others = match cfg!(feature = "redis") {
-        true => "\"memory\", \"redis\"",
-        false => "\"memory\"",
-    };
-    let message = format_args!("this build has no {name} storage; there is: {others}");
+    let message = format_args!("this build has no {name} storage; there is: \"memory\"");
     SettingsError::new(
         SettingsErrorKind::Unsupported,
         &path.field("class"),

@@ -4,7 +4,7 @@ use std::{any::Any, fmt, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 
-use super::{Begin, Entry, Held, NewClaim, Storage, Token, Transactional};
+use super::{Begin, Entry, Held, NewClaim, Storage, Token};
 use crate::{EncodedKey, Record, StorageError};
 
 /// Any [`Storage`], erased; clones share it. It lets storages of different kinds live in one map of named caches.
@@ -79,7 +79,6 @@ trait Erased: Send + Sync {
         key: &'a EncodedKey,
         timeout: Duration,
     ) -> BoxFuture<'a, Result<(), StorageError>>;
-    fn transactional(&self) -> Option<&dyn Transactional>;
     fn type_name(&self) -> &'static str;
 }
 
@@ -145,10 +144,6 @@ impl<S: Storage> Erased for S {
         timeout: Duration,
     ) -> BoxFuture<'a, Result<(), StorageError>> {
         Box::pin(Storage::wait(self, key, timeout))
-    }
-
-    fn transactional(&self) -> Option<&dyn Transactional> {
-        Storage::transactional(self)
     }
 
     fn type_name(&self) -> &'static str {
@@ -224,10 +219,6 @@ macro_rules! forward_to_pointee {
                 timeout: Duration,
             ) -> Result<(), StorageError> {
                 self.pointee().wait(key, timeout).await
-            }
-
-            fn transactional(&self) -> Option<&dyn Transactional> {
-                self.pointee().transactional()
             }
         }
     };

@@ -5,9 +5,7 @@
 //! [`NearCache`] answers retries in this process before it asks another storage. To write your own, implement the trait and
 //! run [`conformance`] (feature `conformance`) against it: one documented test per rule.
 
-use std::{any::Any, fmt, future::Future, time::Duration};
-
-use futures_util::future::BoxFuture;
+use std::{future::Future, time::Duration};
 
 use crate::{EncodedKey, Env, Record, StorageError};
 
@@ -163,11 +161,6 @@ pub trait Storage: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), StorageError>> + Send {
         wait_by_polling(self, key, timeout)
     }
-
-    /// The same storage as one that lends transactions, if it is one.
-    fn transactional(&self) -> Option<&dyn Transactional> {
-        None
-    }
 }
 
 async fn wait_by_polling<S: Storage + ?Sized>(
@@ -190,31 +183,4 @@ async fn wait_by_polling<S: Storage + ?Sized>(
         pause = (pause * 2).min(LONGEST);
     }
     Ok(())
-}
-
-/// A storage that lends a database transaction, so that an operation and its record commit together.
-pub trait Transactional: Send + Sync {
-    /// Opens a transaction.
-    fn transaction(&self) -> BoxFuture<'_, Result<Box<dyn Transaction>, StorageError>>;
-}
-
-/// A database transaction that can also complete a claim.
-pub trait Transaction: Send + fmt::Debug {
-    /// The driver's own transaction, to downcast to its type and work with.
-    fn driver(&mut self) -> &mut (dyn Any + Send);
-
-    /// Completes the claim of `token` inside this transaction and commits it. On [`Held::Lost`] it is rolled back: what the
-    /// operation did is undone, because another execution took its place.
-    fn complete<'a>(
-        self: Box<Self>,
-        key: &'a EncodedKey,
-        token: Token,
-        record: &'a Record,
-        ttl: Duration,
-    ) -> BoxFuture<'a, Result<Held, StorageError>>
-    where
-        Self: 'a;
-
-    /// Gives everything up that was done in this transaction.
-    fn rollback(self: Box<Self>) -> BoxFuture<'static, Result<(), StorageError>>;
 }

@@ -2,12 +2,9 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use futures_util::future::BoxFuture;
-
 use super::memory::{Shelf, own};
 use crate::{
     Begin, EncodedKey, Entry, Env, Held, NewClaim, Outcome, Record, Storage, StorageError, Token,
-    Transaction, Transactional,
 };
 
 #[cfg(all(test, feature = "conformance"))]
@@ -216,10 +213,6 @@ impl<S: Storage> Storage for NearCache<S> {
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         self.storage.wait(key, timeout).await
     }
-
-    fn transactional(&self) -> Option<&dyn Transactional> {
-        self.storage.transactional().map(|_| self as _)
-    }
 }
 
 /// When the storage was asked: what it answered is kept only if nothing changed since.
@@ -319,59 +312,5 @@ impl Drop for Change<'_> {
         shard.beside.begun += 1;
         shard.beside.under_way -= 1;
         shard.remove();
-    }
-}
-
-impl<S: Storage> Transactional for NearCache<S> {
-    fn transaction(&self) -> BoxFuture<'_, Result<Box<dyn Transaction>, StorageError>> {
-        Box::pin(async {
-            let Some(storage) = self.storage.transactional() else {
-                return Err(StorageError::unavailable(
-                    "the storage behind the near level lends no transactions",
-                ));
-            };
-            let near = self.near.clone();
-            let transaction = storage.transaction().await?;
-            Ok(Box::new(NearTransaction { transaction, near }) as _)
-        })
-    }
-}
-
-/// A transaction of the storage behind.
-struct NearTransaction {
-    transaction: Box<dyn Transaction>,
-    near: Arc<Near>,
-}
-
-impl fmt::Debug for NearTransaction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.transaction.fmt(f)
-    }
-}
-
-impl Transaction for NearTransaction {
-    fn driver(&mut self) -> &mut (dyn std::any::Any + Send) {
-        self.transaction.driver()
-    }
-
-    fn complete<'a>(
-        self: Box<Self>,
-        key: &'a EncodedKey,
-        token: Token,
-        record: &'a Record,
-        ttl: Duration,
-    ) -> BoxFuture<'a, Result<Held, StorageError>>
-    where
-        Self: 'a,
-    {
-        Box::pin(async move {
-            // Its record is kept near when it is found: until the commit is known, nothing is.
-            let _change = self.near.change(key);
-            self.transaction.complete(key, token, record, ttl).await
-        })
-    }
-
-    fn rollback(self: Box<Self>) -> BoxFuture<'static, Result<(), StorageError>> {
-        self.transaction.rollback()
     }
 }

@@ -314,7 +314,7 @@ async fn wrong_types_and_values() {
         (
             json!({ "storage": "mongodb" }),
             "storage",
-            "\"memory\", \"redis\", \"postgres\", or a table",
+            "\"memory\", \"redis\", or a table",
         ),
         (
             json!({ "storage": "redis://cache.memory" }),
@@ -330,7 +330,7 @@ async fn wrong_types_and_values() {
         (
             json!({ "storage": { "class": "mongodb" } }),
             "storage.class",
-            "expected \"memory\", \"redis\" or \"postgres\", found \"mongodb\"",
+            "expected \"memory\" or \"redis\", found \"mongodb\"",
         ),
         (
             json!({ "storage": { "max_bytes": [] } }),
@@ -592,7 +592,7 @@ async fn a_redis_lock_needs_a_location() {
 
 #[tokio::test]
 async fn a_storage_elsewhere_needs_a_location() {
-    for (class, form) in [("redis", "host[:port]"), ("postgres", "postgres://")] {
+    for (class, form) in [("redis", "host[:port]")] {
         for (document, field) in [
             (json!({ "storage": class }), "storage.location"),
             (json!({ "storage": { "class": class } }), "storage.location"),
@@ -675,39 +675,6 @@ async fn a_location_has_a_form() {
                 .to_string()
                 .contains("expected host[:port] or redis://")
         );
-    }
-    for (location, kind) in [
-        ("postgres://shop:pw@db/shop", SettingsErrorKind::Unsupported),
-        ("postgresql://db/shop", SettingsErrorKind::Unsupported),
-        ("db:5432", SettingsErrorKind::Invalid),
-        ("mysql://db/shop", SettingsErrorKind::Invalid),
-    ] {
-        assert_eq!(
-            error("postgres", location).await.unwrap_err().kind(),
-            kind,
-            "{location}"
-        );
-    }
-}
-
-#[tokio::test]
-async fn what_this_build_does_not_have() {
-    for (document, field) in [
-        (
-            json!({ "storage": { "class": "postgres", "location": "postgres://db/shop" } }),
-            "storage.class",
-        ),
-        (
-            json!({ "storages": { "orders": { "class": "postgres", "location": "postgres://db/shop" } } }),
-            "storages.orders.class",
-        ),
-    ] {
-        let error = try_layer(document.clone()).await.unwrap_err();
-        assert_eq!(
-            (error.kind(), error.field()),
-            (SettingsErrorKind::Unsupported, field)
-        );
-        assert_refused(document, field, &["this build has no", "there is: "]).await;
     }
 }
 

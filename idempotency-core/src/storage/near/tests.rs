@@ -7,7 +7,6 @@
 )]
 
 use std::{
-    any::Any,
     pin::{Pin, pin},
     sync::Mutex,
     task::{Context, Poll, Waker},
@@ -119,60 +118,11 @@ impl Storage for Behind {
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         self.run("wait", self.memory.wait(key, timeout)).await
     }
-
-    fn transactional(&self) -> Option<&dyn Transactional> {
-        Some(self)
-    }
-}
-
-impl Transactional for Behind {
-    fn transaction(&self) -> BoxFuture<'_, Result<Box<dyn Transaction>, StorageError>> {
-        let transaction = Lent {
-            behind: self.clone(),
-            driver: 7,
-        };
-        Box::pin(async move { Ok(Box::new(transaction) as _) })
-    }
-}
-
-#[derive(Debug)]
-struct Lent {
-    behind: Behind,
-    driver: u32,
 }
 
 impl fmt::Debug for Behind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Behind")
-    }
-}
-
-impl Transaction for Lent {
-    fn driver(&mut self) -> &mut (dyn Any + Send) {
-        &mut self.driver
-    }
-
-    fn complete<'a>(
-        self: Box<Self>,
-        key: &'a EncodedKey,
-        token: Token,
-        record: &'a Record,
-        ttl: Duration,
-    ) -> BoxFuture<'a, Result<Held, StorageError>>
-    where
-        Self: 'a,
-    {
-        Box::pin(async move {
-            let work = self.behind.memory.complete(key, token, record, ttl);
-            self.behind.run("commit", work).await
-        })
-    }
-
-    fn rollback(self: Box<Self>) -> BoxFuture<'static, Result<(), StorageError>> {
-        Box::pin(async move {
-            self.behind.run("rollback", async {}).await;
-            Ok(())
-        })
     }
 }
 
@@ -565,42 +515,6 @@ fn a_tombstone_is_near_once_it_is_found() {
         assert_eq!(found, Begin::Completed(tombstone.clone()));
     }
     assert_eq!(nodes.behind.calls(), ["begin"]);
-}
-
-#[test]
-fn transactions_pass_through_and_leave_nothing_stale() {
-    let nodes = Nodes::new();
-    let node = nodes.node();
-    let transactional = node.transactional().unwrap();
-    let mut transaction = now(transactional.transaction());
-    assert_eq!(transaction.driver().downcast_ref::<u32>(), Some(&7));
-    assert_eq!(now(transaction.rollback()), ());
-    assert_eq!(nodes.behind.calls(), ["rollback"]);
-
-    // Something stale is near: removed behind our back.
-    assert_eq!(complete(&node, 1, "old", DAY), Held::Yes);
-    now(nodes.behind.memory.remove(&key()));
-    assert_eq!(begin(&node), completed("old"));
-    let transaction = now(transactional.transaction());
-    let held = now(transaction.complete(&key(), token(2), &response("new"), DAY));
-    assert_eq!(held, Held::Yes);
-    assert_eq!(begin(&node), completed("new"));
-
-    // One that is dropped half-way.
-    now(node.remove(&key()));
-    let transaction = now(transactional.transaction());
-    nodes.behind.hold("commit", When::After);
-    let (key, newer) = (key(), response("newer"));
-    let mut completing = transaction.complete(&key, token(3), &newer, DAY);
-    assert!(poll(completing.as_mut()).is_pending());
-    drop(completing);
-    assert_eq!(begin(&node), completed("newer"));
-
-    assert!(
-        NearCache::new(MemoryStorage::new())
-            .transactional()
-            .is_none()
-    );
 }
 
 #[test]
