@@ -91,8 +91,8 @@ pub(super) enum Found {
     },
     /// What is still to be stored.
     Outcome(Record),
-    /// What is stored, and was replaced there since, perhaps.
-    Stored(Record),
+    /// The tombstone of an operation that still runs. Another may stand in its place at the storage.
+    GivenUp(Record),
 }
 
 impl State {
@@ -159,28 +159,30 @@ impl Ledger {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn find(&self, key: &EncodedKey) -> Found {
+    pub(super) fn find(&self, key: &EncodedKey, now: Duration) -> Found {
         let state = self.lock();
         let Some(run) = state.of_key(key) else {
             return Found::Nothing;
         };
-        match run.answer() {
+        match run.answer(now) {
             Answer::Running => Found::Running {
                 fingerprint: run.fingerprint,
                 // Under the lock, so that an end of this run is not missed.
                 waiter: self.waiters.subscribe(key, true),
             },
             Answer::Outcome(record) => Found::Outcome(record),
-            Answer::Stored(record) => Found::Stored(record),
+            Answer::GivenUp(record) => Found::GivenUp(record),
             Answer::Nothing => Found::Nothing,
         }
     }
 
     /// A waiter that is woken by whatever happens to `key` here from now on, or the outcome that is here already.
-    pub(super) fn subscribe(&self, key: &EncodedKey) -> Result<Waiter, Record> {
+    pub(super) fn subscribe(&self, key: &EncodedKey, now: Duration) -> Result<Waiter, Record> {
         let state = self.lock();
         let run = state.of_key(key);
-        if let Some(Answer::Outcome(record) | Answer::Stored(record)) = run.map(Run::answer) {
+        if let Some(Answer::Outcome(record) | Answer::GivenUp(record)) =
+            run.map(|run| run.answer(now))
+        {
             return Err(record);
         }
         Ok(self.waiters.subscribe(key, run.is_some()))

@@ -353,8 +353,8 @@ impl Engine {
     async fn attempt(&self, encoded: &Encoded, progress: &Progress, waited: Duration) -> Attempt {
         let shared = &self.shared;
         let key = &encoded.key;
-        match shared.ledger.find(key) {
-            Found::Outcome(record) | Found::Stored(record) => {
+        match shared.ledger.find(key, shared.config.env.now()) {
+            Found::Outcome(record) | Found::GivenUp(record) => {
                 return Attempt::Decided(replay(encoded, record, waited));
             }
             Found::Running {
@@ -400,7 +400,10 @@ impl Engine {
             clearing = shared.ledger.clear(&encoded.key);
             if clearing.is_none() {
                 begun.not_acquired();
-                return match shared.ledger.subscribe(&encoded.key) {
+                return match shared
+                    .ledger
+                    .subscribe(&encoded.key, shared.config.env.now())
+                {
                     Ok(waiter) => Attempt::InFlight(waiter),
                     Err(record) => Attempt::Decided(replay(encoded, record, waited)),
                 };
@@ -446,7 +449,10 @@ impl Engine {
             }
             Ok(Begin::InFlight { fingerprint, .. }) => {
                 begun.not_acquired();
-                match shared.ledger.subscribe(&encoded.key) {
+                match shared
+                    .ledger
+                    .subscribe(&encoded.key, shared.config.env.now())
+                {
                     Ok(waiter) => in_flight(encoded, fingerprint, waiter),
                     Err(record) => Attempt::Decided(replay(encoded, record, waited)),
                 }

@@ -39,6 +39,8 @@ pub(super) struct Run {
     pub(super) has_place: bool,
     /// Its claim was gone for a while, in which another may have held and released it.
     interrupted: bool,
+    /// How often its tombstone could not be stored.
+    failures: u32,
     /// When the keeper must renew the claim, and when it must store something.
     renew_at: Duration,
     store_at: Duration,
@@ -130,8 +132,8 @@ pub(super) enum Answer {
     Running,
     /// What is still to be stored.
     Outcome(Record),
-    /// What is stored, and was replaced there since, perhaps.
-    Stored(Record),
+    /// The tombstone of an operation that still runs. Another may stand in its place at the storage.
+    GivenUp(Record),
     Nothing,
 }
 
@@ -163,6 +165,7 @@ impl Run {
             progress,
             has_place: true,
             interrupted: false,
+            failures: 0,
             renew_at: since.saturating_add(lease / 3),
             store_at: since.saturating_add(hold_limit),
             renewing: false,
@@ -186,11 +189,12 @@ impl Run {
         !matches!(self.phase, Phase::Unclaimed | Phase::Lost)
     }
 
-    pub(super) fn answer(&self) -> Answer {
+    pub(super) fn answer(&self, now: Duration) -> Answer {
         match &self.phase {
             Phase::Held | Phase::Finishing(_) => Answer::Running,
-            Phase::GivenUp(None) => Answer::Outcome(self.tombstone()),
-            Phase::GivenUp(Some(_)) => Answer::Stored(self.tombstone()),
+            Phase::GivenUp(_) => Answer::GivenUp(self.tombstone()),
+            // The keeper may be late to drop it.
+            Phase::Pending(pending) if pending.expires <= now => Answer::Nothing,
             Phase::Pending(pending) => Answer::Outcome(pending.record.clone()),
             Phase::Unclaimed | Phase::Lost => Answer::Nothing,
         }
@@ -412,9 +416,10 @@ impl Run {
         self.storing = false;
         if let Phase::GivenUp(stored) = &self.phase {
             self.store_at = now.saturating_add(match stored {
-                None => pause(0, self.lease),
+                None => pause(self.failures, self.lease),
                 Some(_) => self.lease / 6,
             });
+            self.failures += 1;
         }
     }
 
@@ -627,7 +632,9 @@ mod tests {
         assert_eq!(run.take_store(MAX_HOLD - SECOND), None);
         assert_eq!(run.take_store(MAX_HOLD), Some(Job::Tombstone));
         assert!(progress.is_given_up() && !run.has_place);
-        assert!(matches!(run.answer(), Answer::Outcome(record) if record == run.tombstone()));
+        assert!(
+            matches!(run.answer(MAX_HOLD), Answer::GivenUp(record) if record == run.tombstone())
+        );
         assert_eq!(run.tombstone_stored(MAX_HOLD), Some(true));
         assert_eq!(run.due().claim, MAX_HOLD + LEASE / 3);
         assert_eq!(
@@ -687,6 +694,14 @@ mod tests {
         assert!(run.answered());
         run.late_failed(SECOND, Failure::Refused);
         assert!(!run.answered(), "not even a tombstone was stored");
+    }
+
+    #[test]
+    fn an_outcome_answers_until_its_ttl_is_over() {
+        let run = pending(Duration::ZERO);
+        let at = |now| run.answer(now);
+        assert!(matches!(at(TTL - SECOND), Answer::Outcome(found) if found == record()));
+        assert!(matches!(at(TTL), Answer::Nothing));
     }
 
     #[test]

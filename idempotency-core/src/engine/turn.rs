@@ -202,7 +202,7 @@ impl Engine {
     /// What stands recorded now that it is our turn: the turn before may have replaced what was `seen`.
     async fn stands(&self, encoded: &Encoded, seen: Record) -> Result<Record, NoTurn> {
         let key = &encoded.key;
-        let found = self.shared.ledger.find(key);
+        let found = self.shared.ledger.find(key, self.config().env.now());
         if let Found::Running { .. } = found {
             return Err(NoTurn::RecordIsGone);
         }
@@ -210,9 +210,9 @@ impl Engine {
             Found::Outcome(record) => record,
             found => match (self.get(key).await, found) {
                 (Ok(Some(Entry::Completed(record))), _) => record,
-                // The storage has lost the tombstone of an operation that still runs here. Otherwise it is asked all the same, since
-                // a conflict run may have replaced it.
-                (Ok(_), Found::Stored(tombstone)) => tombstone,
+                // An operation that still runs here was given up. The storage is asked all the same, since another may have run, or a
+                // conflict run replaced the tombstone.
+                (Ok(_), Found::GivenUp(tombstone)) => tombstone,
                 (Ok(_), _) => return Err(NoTurn::RecordIsGone),
                 (Err(error), _) => match self.shared.storage_failed(key, Operation::Get, error) {
                     Decision::Refuse(refused) => return Err(NoTurn::Refused(refused)),
