@@ -608,9 +608,11 @@ impl Judge {
 
     /// Whether another execution may begin, as far as it goes by this one.
     fn may_run_again(&self, case: &Case, it: &Execution, now: Duration) -> bool {
-        if it.is_streaming && it.is_given_up {
-            // Its answer is passed on past the tombstone, as one over the limit is. The tombstone itself is looked at elsewhere.
-            return true;
+        let given_up = it.claimed + self.earliest();
+        if it.is_streaming && it.ended.is_none_or(|(_, ended)| given_up <= ended) {
+            // Its answer is passed on past the tombstone, as one over the limit is. The tombstone itself is looked at elsewhere, if it
+            // could be stored.
+            return it.is_given_up || given_up.saturating_add(scaled(self.2.ttl, 98)) <= now;
         }
         let Some(end) = it.end() else {
             // It runs, or it has died with its node, which is disturbed then. A tombstone that nobody can read can't be kept alive.
@@ -684,7 +686,7 @@ impl Judge {
                 let is_given_up = it.is_given_up || it.home == home && it.claimed + earliest <= now;
                 let is_passed_on = it.is_streaming && it.claimed + earliest <= now;
                 if it.ended.is_none() && !is_passed_on && !(it.is_first() && is_given_up) {
-                    others.push((it.home, it.is_first()));
+                    others.push((it.home, it.is_first(), it.since));
                 }
                 is_running |= it.ended.is_none() && it.is_first() && is_given_up;
             }
@@ -697,7 +699,8 @@ impl Judge {
                 Some(_) => it.is_first() && (it.is_given_up || stored_for != Some(it.kind)),
             };
             let lasting = case.executions.iter().filter(left);
-            let pending = lasting.filter(|it| it.home == home && now <= it.over(self.2.ttl));
+            let pending = lasting.filter(|it| it.home == home && !it.is_overtaken);
+            let pending = pending.filter(|it| now <= it.over(self.2.ttl));
             let pending = pending.max_by_key(|it| it.ended.map(|(_, ended)| ended));
             // It may have expired since it was read.
             let recent = Duration::from_secs(10);
@@ -718,8 +721,11 @@ impl Judge {
         let (number, body) = self.enter(home, key, client, None);
         self.count("state: a conflict run");
         let excused = self.is_disturbed(home);
-        for (other, is_first) in others {
-            if !excused && !self.is_disturbed(other) {
+        for (other, is_first, since) in others {
+            // Whether it lost its turn meanwhile is not seen here.
+            let disturbed = self.lock().nodes[other.node].disturbed;
+            let may_be_lost = !is_first && disturbed.is_some_and(|at| since <= at);
+            if !excused && !may_be_lost && !self.is_disturbed(other) {
                 let what = if is_first { "the first run" } else { "another" };
                 let there = format!("{what} runs on node {}, undisturbed", other.node);
                 self.find(format!("{} runs on a conflict while {there}", short(key)));
@@ -959,7 +965,7 @@ impl Judge {
     }
 
     /// A 409 without an answer: there is a tombstone, or one that a node has still to store.
-    pub(super) fn not_replayable(&self, key: &EncodedKey) {
+    pub(super) fn not_replayable(&self, home: Home, key: &EncodedKey) {
         let now = self.1.now();
         let earliest = self.earliest();
         let decided = now.saturating_sub(MOMENT);
@@ -973,7 +979,8 @@ impl Judge {
             };
             is_tombstone || case.executions.iter().any(is_one)
         });
-        if !is_so {
+        // One that stood still may answer with what is over.
+        if !is_so && !self.is_disturbed(home) {
             self.find(format!(
                 "{} has an answer that was not replayed",
                 short(key)
@@ -1039,7 +1046,9 @@ impl Judge {
             };
             let is_free = free_since + slack < now && !case.executions.iter().any(blocks);
             // Conflicts wait for their turns.
-            let outcome = case.live(now).filter(|_| !self.2.manual);
+            let outcome = case
+                .live(now)
+                .filter(|_| !self.2.manual && !case.was_corrupt);
             (is_free, outcome.is_some_and(|it| it.since + slack < now))
         });
         // Whoever was waiting for a turn had to wait longer.

@@ -337,7 +337,7 @@ impl Node {
         }
         let is_replay = response.headers().contains_key("idempotency-replayed");
         if response.status() == StatusCode::CONFLICT && !is_replay {
-            self.judge.not_replayable(&encoded(key));
+            self.judge.not_replayable(self.home, &encoded(key));
         }
         let problem = response.extensions().get::<Problem>();
         if problem.is_some_and(|problem| problem.refusal() == Refusal::Overloaded) {
