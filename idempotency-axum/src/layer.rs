@@ -146,7 +146,7 @@ impl IdempotencyLayer {
 
     /// Says before the server listens whether every route's policy can be kept: gives `router` back, or one of the mistakes.
     ///
-    /// The layer must be on the router already, by `Router::layer` or `route_layer`; one that `Handler::layer` put on is made
+    /// Call it with each layer that has caches of its own, once the router has its state. The layer must be on the router already, by `Router::layer` or `route_layer`; one that `Handler::layer` put on is made
     /// for each request, so it can't be seen. The router that comes back has its layers made, so that serving it does not
     /// make them again for each connection.
     ///
@@ -193,11 +193,12 @@ impl IdempotencyLayer {
         self.shared.engines.get(cache_name)
     }
 
-    /// Where the key of a request lies that reaches a handler without a policy of its own: for an operator who looks for a client's
-    /// record, or removes it.
+    /// Where the key of a request lies, for an operator who looks for a client's record, or removes it. For a handler whose policy has no
+    /// scope and no header or body of its own from which it takes the key; [`encoded_key_for`](Self::encoded_key_for) is for the others.
     ///
     /// `parts` are what this layer sees: with what the layers outside put into the extensions, if the scope looks there, and with the
-    /// original URI. `body` is the whole body.
+    /// original URI. `body` is the whole body; it makes no difference where the encoder keeps it out of the storage key, as that of
+    /// [`Config::ietf`] does.
     ///
     /// ```
     /// use axum::http::Request;

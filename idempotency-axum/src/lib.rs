@@ -4,12 +4,12 @@
 //! client sends `Idempotency-Key: <unique>` along, and the retry gets the answer of the first request.
 //!
 //! ```
-//! use axum::{Router, routing::post};
-//! use idempotency_axum::{IdempotencyLayer, MemoryStorage, idempotency_exempt, idempotency_key};
+//! use axum::{Router, http::StatusCode, routing::post};
+//! use idempotency_axum::{Config, IdempotencyLayer, MemoryStorage, idempotency_exempt, idempotency_key};
 //!
 //! #[idempotency_key]
-//! async fn create_order() -> &'static str {
-//!     "order 1"
+//! async fn create_order() -> (StatusCode, &'static str) {
+//!     (StatusCode::CREATED, "order 1")
 //! }
 //!
 //! #[idempotency_exempt]
@@ -18,7 +18,7 @@
 //! }
 //!
 //! # fn main() -> Result<(), idempotency_axum::Misuse> {
-//! let layer = IdempotencyLayer::enforce(MemoryStorage::new());
+//! let layer = IdempotencyLayer::enforce(MemoryStorage::new()).config(Config::ietf());
 //! let app = Router::new()
 //!     .route("/orders", post(create_order))
 //!     .route("/search", post(search))
@@ -28,6 +28,10 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! Of the presets, [`Config::ietf`] gives a retry the first answer with its status, and asks for keys on POST and PATCH;
+//! [`Config::stripe`] does what Stripe's API does. [`Config::default`], also called [`Config::django`], gives a retry the first body with
+//! **409**, as django-idempotency-key does.
 //!
 //! # The way of a request
 //!
@@ -39,7 +43,7 @@
 //!    ├ claimed ─────────► handler ─► answer recorded ─► client
 //!    ├ another request ─► 422 at once          (encoders with a fingerprint)
 //!    ├ in flight ───────► waits for the result ─► as completed, or 423 and Retry-After
-//!    ├ completed ───────► the recorded answer, `idempotency-replayed: true`
+//!    ├ completed ───────► the recorded answer, its status or 409, `idempotency-replayed: true`
 //!    └ storage failed ──► 503 and Retry-After, or unprotected if configured so
 //! ```
 //!
@@ -115,6 +119,7 @@
 //! | `GlobalConcurrencyLimitLayer` | counts clients, also for replays; not an operation whose client left | counts operations; one that waits for its place holds its key, and to be shed is an answer. Replays and refusals need no place |
 //! | a task-local, say a tenant | not there once the client has left; a request extension is | **there to the end of the handler** |
 //! | a tracing span | **there to the end of the recording, whether the client is or not** | there to the end of the handler |
+//! | a session that is saved with the answer | not saved where the client has left, though the answer is recorded: save it in the handler | **saved by the operation, not by replays** |
 //! | a transaction per request | rolled back when the client leaves, though the answer is recorded | **ends once, with the handler, before the record** |
 //!
 //! A transaction inside, and any timeout but those of bodies, end with the head of an answer that streams.
@@ -174,7 +179,7 @@ mod settings;
 #[path = "private.rs"]
 pub mod __private;
 
-// Everything stays importable from here; what an application seldom names is shown in the modules below.
+// Everything can be imported from here; what an application seldom names is shown in the modules below.
 #[doc(hidden)]
 pub use idempotency_core::*;
 pub use idempotency_macros::{idempotency_exempt, idempotency_key};
@@ -197,7 +202,7 @@ pub use self::{
 #[doc(hidden)]
 pub use self::middleware::*;
 
-/// What can be configured beside [`Config`], [`Scope`] and [`StoreOn`].
+/// What can be configured beside [`Config`], [`Scope`] and [`StoreOn`]. All of it can be imported from the root too.
 pub mod config {
     #[doc(inline)]
     pub use idempotency_core::{
@@ -206,7 +211,7 @@ pub mod config {
     };
 }
 
-/// How a request becomes a storage key: the key of its client, and the encoders.
+/// How a request becomes a storage key: the key of its client, and the encoders. All of it can be imported from the root too.
 pub mod encoder {
     #[doc(inline)]
     pub use idempotency_core::{
@@ -216,7 +221,7 @@ pub mod encoder {
     };
 }
 
-/// The engine without HTTP: it decides who runs an operation. Its events, and where its time comes from.
+/// The engine without HTTP: it decides who runs an operation. Its events, and where its time comes from. All of it can be imported from the root too.
 pub mod engine {
     #[cfg(feature = "conformance")]
     #[doc(inline)]
@@ -228,7 +233,7 @@ pub mod engine {
     };
 }
 
-/// Where claims and records are kept, and what a storage of your own is made of.
+/// Where claims and records are kept, and what a storage of your own is made of. All of it can be imported from the root too.
 pub mod storage {
     #[cfg(feature = "conformance")]
     #[doc(inline)]
@@ -249,7 +254,7 @@ pub mod storage {
     };
 }
 
-/// The types that the middleware and its extractors are made of.
+/// The types that the middleware and its extractors are made of. All of it can be imported from the root too.
 pub mod middleware {
     #[doc(inline)]
     pub use crate::{

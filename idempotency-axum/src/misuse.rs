@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::policy::KeyPolicy;
+use crate::policy::{KeyPolicy, Requirement};
 
 /// A layer that can't do what a handler asks; see [`IdempotencyLayer::check`](crate::IdempotencyLayer::check).
 #[derive(Clone, Debug, PartialEq)]
@@ -69,11 +69,18 @@ impl fmt::Display for Misuse {
                 }
                 write!(f, "): add `.cache({cache:?}, storage)`")
             }
-            MisuseKind::NoLayer { handler, policy } => write!(
-                f,
-                "handler `{handler}` ({policy:?}) stands on a route without an idempotency layer, so it answers 500: add the route before \
-                 `.layer(…)`, or put the layer on the router that is merged or nested too"
-            ),
+            MisuseKind::NoLayer { handler, policy } => {
+                let asks = match policy.requirement {
+                    Requirement::Required => "requires a key",
+                    Requirement::Optional => "takes an optional key",
+                    Requirement::Exempt => "is exempt",
+                };
+                write!(
+                    f,
+                    "handler `{handler}`, which {asks}, stands on a route without an idempotency layer, so it answers 500: add the \
+                     route before `.layer(…)`, or put the layer on the router that is merged or nested too"
+                )
+            }
         }
     }
 }

@@ -27,7 +27,7 @@ use idempotency_core::{Config, StoredResponse};
 /// # let _ = graphql;
 /// ```
 ///
-/// It works in a tuple, as `Extension(DoNotRecord)`, and from what an error's `IntoResponse` makes.
+/// It works in a tuple, before the body, as `Extension(DoNotRecord)`, and from what an error's `IntoResponse` makes.
 #[derive(Clone, Copy, Debug)]
 #[must_use = "it has to be a part of the response"]
 pub struct DoNotRecord;

@@ -252,7 +252,11 @@ mod check {
             };
             assert!(handler.ends_with("::run"), "{place}: {handler}");
             let message = misuse.to_string();
-            for part in [handler, "KeyPolicy", "before `.layer(…)`"] {
+            let asks = match place {
+                "optional" => "takes an optional key",
+                _ => "requires a key",
+            };
+            for part in [handler, asks, "before `.layer(…)`"] {
                 assert!(message.contains(part), "no {part:?} in {message}");
             }
         }
