@@ -18,6 +18,26 @@
 //! Every Rust block of the pages is compiled, and most of them run and assert as tests of this crate. The pages show the memory
 //! storage where the storage does not matter. The [crate docs](crate) describe the way of a request, and [`problem`](crate::problem) lists
 //! all kinds of refusal.
+//!
+//! Every name in these pages is importable from the root of `idempotency_axum`, also where rustdoc shows it in a module. Only the
+//! conformance suite has its items in [`storage::conformance`](crate::storage).
+//!
+//! # Words
+//!
+//! | word | meaning |
+//! |---|---|
+//! | key | what the client sends in `Idempotency-Key`; the same for each attempt of one operation |
+//! | operation | what a key stands for: one run of a handler, however often the client asks |
+//! | caller | whoever sends the request: a user, a tenant, a service |
+//! | scope | finds the caller of a request; the same key of two callers is two operations |
+//! | encoder | computes the storage key, and for some encoders a fingerprint, from key, request and caller |
+//! | claim | marks an operation as running, so that a duplicate does not run too |
+//! | lease | how long a claim lasts unless it is renewed; after a crash the key is free when the lease is over |
+//! | record | the stored answer of an operation; kept for the TTL |
+//! | tombstone | a record without an answer: the operation ran, but its answer was not kept; a retry gets 409 |
+//! | replay | the recorded answer, sent to a retry; the handler does not run |
+//! | preset | a ready-made [`Config`](crate::Config): `django` (the default), `ietf`, `stripe` |
+//! | storage | where claims and records are kept: memory, Redis, or your own |
 
 #[doc = include_str!("docs/policies.md")]
 pub mod policies {}
