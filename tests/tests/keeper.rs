@@ -545,3 +545,27 @@ async fn an_outcome_whose_future_stands_still_is_stored_all_the_same() {
         node.assert_quiet().await;
     }
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_beside_a_lost_one_is_renewed() {
+    let no_wait = LockPolicy::default().timeout(Duration::ZERO);
+    let node = Node::with(|config| config.lock(no_wait.clone()));
+    let peer = Engine::new(node.memory.clone(), config(&node.env).lock(no_wait));
+    let lost = claim_of(node.engine.begin(&operation(1)).await);
+    assert!(node.memory.remove(&operation(1).key).await.unwrap());
+    let other = claim_of(peer.begin(&operation(1)).await);
+    node.pass(LEASE).await;
+    assert_eq!(node.events.count("lost"), 1);
+    // The keeper has nothing to do for the lost one until `max_hold`.
+    let held = claim_of(node.engine.begin(&operation(2)).await);
+    for _ in 0..4 {
+        node.pass(LEASE / 2).await;
+        let refused = refusal_of(peer.begin(&operation(2)).await);
+        assert_eq!(refused.refusal, Refusal::InFlight);
+    }
+    assert_eq!(node.events.count("reclaimed"), 0);
+    drop((lost, held));
+    other.release().await;
+    peer.drain().await;
+    node.assert_quiet().await;
+}
