@@ -61,7 +61,8 @@ pub struct IdempotencyLayer {
 }
 
 impl IdempotencyLayer {
-    /// Every request with an unsafe method needs a key, unless its handler opts out.
+    /// A request needs a key on the methods of [`Config::methods`], unless its handler says otherwise: all unsafe ones by default, POST and
+    /// PATCH with [`Config::ietf`], POST with [`Config::stripe`]. On other methods a key that is present is honoured.
     ///
     /// `storage` is the default cache.
     pub fn enforce(storage: impl Storage) -> Self {
@@ -146,9 +147,10 @@ impl IdempotencyLayer {
 
     /// Says before the server listens whether every route's policy can be kept: gives `router` back, or one of the mistakes.
     ///
-    /// Call it with each layer that has caches of its own, once the router has its state. The layer must be on the router already, by `Router::layer` or `route_layer`; one that `Handler::layer` put on is made
-    /// for each request, so it can't be seen. The router that comes back has its layers made, so that serving it does not
-    /// make them again for each connection.
+    /// Call it with each layer, once the router has its state. The layer must be on the router already, by `Router::layer` or
+    /// `route_layer`; one that `Handler::layer` put on is made for each request, so it can't be seen. A layer that a setter made of
+    /// another one is a layer of its own: where this one is not on the router, a warning in the log says so. The router that comes back
+    /// has its layers made, so that serving it does not make them again for each connection.
     ///
     /// # Errors
     ///
@@ -300,7 +302,10 @@ pub enum EncodedKeyError {
 impl fmt::Display for EncodedKeyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::MissingKey => f.write_str("the request has no idempotency key"),
+            Self::MissingKey => f.write_str(
+                "the request has no idempotency key where this policy looks for one; `encoded_key_for` takes the policy of a handler with \
+                 a header or a key in the body of its own",
+            ),
             Self::InvalidKey(error) => write!(f, "{error}"),
             Self::UnknownCaller(unknown) => write!(f, "{unknown}"),
         }

@@ -54,7 +54,8 @@
 //!
 //! # Modes and policies
 //!
-//! [`IdempotencyLayer::enforce`] requires a key for every unsafe method except CONNECT, [`IdempotencyLayer::exempt`] for none. A handler says
+//! [`IdempotencyLayer::enforce`] requires a key on the methods of [`Config::methods`], [`IdempotencyLayer::exempt`] on none, and
+//! [`IdempotencyLayer::optional`] honours a key that is present. A handler says
 //! otherwise by [`#[idempotency_key]`](macro@idempotency_key), `#[idempotency_key(optional)]`,
 //! `#[idempotency_key(cache_name = "…")]` or [`#[idempotency_exempt]`](macro@idempotency_exempt); closures, generic and
 //! associated functions by the combinators of [`IdempotencyHandler`]. The outermost policy wins; of two layers the one nearest

@@ -295,7 +295,7 @@ impl KeyPolicy {
     /// # }
     /// ```
     ///
-    /// This and [`key_from`](Self::key_from) replace each other.
+    /// `HeaderName::from_static` takes lower case only. This and [`key_from`](Self::key_from) replace each other.
     pub fn header(mut self, header: HeaderName) -> Self {
         self.terms.key = KeySource::Header(header);
         self

@@ -178,8 +178,7 @@ impl Problem {
                 "This operation requires the request header `{header}`. Send a value that is unique to the operation, and the \
                  same one with every retry."
             ),
-            Detail::NoHeader => "This operation requires a key, which is not in a header here, and none was found in the request. \
-                                 Nothing was run."
+            Detail::NoHeader => "This operation requires an idempotency key, and none was found where this server looks for it. Nothing was run."
                 .to_owned(),
             Detail::InvalidKey(error) => error.to_string(),
             Detail::Limit(limit) => format!(

@@ -167,7 +167,7 @@ impl Config {
             )
     }
 
-    /// The request header that carries the key. Default: `Idempotency-Key`.
+    /// The request header that carries the key. `HeaderName::from_static` takes lower case only. Default: `Idempotency-Key`.
     pub fn header(mut self, header: HeaderName) -> Self {
         self.header = header;
         self

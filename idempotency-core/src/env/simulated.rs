@@ -14,7 +14,9 @@ use super::{Env, Environment, Spawner};
 
 impl Env {
     /// An environment whose clock moves only when the returned [`SimulatedClock`] is told to, and whose random bytes follow
-    /// from `seed`. Tasks are spawned on the current tokio runtime.
+    /// from `seed`. Tasks are spawned on the current tokio runtime. Needs the feature `conformance`.
+    ///
+    /// Give it to the configuration *and* to the storage: records expire by the clock of their storage.
     ///
     /// ```
     /// use std::time::Duration;
