@@ -1,5 +1,8 @@
 //! The guide: one page per question. Each page opens with its short answer.
 //!
+//! Some examples in the docs of single items import from `idempotency_core`, the crate of the engine. Every such name is also in
+//! `idempotency_axum`, which is all that an application depends on.
+//!
 //! | page | question |
 //! |---|---|
 //! | [`policies`] | Which requests need a key, and how does a handler say otherwise? |

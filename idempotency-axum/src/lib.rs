@@ -155,6 +155,8 @@
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
+// Shows on docs.rs, which builds with nightly, what needs a feature.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod buffer;
 mod detach;
