@@ -226,7 +226,8 @@ impl IdempotencyLayer {
         self.encoded_key_for(&KeyPolicy::required(), parts, body)
     }
 
-    /// The same for a handler with a scope, a header or a key in the body of its own.
+    /// The same for a handler with a scope, a header or a key in the body of its own. A handler with an attribute gives its policy:
+    /// `create_order.policy()`.
     ///
     /// # Errors
     ///

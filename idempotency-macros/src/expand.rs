@@ -5,7 +5,7 @@
 //! pub struct Hidden { seat: Seat }
 //! const _: () = {
 //!     async fn create_order(…) -> … { … }                         // all other attributes
-//!     impl Hidden { NAME, policy(), pub invoke(…), or(…) }         // `or`: an error
+//!     impl Hidden { NAME, __policy(), pub invoke(…), pub policy(), or(…) }         // `or`: an error
 //!     impl Clone for Hidden { … }                                 // announces the policy
 //!     impl Handler<(M, …), S> for Hidden { … }                    // axum's own bounds
 //! };
@@ -144,6 +144,11 @@ fn inherent_impl(policy: &Policy, handler: &HandlerFn, hidden: &Ident) -> TokenS
             #[allow(clippy::too_many_arguments, clippy::type_complexity)]
             #visibility async fn invoke(self, #(#arguments: #parameters),*) #output {
                 #ident(#(#arguments),*).await
+            }
+
+            /// The policy of this handler, for `IdempotencyLayer::encoded_key_for`.
+            #visibility fn policy(self) -> #private::KeyPolicy {
+                ::core::clone::Clone::clone(Self::__policy())
             }
 
             #[doc(hidden)]

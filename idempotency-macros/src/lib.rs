@@ -99,6 +99,8 @@ use proc_macro::TokenStream;
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() {
 /// assert_eq!(shout.invoke("hello".into()).await, "HELLO");
+/// // What `IdempotencyLayer::encoded_key_for` takes.
+/// assert_eq!(shout.policy(), idempotency_axum::KeyPolicy::required());
 /// # }
 /// ```
 ///

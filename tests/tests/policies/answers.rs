@@ -175,6 +175,30 @@ async fn an_operator_finds_and_removes_a_record() {
     }
 }
 
+#[idempotency_key(header = "X-Delivery-Id", scope = Scope::none)]
+async fn delivered() -> &'static str {
+    "delivered"
+}
+
+#[tokio::test]
+async fn the_policy_of_an_attribute_finds_its_key() {
+    let layer = IdempotencyLayer::exempt(MemoryStorage::new()).config(Config::ietf());
+    let router = Router::new().route("/hooks", post(delivered));
+    let server = Server::start(router.layer(layer.clone())).await;
+    let call = || server.post("/hooks").header("x-delivery-id", "72d3").send();
+    assert_eq!(call().await.text(), "delivered");
+    assert!(call().await.is_replay());
+    let (parts, ()) = Request::post("/hooks")
+        .header("x-delivery-id", "72d3")
+        .body(())
+        .unwrap()
+        .into_parts();
+    let policy = delivered.policy();
+    let key = layer.encoded_key_for(&policy, &parts, b"").unwrap();
+    assert!(layer.engine().remove(&key).await.unwrap());
+    assert!(!call().await.is_replay());
+}
+
 #[tokio::test]
 async fn a_request_without_key_or_caller_has_no_encoded_key() {
     let layer = IdempotencyLayer::enforce(MemoryStorage::new());
