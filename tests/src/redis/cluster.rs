@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use idempotency_axum::EncodedKey;
 
-use super::server::{Redis, ask, free_port};
+use super::server::{Redis, ask};
 use crate::PATIENCE;
 
 const SLOTS: u16 = 16_384;
@@ -24,12 +24,10 @@ impl Cluster {
     pub async fn start() -> Self {
         let mut masters = Vec::new();
         for _ in 0..3 {
-            let bus = free_port().to_string();
             masters.push(
                 Redis::builder()
                     .on_a_port()
-                    .with(&["--cluster-enabled", "yes"])
-                    .with(&["--cluster-port", &bus])
+                    .cluster_node()
                     .with(&["--cluster-node-timeout", "5000"])
                     .with(&["--cluster-require-full-coverage", "no"])
                     .start(),

@@ -3,10 +3,14 @@
 use std::{
     fs,
     io::{BufRead as _, BufReader},
+    net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
     pin::Pin,
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use futures_util::{Stream, StreamExt as _};
@@ -47,6 +51,12 @@ impl RedisBuilder {
     pub fn on_a_port(mut self) -> Self {
         self.has_port = true;
         self
+    }
+
+    /// Is a node of a Cluster. Without a port of its own the bus takes one that the system may have given to a connection.
+    pub fn cluster_node(self) -> Self {
+        self.with(&["--cluster-enabled", "yes"])
+            .with(&["--cluster-port", &free_port().to_string()])
     }
 
     /// Is no Redis but a sentinel for the master `mymaster` at this port.
@@ -322,12 +332,19 @@ const PORTS: u32 = 20_000;
 #[must_use]
 pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
+    static RESERVED: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
     // The system itself gives away ports from 32,768 on, also to connections. Each process begins with another port.
     let first = std::process::id().wrapping_mul(16);
     for _ in 0..PORTS {
         let next = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % PORTS;
         let port = u16::try_from(10_000 + next).expect("below 32,768");
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        // The UDP port of the same number, kept until this process ends, reserves it among the test processes.
+        let Ok(reservation) = UdpSocket::bind(("127.0.0.1", port)) else {
+            continue;
+        };
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            let mut reserved = RESERVED.lock().unwrap_or_else(PoisonError::into_inner);
+            reserved.push(reservation);
             return port;
         }
     }

@@ -214,8 +214,7 @@ async fn a_failover_is_followed() {
     let mut cluster = Cluster::start().await;
     let replica = Redis::builder()
         .on_a_port()
-        .with(&["--cluster-enabled", "yes"])
-        .with(&["--cluster-port", &free_port().to_string()])
+        .cluster_node()
         .with(&["--cluster-node-timeout", "1000"])
         .start();
     let (port, master) = (

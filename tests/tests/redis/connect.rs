@@ -462,7 +462,8 @@ async fn tls(is_cluster: bool) {
         .with(&["--tls-ca-cert-file", "ca.pem", "--tls-auth-clients", "no"]);
     let redis = match is_cluster {
         true => redis
-            .with(&["--cluster-enabled", "yes", "--tls-cluster", "yes"])
+            .cluster_node()
+            .with(&["--tls-cluster", "yes"])
             .start(),
         false => redis.start(),
     };
