@@ -161,6 +161,7 @@
 mod buffer;
 mod detach;
 mod discovery;
+mod exchange;
 mod extract;
 mod future;
 pub mod guide;

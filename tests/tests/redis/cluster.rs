@@ -6,7 +6,7 @@ use idempotency_axum::{
     Begin, EncodedKey, Entry, Env, Held, NewClaim, Outcome, RedisConnectErrorKind, RedisStorage,
     Storage, StorageErrorKind, Token,
 };
-use idempotency_tests::redis::{Cluster, Redis, free_port};
+use idempotency_tests::redis::{Cluster, Redis};
 
 use super::{KEY, claim, until};
 

@@ -461,10 +461,7 @@ async fn tls(is_cluster: bool) {
         ])
         .with(&["--tls-ca-cert-file", "ca.pem", "--tls-auth-clients", "no"]);
     let redis = match is_cluster {
-        true => redis
-            .cluster_node()
-            .with(&["--tls-cluster", "yes"])
-            .start(),
+        true => redis.cluster_node().with(&["--tls-cluster", "yes"]).start(),
         false => redis.start(),
     };
     if is_cluster {

@@ -1,0 +1,421 @@
+//! One protected request, from its key to its answer.
+
+use std::{
+    future::poll_fn,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::Arc,
+};
+
+use axum::{body::Body, extract::Request, response::Response};
+use bytes::Bytes;
+use futures_util::FutureExt;
+use http::{StatusCode, request::Parts};
+use idempotency_core::{
+    BoxError, Config, Decision, Encoded, Event, Key, ManualDecision, Outcome, Progress, Record,
+    Refusal, Reservation, StoreOn, TombstoneReason,
+};
+use tower_service::Service;
+
+use crate::{
+    buffer::request::{Buffered, buffer},
+    detach::Route,
+    plan::Shared,
+    policy::Terms,
+    problem::Problem,
+    receipt::Receipt,
+    record::record,
+    request::{Conflict, Decided, Protection, WithoutKey, encode},
+    response::{self, DoNotRecord},
+    run::Run,
+};
+
+/// The answer to a request that was refused before it had an encoded key.
+pub(crate) fn refusal(shared: &Shared, problem: Problem) -> Response {
+    shared.config().emit(&Event::Refused {
+        key: None,
+        refusal: problem.refusal(),
+    });
+    shared.respond(problem)
+}
+
+/// A key and whose it is.
+pub(crate) struct Caller {
+    key: Key,
+    owner: Option<Vec<u8>>,
+}
+
+impl Caller {
+    /// An error is why the request is refused.
+    pub(crate) fn of(
+        key: Key,
+        parts: &Parts,
+        terms: &Terms,
+        config: &Config,
+        shared: &Shared,
+    ) -> Result<Self, Problem> {
+        let scope = terms.scope.as_ref().unwrap_or(&config.scope);
+        let owner = scope.of(parts).map_err(|unknown| {
+            shared.report_unknown_caller(&unknown, &parts.extensions);
+            Problem::new(Refusal::ScopeRequired, config)
+        })?;
+        if scope.overlooks_cookie(parts) {
+            shared.warn_of_cookie(&parts.extensions);
+        }
+        Ok(Self { key, owner })
+    }
+}
+
+/// A request whose body was read as far as it has to be.
+struct Encoding {
+    /// `None` if the body has no key, as it may.
+    named: Option<(Key, Encoded)>,
+    body: Body,
+    reservation: Option<Reservation>,
+}
+
+/// One request that has a key, or may have one in its body, from its body to its answer.
+pub(crate) struct Exchange {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) engine: crate::Engine,
+    pub(crate) terms: Terms,
+    pub(crate) is_optional: bool,
+    pub(crate) is_fixed: bool,
+    /// Whether a route matched, as far as this layer sees.
+    pub(crate) is_routed: bool,
+    /// Of a request that may turn out to have no key.
+    pub(crate) receipt: Option<Receipt>,
+    pub(crate) progress: Progress,
+    pub(crate) route: Route,
+}
+
+impl Exchange {
+    pub(crate) async fn run<S, R>(
+        self,
+        inner: S,
+        caller: Option<Caller>,
+        parts: Parts,
+        body: Body,
+    ) -> Result<Response, S::Error>
+    where
+        S: Service<Request, Response = http::Response<R>>,
+        R: http_body::Body<Data = Bytes> + Send + 'static,
+        R::Error: Into<BoxError>,
+    {
+        let Encoding {
+            named,
+            body,
+            // For the whole exchange: a request that waits or runs holds its body.
+            reservation: _reservation,
+        } = match self.encode(caller, &parts, body).await {
+            Ok(encoding) => encoding,
+            Err(refusal) => return Ok(refusal),
+        };
+        let Some((key, encoded)) = named else {
+            return self.run_without_key(inner, parts, body).await;
+        };
+        let (run, conflict) = match self.begin(&encoded).await {
+            Begun::Run(run, conflict) => (run, conflict),
+            Begun::Answered(response) => return Ok(response),
+            Begun::Unprotected => {
+                let request = self.request(key, &encoded, Conflict::default(), parts, body);
+                let response = call(inner, request.into_inner()).await?;
+                return Ok(response.map(Body::new));
+            }
+        };
+        let request = self.request(key, &encoded, conflict, parts, body);
+        self.execute(inner, run, request).await
+    }
+
+    /// Runs the handler for a request whose body has no key, as it may.
+    async fn run_without_key<S, R>(
+        self,
+        inner: S,
+        mut parts: Parts,
+        body: Body,
+    ) -> Result<Response, S::Error>
+    where
+        S: Service<Request, Response = http::Response<R>>,
+        R: http_body::Body<Data = Bytes> + Send + 'static,
+        R::Error: Into<BoxError>,
+    {
+        if self.is_fixed {
+            parts.extensions.insert(WithoutKey);
+        }
+        let response = call(inner, Request::from_parts(parts, body)).await?;
+        let response = response.map(Body::new);
+        if let Some(receipt) = self.receipt {
+            receipt.check(&response);
+        }
+        Ok(response)
+    }
+
+    async fn begin(&self, encoded: &Encoded) -> Begun {
+        let decision = if self.terms.manual {
+            self.engine.begin_manual(encoded, &self.progress).await
+        } else {
+            match self.engine.begin_with(encoded, &self.progress).await {
+                Decision::Execute(claim) => ManualDecision::Execute(claim),
+                Decision::Replay(replay) => {
+                    return Begun::Answered(self.replay(encoded, &replay.record));
+                }
+                Decision::Refuse(refused) => ManualDecision::Refuse(refused),
+                Decision::Unprotected => ManualDecision::Unprotected,
+            }
+        };
+        match decision {
+            ManualDecision::Execute(claim) => {
+                let claim = match self.terms.ttl {
+                    Some(ttl) => claim.ttl(ttl),
+                    None => claim,
+                };
+                Begun::Run(Run::First(claim), Conflict::default())
+            }
+            ManualDecision::Conflict(turn) => {
+                let turn = match self.terms.ttl {
+                    Some(ttl) => turn.ttl(ttl),
+                    None => turn,
+                };
+                let conflict = Conflict(Some(turn.record().clone()));
+                Begun::Run(Run::Conflict(turn), conflict)
+            }
+            ManualDecision::Refuse(refused) => {
+                let problem = Problem::new(refused.refusal, self.config());
+                Begun::Answered(self.shared.respond(problem))
+            }
+            ManualDecision::Unprotected => Begun::Unprotected,
+        }
+    }
+
+    fn config(&self) -> &Config {
+        self.engine.config()
+    }
+
+    fn store_on(&self) -> &StoreOn {
+        let config = self.config();
+        self.terms.store_on.as_ref().unwrap_or(&config.store_on)
+    }
+
+    /// Reads the body if the encoder wants it, and encodes. An error is the answer to the client.
+    ///
+    /// Without a `caller` the key is looked for in the body. If it is missing, and may be, nothing is encoded.
+    async fn encode(
+        &self,
+        caller: Option<Caller>,
+        parts: &Parts,
+        body: Body,
+    ) -> Result<Encoding, Response> {
+        let config = self.config();
+        let reads_body = config.encoder.reads_body();
+        let (bytes, body, reservation) = if reads_body || caller.is_none() {
+            let limit = self
+                .terms
+                .max_request_body
+                .unwrap_or(config.max_request_body);
+            match buffer(parts, body, limit, config).await {
+                Ok(Buffered {
+                    bytes,
+                    body,
+                    reservation,
+                }) => (bytes, body, Some(reservation)),
+                Err(unbuffered) => {
+                    let problem = unbuffered.into_problem(limit, config);
+                    return Err(refusal(&self.shared, problem));
+                }
+            }
+        } else {
+            (Bytes::new(), body, None)
+        };
+        let caller = match caller {
+            Some(caller) => Some(caller),
+            None => self
+                .find_caller(parts, &bytes)
+                .map_err(|problem| refusal(&self.shared, problem))?,
+        };
+        let Some(Caller { key, owner }) = caller else {
+            return Ok(Encoding {
+                named: None,
+                body,
+                reservation,
+            });
+        };
+        let encoded = encode(config, &key, parts, &bytes, owner.as_deref());
+        Ok(Encoding {
+            named: Some((key, encoded)),
+            body,
+            reservation,
+        })
+    }
+
+    /// Looks for the key in the body too.
+    fn find_caller(&self, parts: &Parts, body: &[u8]) -> Result<Option<Caller>, Problem> {
+        let config = self.config();
+        match self.terms.key.find(parts, body, config) {
+            Ok(Some(key)) => Caller::of(key, parts, &self.terms, config, &self.shared).map(Some),
+            Ok(None) if self.is_optional => Ok(None),
+            Ok(None) => Err(Problem::missing_key(&self.terms.key, config)),
+            Err(error) => Err(Problem::invalid_key(error, config)),
+        }
+    }
+
+    /// The request for the handler, with what protects it.
+    fn request(
+        &self,
+        key: Key,
+        encoded: &Encoded,
+        conflict: Conflict,
+        mut parts: Parts,
+        body: Body,
+    ) -> Protected {
+        let protection = Protection::new(key, encoded.key, self.terms.clone(), conflict);
+        parts.extensions.insert(protection.clone());
+        if self.is_fixed {
+            parts.extensions.insert(Decided);
+        }
+        Protected {
+            request: Request::from_parts(parts, body),
+            protection,
+        }
+    }
+
+    /// Runs the handler and records what it answers.
+    async fn execute<S, R>(
+        self,
+        mut inner: S,
+        run: Run,
+        request: Protected,
+    ) -> Result<Response, S::Error>
+    where
+        S: Service<Request, Response = http::Response<R>>,
+        R: http_body::Body<Data = Bytes> + Send + 'static,
+        R::Error: Into<BoxError>,
+    {
+        let protection = request.protection.clone();
+        // A panic goes on to whoever catches it outside, once the run is ended.
+        let ready = AssertUnwindSafe(poll_fn(|cx| inner.poll_ready(cx))).catch_unwind();
+        match ready.await {
+            Ok(Ok(())) => {}
+            // The handler was not called.
+            Ok(Err(error)) => {
+                run.release().await;
+                return Err(error);
+            }
+            Err(panic) => {
+                run.release().await;
+                resume_unwind(panic);
+            }
+        }
+        // In a block of its own, so that a panic of `call` itself is one of the handler.
+        let answered = AssertUnwindSafe(async { inner.call(request.into_inner()).await })
+            .catch_unwind()
+            .await;
+        let (status, is_kept) = match &answered {
+            Ok(Ok(response)) => (response.status(), !DoNotRecord::is_part_of(response)),
+            _ => (StatusCode::INTERNAL_SERVER_ERROR, true),
+        };
+        // A user's function may say which statuses are stored, and panic. What the handler did must not be done again then.
+        let stores = catch_unwind(AssertUnwindSafe(|| {
+            is_kept && self.stores(status, &protection)
+        }));
+        let response = match answered {
+            Ok(Ok(response)) => response.map(Body::new),
+            failed => {
+                match stores {
+                    Ok(false) => run.release().await,
+                    Ok(true) | Err(_) => run.store_none(TombstoneReason::HandlerFailed).await,
+                }
+                match failed {
+                    Ok(result) => return result.map(|response| response.map(Body::new)),
+                    Err(panic) => resume_unwind(panic),
+                }
+            }
+        };
+        match stores {
+            Ok(true) => {
+                let Self {
+                    engine,
+                    progress,
+                    route,
+                    ..
+                } = &self;
+                Ok(record(run, response, engine, progress, route).await)
+            }
+            Ok(false) => {
+                run.release().await;
+                if is_kept && status.is_redirection() && status != StatusCode::NOT_MODIFIED {
+                    self.shared.warn_of_redirect(self.route.path());
+                }
+                Ok(response)
+            }
+            Err(panic) => {
+                run.store_none(TombstoneReason::HandlerFailed).await;
+                resume_unwind(panic);
+            }
+        }
+    }
+
+    fn replay(&self, encoded: &Encoded, record: &Record) -> Response {
+        match &record.outcome {
+            Outcome::Response(stored) => response::replayed(stored, self.config()),
+            Outcome::Tombstone(reason) => {
+                self.config().emit(&Event::Refused {
+                    key: Some(encoded.key),
+                    refusal: Refusal::NotReplayable,
+                });
+                self.shared
+                    .respond(Problem::not_replayable(*reason, self.config()))
+            }
+        }
+    }
+
+    /// Whether an answer of `status` is recorded.
+    fn stores(&self, status: StatusCode, protection: &Protection) -> bool {
+        let store_on = self.store_on();
+        status != StatusCode::SWITCHING_PROTOCOLS
+            && !protection.was_refused()
+            && (protection.was_entered() || !self.is_of_the_router(status))
+            && store_on.stores(status)
+            && (store_on.stores_rejections() || !protection.was_rejected())
+    }
+
+    /// Whether an answer of `status` may come from a router that has no handler for the request. Another release may have one.
+    fn is_of_the_router(&self, status: StatusCode) -> bool {
+        match status {
+            StatusCode::METHOD_NOT_ALLOWED => true,
+            StatusCode::NOT_FOUND => !self.is_routed,
+            _ => false,
+        }
+    }
+}
+
+/// Calls `inner` once it is ready.
+async fn call<S>(mut inner: S, request: Request) -> Result<S::Response, S::Error>
+where
+    S: Service<Request>,
+{
+    poll_fn(|cx| inner.poll_ready(cx)).await?;
+    inner.call(request).await
+}
+
+/// What came of asking the engine.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one a request, and the large one is the usual one"
+)]
+enum Begun {
+    /// The handler is to run, on a conflict with what stands recorded.
+    Run(Run, Conflict),
+    Answered(Response),
+    Unprotected,
+}
+
+/// A request with its protection.
+struct Protected {
+    request: Request,
+    protection: Protection,
+}
+
+impl Protected {
+    fn into_inner(self) -> Request {
+        self.request
+    }
+}
