@@ -47,18 +47,18 @@ const KEY_ONLY_PRINT: Domain = Domain {
 /// # Multipart bodies
 ///
 /// A client picks a new boundary for each attempt, so the boundary is no part of the operation. The
-/// encoders of this crate hash what lies between the delimiters (parts with their headers, preamble
-/// and epilogue) where `Content-Type` is `multipart/` of any kind and names one boundary, and the
-/// body has the line that closes it. Any other body counts byte by byte, and so does a multipart
-/// body inside a part: its boundary is content.
+/// encoders of this crate hash the bytes between the delimiters (parts with their headers, preamble
+/// and epilogue) if `Content-Type` is `multipart/` of any kind and names one boundary, and the body
+/// has the closing delimiter. Every other body is hashed as it is. So is a multipart body inside a
+/// part: its boundary is content.
 ///
 /// `Content-Type` itself, like all headers, is no part of the operation.
 ///
 /// # Writing one
 ///
 /// An encoder must be a pure function: the same request has to give the same result in every
-/// process and after every deployment. Whatever it takes from the request has to be hashed, and
-/// scope has to be part of the storage key. The easiest way to get all of that right is to change
+/// process and after every deployment. It must hash everything that it takes from the request, and
+/// the scope must be part of the storage key. The easiest way to get all of that right is to change
 /// the view and leave the hashing to an encoder of this crate:
 ///
 /// ```
@@ -127,7 +127,7 @@ pub struct RequestView<'a> {
     pub headers: &'a HeaderMap,
     /// The whole body; empty when [`KeyEncoder::reads_body`] is false.
     pub body: &'a [u8],
-    /// Who calls: what the configured scope made of the request. `None` when it found no one.
+    /// The caller that the configured scope found, `None` if it is anonymous.
     pub scope: Option<&'a [u8]>,
 }
 
@@ -151,7 +151,7 @@ impl fmt::Debug for RequestView<'_> {
 pub struct Encoded {
     /// The key under which the operation is claimed and recorded.
     pub key: EncodedKey,
-    /// What must not change under that key; `None` when everything that counts is in the key.
+    /// Hash of what must not change under that key; `None` if the key covers everything.
     pub fingerprint: Option<Fingerprint>,
 }
 
@@ -241,7 +241,7 @@ impl KeyEncoder for BasicKeyEncoder {
 }
 
 /// Key, method, path and query, and scope in the storage key; the body in the fingerprint: the
-/// same key with another body is refused. What the IETF draft describes.
+/// same key with another body is refused. The IETF draft describes this encoder.
 ///
 /// ```
 /// use http::{HeaderMap, HeaderValue, Method};
@@ -273,14 +273,14 @@ impl FingerprintKeyEncoder {
     /// function. What it leaves out may change under a key unnoticed, so it should leave out by
     /// name, and return a body it does not understand as it is.
     ///
-    /// Canonical JSON takes care besides: `serde_json` keeps members in order only until another
-    /// crate turns on its `preserve_order`, hence the `sort_all_objects` below; and of a member that
-    /// is there twice, or a number beyond 64 bits, it forgets a part. Let the handler refuse such
-    /// bodies, as one that reads integers into a struct does.
+    /// Canonical JSON has two traps. `serde_json` sorts members only as long as no other crate turns on
+    /// its `preserve_order`, hence the `sort_all_objects` below. And it loses a part of a member that is
+    /// there twice, or of a number beyond 64 bits. A handler that reads integers into a struct refuses
+    /// such bodies.
     ///
     /// A function that returns the body unchanged gives the same result as this encoder without
-    /// `fields`. The storage key is the same in any case. Of a multipart body it sees all, and the
-    /// boundary of what it returns is left out as it is without `fields`.
+    /// `fields`. The storage key is the same in any case. It is given the whole multipart body, and the
+    /// boundary of what it returns is left out, as without `fields`.
     ///
     /// ```
     /// use std::borrow::Cow;
@@ -374,8 +374,8 @@ fn encode_fingerprint(key: &Key, request: &RequestView<'_>, printed: &[u8]) -> E
 }
 
 /// Key and scope in the storage key; method, path and query, and body in the fingerprint: a key
-/// stands for one request of its caller, and any other request with it is refused. What Stripe
-/// does.
+/// stands for one request of its caller, and any other request with it is refused. Stripe's API
+/// works like this.
 ///
 /// ```
 /// use http::{HeaderMap, HeaderValue, Method};

@@ -1,20 +1,20 @@
-//! Whose key it is.
+//! Which caller a key belongs to.
 
 use std::{error::Error, fmt, sync::Arc};
 
 use http::{HeaderMap, HeaderName, header, request::Parts, uri::Authority};
 
-/// What in a request says whose key it is. The same key under another scope is another operation, so nobody is shown a
-/// stranger's answer.
+/// Which part of a request identifies the caller. Keys belong to a caller: the same key from another caller is another operation,
+/// so no caller is shown the answer of another.
 ///
-/// The scope enters the storage key hashed. It is not authentication: that belongs outside the middleware.
+/// The scope is hashed into the storage key. It is not authentication, which belongs outside the middleware.
 ///
 /// # The default
 ///
 /// [`Scope::default`] is every one of `Authorization`, `X-Api-Key`, `Api-Key` and `X-Auth-Token` that a request carries. Without
 /// any of them the caller is anonymous, and all anonymous callers share their keys. A request with a `Cookie` and none of them is
-/// refused: the cookie may be a session, and then its callers must not share their keys. A `Cookie` beside them is not looked
-/// at, which the middleware warns of once per route. To choose a scope answers both:
+/// refused: the cookie may be a session, and then its callers must not share their keys. A `Cookie` beside one of them is ignored,
+/// and the middleware warns of that once per route. An explicit scope settles both:
 ///
 /// | who calls | scope |
 /// |---|---|
@@ -23,12 +23,12 @@ use http::{HeaderMap, HeaderName, header, request::Parts, uri::Authority};
 /// | whoever has the header; a cookie means nothing | [`Scope::authorization`], [`Scope::header`], or `Scope::default().or_anonymous()` |
 /// | one and the same caller | [`Scope::none`] |
 ///
-/// # A caller that is not found
+/// # A request without a caller
 ///
 /// [`Scope::header`], [`Scope::cookie`] and [`Scope::from_fn`] refuse a request in which they find no caller. If they did not,
-/// all such requests would be those of one anonymous caller, and one client would get the answer of another. With authentication
-/// inside the middleware by mistake, that is every request. [`or_anonymous`](Self::or_anonymous) lets them share their keys all
-/// the same; [`required`](Self::required) makes the other scopes refuse too.
+/// all such requests would count as one anonymous caller, and one client would get the answer of another. If authentication was put
+/// inside the middleware by mistake, that would be every request. [`or_anonymous`](Self::or_anonymous) lets them share their keys
+/// all the same; [`required`](Self::required) makes the other scopes refuse too.
 ///
 /// ```
 /// use http::Request;
@@ -44,9 +44,9 @@ use http::{HeaderMap, HeaderName, header, request::Parts, uri::Authority};
 ///
 /// # A token that is refreshed
 ///
-/// To all scopes that look at a credential, a caller with a new token, or a newly signed one, is another caller: a retry with it
-/// runs again. The id of the principal survives a new token. Let authentication, outside of the middleware, leave it in the
-/// request's extensions:
+/// For every scope that reads a credential, a caller with a new or newly signed token is another caller, so a retry with the new
+/// token runs again. The id of the principal stays the same. Let the authentication layer, outside of the middleware, put it into
+/// the request's extensions:
 ///
 /// ```
 /// use http::{Request, request::Parts};
@@ -86,13 +86,13 @@ enum Source {
     Authorization,
     Cookie(Arc<str>),
     Header(HeaderName),
-    /// The header `Host`, and what takes its place.
+    /// The authority: `:authority`, an absolute target, or the header `Host`.
     Authority,
     None,
     Fn(Arc<ScopeFn>),
 }
 
-/// What becomes of a request in which no caller is found.
+/// How to treat a request without a caller.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Unknown {
     Refused,
@@ -101,7 +101,7 @@ enum Unknown {
     Anonymous,
 }
 
-/// Besides `Authorization`: what API keys are sent in.
+/// The headers that carry API keys, beside `Authorization`.
 static API_KEYS: [HeaderName; 3] = [
     HeaderName::from_static("x-api-key"),
     HeaderName::from_static("api-key"),
@@ -109,18 +109,18 @@ static API_KEYS: [HeaderName; 3] = [
 ];
 
 impl Scope {
-    /// The `Authorization` header; a request without it is anonymous, whatever else it carries.
+    /// The caller is the value of the `Authorization` header. A request without it is anonymous, whatever else it carries.
     pub fn authorization() -> Self {
         Self::new(Source::Authorization, Unknown::Anonymous)
     }
 
-    /// The value of the cookie `name`; a request without it is refused.
+    /// The caller is the value of the cookie `name`. A request without it is refused.
     pub fn cookie(name: impl AsRef<str>) -> Self {
         Self::new(Source::Cookie(name.as_ref().into()), Unknown::Refused)
     }
 
-    /// The value of the header `name`; a request without it is refused. Only for a header that clients can't set themselves, say
-    /// one that a gateway sets.
+    /// The caller is the value of the header `name`. A request without it is refused. Use it only for a header that clients can't
+    /// set themselves, for example one that a gateway sets.
     ///
     /// `Host` is the authority of the request, also over HTTP/2, where that is `:authority`: in lower case, and without user
     /// information and the ports 80 and 443.
@@ -138,40 +138,39 @@ impl Scope {
         Self::new(source, Unknown::Refused)
     }
 
-    /// Nobody's: every caller shares the keys. For services with one caller.
+    /// All callers share their keys. For services with one caller.
     pub fn none() -> Self {
         Self::new(Source::None, Unknown::Anonymous)
     }
 
-    /// What `scope` takes from a request; one of which it makes `None` or nothing is refused. The id of the principal that an
-    /// authentication layer outside left in the request's extensions is the best scope there is.
+    /// The caller is what `scope` returns. A request for which it returns `None` or no bytes is refused. The best scope is the id of
+    /// the principal, which an authentication layer outside put into the request's extensions.
     pub fn from_fn(scope: impl Fn(&Parts) -> Option<Vec<u8>> + Send + Sync + 'static) -> Self {
         Self::new(Source::Fn(Arc::new(scope)), Unknown::Refused)
     }
 
-    /// Refuses a request in which no caller is found, with 403. The last of this and [`or_anonymous`](Self::or_anonymous)
-    /// counts.
+    /// Refuses a request without a caller, with 403. Of this and [`or_anonymous`](Self::or_anonymous) the last call counts.
     pub fn required(mut self) -> Self {
         self.unknown = Unknown::Refused;
         self
     }
 
-    /// Takes all requests in which no caller is found for those of one anonymous caller: they share their keys, and get each
-    /// other's answers. For a service that is public, or whose callers without a credential are one. The last of this and
-    /// [`required`](Self::required) counts.
+    /// Treats all requests without a caller as those of one anonymous caller: they share their keys, and get each other's answers.
+    /// For a public service, or one where all callers without a credential are the same. Of this and
+    /// [`required`](Self::required) the last call counts.
     ///
-    /// On the default scope it says that cookies tell nothing about the caller: a cookie alone is not refused any more, and
-    /// one beside a credential not warned of.
+    /// On the default scope it says that cookies do not identify the caller: a request with only a cookie is accepted, and the
+    /// middleware does not warn of a cookie beside a credential.
     pub fn or_anonymous(mut self) -> Self {
         self.unknown = Unknown::Anonymous;
         self
     }
 
-    /// The scope of a request, `None` if the caller is anonymous. What is empty counts as absent.
+    /// The caller of a request, `None` if it is anonymous. An empty value counts as absent.
     ///
     /// # Errors
     ///
-    /// If the request must be refused, because it does not say who calls.
+    /// If the request has no caller and must be refused.
     pub fn of(&self, request: &Parts) -> Result<Option<Vec<u8>>, UnknownCaller> {
         let headers = &request.headers;
         let found = match &self.source {
@@ -198,8 +197,8 @@ impl Scope {
         Ok(found)
     }
 
-    /// Whether `request`, which is not refused, carries a cookie that the default scope does not look at: if it is a session,
-    /// sessions with the same credential share their keys. Never of a scope that was chosen.
+    /// Whether an accepted `request` carries a cookie that the default scope ignores. If the cookie is a session, sessions with the
+    /// same credential share their keys. Always false for an explicit scope.
     #[must_use]
     pub fn overlooks_cookie(&self, request: &Parts) -> bool {
         matches!(self.source, Source::Credentials)
@@ -212,8 +211,8 @@ impl Scope {
     }
 }
 
-/// All credentials of a request. No two requests with other ones have the same: a zero byte separates values and a line feed
-/// headers, and no header holds either. `Authorization` alone is as [`Scope::authorization`] has it.
+/// All credentials of a request, encoded without collisions: a zero byte separates values and a line feed separates headers, and no
+/// header can hold either. `Authorization` alone gives the same bytes as [`Scope::authorization`].
 fn credentials(headers: &HeaderMap) -> Vec<u8> {
     let mut all = joined(header_values(headers, &header::AUTHORIZATION)).unwrap_or_default();
     for name in &API_KEYS {
@@ -227,8 +226,8 @@ fn credentials(headers: &HeaderMap) -> Vec<u8> {
     all
 }
 
-/// Whom the request is for. RFC 9112 section 3.2.2 and RFC 9113 section 8.3.1: the authority of the target, and `Host` only where
-/// the target has none. `None` also if it can't be read, or there are several of it.
+/// The authority of a request by RFC 9112 section 3.2.2 and RFC 9113 section 8.3.1: that of the target, or `Host` if the target has
+/// none. `None` also if it can't be parsed or there are several.
 fn authority(request: &Parts) -> Option<Vec<u8>> {
     let from_host;
     let authority = match request.uri.authority() {
@@ -278,7 +277,7 @@ fn cookie_values<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item =
         })
 }
 
-/// All the values, since a server behind us may look at any of them; a zero byte, which no header can hold, separates them. `None`
+/// All the values, because a server behind us may read any of them. A zero byte, which no header can hold, separates them. `None`
 /// if there are none, or all are empty.
 fn joined<'a>(mut values: impl Iterator<Item = &'a [u8]>) -> Option<Vec<u8>> {
     let mut joined = values.next()?.to_vec();
@@ -332,7 +331,7 @@ impl fmt::Debug for Scope {
     }
 }
 
-/// A request must be refused, since its [`Scope`] finds nobody who calls. It displays the scope and the cure, for the log.
+/// The request has no caller that its [`Scope`] accepts, and must be refused. Displays the scope and the cure, for the log.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnknownCaller {
     scope: Scope,

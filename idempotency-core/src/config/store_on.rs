@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use http::StatusCode;
 
-/// Which answers are recorded and replayed; after any other the key is free and a retry runs again.
+/// Which answers are recorded and replayed. Any other answer releases the key, and a retry runs again.
 ///
 /// ```
 /// use http::StatusCode;
@@ -38,22 +38,22 @@ impl StoreOn {
         Self::new(Statuses::Success)
     }
 
-    /// Just these.
+    /// Only `statuses`.
     pub fn statuses(statuses: impl IntoIterator<Item = StatusCode>) -> Self {
         Self::new(Statuses::Listed(statuses.into_iter().collect()))
     }
 
-    /// Every status below `limit`: `below(500)` is all that the server does not blame itself for.
+    /// Every status below `limit`: `below(500)` is every answer that is not a server error.
     pub fn below(limit: u16) -> Self {
         Self::new(Statuses::Below(limit))
     }
 
-    /// Every status. An error is then pinned to its key until the TTL is over.
+    /// Every status. An error is then replayed until its TTL is over.
     pub fn all() -> Self {
         Self::new(Statuses::All)
     }
 
-    /// What `stores` says.
+    /// Every status for which `stores` returns true.
     pub fn from_fn(stores: impl Fn(StatusCode) -> bool + Send + Sync + 'static) -> Self {
         Self::new(Statuses::Fn(Arc::new(stores)))
     }
@@ -64,8 +64,8 @@ impl StoreOn {
         self
     }
 
-    /// Does not record what an extractor answers before the handler is entered: nothing ran, so a corrected request may use
-    /// the key again. Known for handlers with our attribute; any other handler counts as entered.
+    /// Does not record the answer of an extractor that rejects the request: the handler did not run, so a corrected request may use
+    /// the key again. Only handlers with our attribute tell; any other handler counts as entered.
     pub fn except_rejections(mut self) -> Self {
         self.rejections = false;
         self
@@ -84,7 +84,7 @@ impl StoreOn {
         listed && !self.except.contains(&status)
     }
 
-    /// Whether answers of extractors, given before the handler is entered, are recorded like any other.
+    /// Whether the answer of an extractor that rejects the request is recorded like any other.
     #[must_use]
     pub fn stores_rejections(&self) -> bool {
         self.rejections

@@ -57,7 +57,7 @@ mod waiting;
 
 pub use self::{claims::*, records::*, waiting::*};
 
-/// How the suite gets at a storage.
+/// Gives the suite access to a storage.
 pub trait Harness: Send + Sync {
     /// The storage under test.
     type Storage: Storage;
@@ -67,11 +67,10 @@ pub trait Harness: Send + Sync {
 
     /// Lets `by` pass on the storage's clock: moves it where that is possible, or sleeps.
     ///
-    /// It may take longer, but not by much: rules that look at a time before an end are right only as long as no
-    /// [`unit`](Self::unit) is lost.
+    /// It may take longer, but by less than one [`unit`](Self::unit): some rules look shortly before a lease or TTL ends.
     fn advance(&self, by: Duration) -> impl Future<Output = ()> + Send;
 
-    /// What leases, TTLs and timeouts of the suite are multiples of. Default: 50 ms.
+    /// Leases, TTLs and timeouts of the suite are multiples of this. Default: 50 ms.
     ///
     /// A storage that counts in whole seconds needs a second here; one on a slow machine, or behind a slow network, more than
     /// a call takes.
@@ -79,14 +78,14 @@ pub trait Harness: Send + Sync {
         Duration::from_millis(50)
     }
 
-    /// How long, by the wall clock, something may take that should happen at once, before it counts as never happening.
+    /// Wall-clock limit for what should happen at once.
     /// Default: 30 s.
     fn patience(&self) -> Duration {
         Duration::from_secs(30)
     }
 
-    /// Puts bytes under `key` that are no record, as a newer version or another program might have. `false`, the default, if
-    /// there is no such thing in this storage; [`unreadable_is_an_error`] then has nothing to check.
+    /// Stores bytes under `key` that are no record, as a newer version or another program might. Returns `false`, the default, if
+    /// the storage can't hold such bytes; [`unreadable_is_an_error`] then has nothing to check.
     fn corrupt(
         &self,
         storage: &Self::Storage,

@@ -43,8 +43,8 @@ pub use self::cache::redis::RedisCache;
 ///
 /// 1. Every call is atomic. Of any number of concurrent [`begin`](Self::begin)s of a free key exactly one is
 ///    [`Begin::Acquired`].
-/// 2. `begin` with a token that already holds the key is `Acquired`: drivers resend what they got no answer to. `complete`
-///    repeated with the token that completed the key is [`Held::Yes`], keeps the first record and restarts its TTL with its own.
+/// 2. `begin` with a token that already holds the key is `Acquired`, because drivers resend calls that got no answer. `complete`
+///    repeated with the token that completed the key is [`Held::Yes`]; it keeps the first record and restarts the TTL.
 /// 3. A claim ends by itself when its lease is over and it was not renewed. Then, and not before, another token may take it.
 /// 4. `complete` succeeds if the claim is the token's (its lease may be over, as long as nobody else took it) **or the key is
 ///    absent**. It is [`Held::Lost`] only if another holds or completed the key.
@@ -55,38 +55,38 @@ pub use self::cache::redis::RedisCache;
 ///    between is not missed; a completion wakes all waiters, a release at least one, and a waiter that is dropped after it
 ///    was woken passes the wake on.
 /// 9. Dropping any of these futures is safe: the storage is in the state before or after the call.
-/// 10. What lies under a key but is not a readable record is an error of kind
-///     [`Unreadable`](crate::StorageErrorKind::Unreadable) for that key, never an absent one.
+/// 10. A value that is neither a claim nor a readable record is an error of kind
+///     [`Unreadable`](crate::StorageErrorKind::Unreadable) for its key. The storage never treats the key as free.
 ///
 /// # Threads
 ///
-/// The engine renews claims, and stores what could not be stored in time, on [`Env::background`](crate::Env::background): a thread with a
-/// tokio runtime of its own. A storage whose connections are driven by another runtime stands still when that runtime does, so one that
-/// connects by itself should keep a connection for these calls ([`Env::in_background`](crate::Env::in_background) tells them). No future
-/// may block its thread: renewals of other claims wait behind it.
+/// The engine renews claims, and stores late outcomes, on [`Env::background`](crate::Env::background): a thread with a
+/// tokio runtime of its own. A connection that another runtime drives stops when that runtime stops. A storage that makes its own
+/// connections should therefore keep one for these calls; [`Env::in_background`](crate::Env::in_background) recognises them. No
+/// future may block its thread, because the renewals of other claims wait behind it.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a storage",
     label = "not a storage",
     note = "`connect` returns a future of a `Result`: write `RedisStorage::connect(…).await?`"
 )]
 pub trait Storage: Send + Sync + 'static {
-    /// Claims `key` if neither a live claim nor a record is there, and says what is there otherwise: one atomic step.
+    /// Claims `key` if it has neither a live claim nor a record, and otherwise returns the one it has, in one atomic step.
     ///
     /// # Errors
     ///
-    /// If the storage can't tell. Whether the claim was taken is then unknown.
+    /// If the storage fails. Whether the claim was taken is then unknown.
     fn begin(
         &self,
         key: &EncodedKey,
         claim: &NewClaim,
     ) -> impl Future<Output = Result<Begin, StorageError>> + Send;
 
-    /// Ends the claim of `token` with a record that lives for `ttl`, and wakes everybody who waits. Where `token` completed the
-    /// key before, that record stays, and lives for `ttl` from now.
+    /// Ends the claim of `token` with a record that expires after `ttl`, and wakes all waiters. If `token` has completed the key
+    /// before, the first record stays and expires `ttl` from now.
     ///
     /// # Errors
     ///
-    /// If the storage can't tell. Repeating the call is safe.
+    /// If the storage fails. Repeating the call is safe.
     fn complete(
         &self,
         key: &EncodedKey,
@@ -95,11 +95,11 @@ pub trait Storage: Send + Sync + 'static {
         ttl: Duration,
     ) -> impl Future<Output = Result<Held, StorageError>> + Send;
 
-    /// Lets the claim of `token` live for another `lease` from now.
+    /// Extends the claim of `token`: its lease ends `lease` from now.
     ///
     /// # Errors
     ///
-    /// If the storage can't tell.
+    /// If the storage fails.
     fn renew(
         &self,
         key: &EncodedKey,
@@ -107,32 +107,32 @@ pub trait Storage: Send + Sync + 'static {
         lease: Duration,
     ) -> impl Future<Output = Result<Held, StorageError>> + Send;
 
-    /// Ends the claim of `token` without a record, and wakes one who waits.
+    /// Ends the claim of `token` without a record, and wakes at least one waiter.
     ///
     /// # Errors
     ///
-    /// If the storage can't tell. Repeating the call is safe.
+    /// If the storage fails. Repeating the call is safe.
     fn release(
         &self,
         key: &EncodedKey,
         token: Token,
     ) -> impl Future<Output = Result<Held, StorageError>> + Send;
 
-    /// What lies under `key`.
+    /// The claim or record of `key`, if there is one.
     ///
     /// # Errors
     ///
-    /// If the storage can't tell.
+    /// If the storage fails.
     fn get(
         &self,
         key: &EncodedKey,
     ) -> impl Future<Output = Result<Option<Entry>, StorageError>> + Send;
 
-    /// Puts `record` in the place of the completed record under `key` and restarts its TTL. Does nothing if there is none.
+    /// Replaces the completed record of `key` with `record` and restarts its TTL. Does nothing if there is no record.
     ///
     /// # Errors
     ///
-    /// If the storage can't tell.
+    /// If the storage fails.
     fn replace(
         &self,
         key: &EncodedKey,
@@ -140,20 +140,20 @@ pub trait Storage: Send + Sync + 'static {
         ttl: Duration,
     ) -> impl Future<Output = Result<(), StorageError>> + Send;
 
-    /// Removes the record or claim under `key`, readable or not, and wakes everybody who waits. Says whether one was there.
+    /// Removes the record or claim of `key`, readable or not, and wakes all waiters. Returns whether there was one.
     ///
     /// # Errors
     ///
-    /// If the storage can't tell.
+    /// If the storage fails.
     fn remove(&self, key: &EncodedKey) -> impl Future<Output = Result<bool, StorageError>> + Send;
 
-    /// Returns when no claim holds `key`, or when `timeout` is over. A hint: `begin` decides.
+    /// Returns when no claim holds `key`, or after `timeout`. It is a hint: only `begin` decides.
     ///
-    /// The default looks at a growing pace, from 10 ms to 500 ms. Storages that can push should.
+    /// The default polls, first after 10 ms, at last every 500 ms. A storage that can be notified should do better.
     ///
     /// # Errors
     ///
-    /// If the storage can't tell.
+    /// If the storage fails.
     fn wait(
         &self,
         key: &EncodedKey,

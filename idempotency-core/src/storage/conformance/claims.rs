@@ -1,4 +1,4 @@
-//! Rules of claims: who runs, and for how long that is sure.
+//! Rules of claims: which token holds a key, and for how long.
 
 #![expect(
     clippy::missing_panics_doc,
@@ -51,7 +51,7 @@ pub async fn begin_is_exclusive<H: Harness>(harness: &H) {
     }
 }
 
-/// `begin` with the token that holds the key is `Acquired` again: a driver sends what it got no answer to once more (rule 2).
+/// `begin` with the token that holds the key is `Acquired` again: a driver resends a call that got no answer (rule 2).
 pub async fn begin_is_idempotent_by_token<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, token) = subject.claimed().await;
@@ -83,7 +83,7 @@ pub async fn begin_is_idempotent_by_token<H: Harness>(harness: &H) {
         .await;
 }
 
-/// `begin` and `get` tell the fingerprint of what runs, and no more of the lease than is left (rule 1).
+/// `begin` and `get` return the fingerprint of the running operation, and at most the rest of its lease (rule 1).
 pub async fn begin_tells_of_the_running_claim<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     for expected in [None, Some(fingerprint(0x00)), Some(fingerprint(0xc3))] {
@@ -138,7 +138,7 @@ fn assert_sane(lease_left: Option<Duration>) {
     );
 }
 
-/// What happens under one key leaves every other alone, also those that differ in a single bit.
+/// A call for one key changes no other key, even if the two differ in a single bit.
 pub async fn keys_are_independent<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, token) = subject.claimed().await;
@@ -203,7 +203,7 @@ pub async fn lease_expires_and_not_before<H: Harness>(harness: &H) {
     );
 }
 
-/// `renew` lets the claim live for another lease from now (rule 3).
+/// After `renew` the claim's lease ends one lease from now (rule 3).
 pub async fn renew_extends<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, token) = subject.claimed_for(subject.units(10)).await;
@@ -347,7 +347,7 @@ pub async fn release_without_a_claim_is_lost<H: Harness>(harness: &H) {
         .await;
 }
 
-/// A holder whose lease ran out and whose key another took can't change anything any more (rules 3 and 5).
+/// A holder whose lease is over and whose key another took can't change anything (rules 3 and 5).
 pub async fn a_lost_claim_changes_nothing<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, late) = subject.claimed_for(subject.units(2)).await;

@@ -1,4 +1,4 @@
-//! What the rules have in common: keys, claims, records, tasks and limits.
+//! Helpers that the rules share: keys, claims, records, tasks and limits.
 
 use std::{
     future::{Future, poll_fn},
@@ -21,7 +21,7 @@ use crate::{
 /// A lease or TTL that no rule outlasts.
 pub(super) const LONG: Duration = Duration::from_secs(3600);
 
-/// The storage under test with calls that may not fail, and a fresh key.
+/// The storage under test, with calls that panic on an error, and a fresh key.
 pub(super) struct Subject<'h, H: Harness> {
     pub(super) harness: &'h H,
     pub(super) storage: Arc<H::Storage>,
@@ -119,7 +119,7 @@ impl<'h, H: Harness> Subject<'h, H> {
         fine(self.storage.remove(key).await)
     }
 
-    /// Checks that a stranger finds a claim under `key`, which is in the way of its own.
+    /// Checks that `key` has a claim, so that another token can't take it.
     pub(super) async fn assert_claimed(&self, key: &EncodedKey, otherwise: &str) {
         let begin = self.begin(key, Token::random()).await;
         assert!(
@@ -172,7 +172,7 @@ impl<'h, H: Harness> Subject<'h, H> {
             panic!("the conformance suite needs a tokio runtime");
         };
         spawner.spawn(async move {
-            // A rule that failed elsewhere no longer waits for this.
+            // If the rule failed elsewhere, nobody awaits this task any more.
             let _ = sender.send(work.await);
         });
         Task {
@@ -181,7 +181,7 @@ impl<'h, H: Harness> Subject<'h, H> {
         }
     }
 
-    /// What comes of `future`, which should be soon.
+    /// Awaits `future`, which should end soon.
     pub(super) async fn soon<T>(&self, future: impl Future<Output = T>, otherwise: &str) -> T {
         within(self.harness.patience(), future, otherwise).await
     }
@@ -194,7 +194,7 @@ pub(super) struct Task<T> {
 }
 
 impl<T> Task<T> {
-    /// What came of it, which should be soon.
+    /// Awaits the task, which should end soon.
     pub(super) async fn soon(self, otherwise: &str) -> T {
         match within(self.patience, self.result, otherwise).await {
             Ok(result) => result,
@@ -218,7 +218,7 @@ pub(super) fn fine<T>(result: Result<T, StorageError>) -> T {
     }
 }
 
-/// Whether `future` is over after being polled once, and what came of it.
+/// Polls `future` once.
 pub(super) async fn poll_once<F: Future>(mut future: Pin<&mut F>) -> Poll<F::Output> {
     poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await
 }

@@ -1,4 +1,4 @@
-//! Rules of records: what was done stays done, and comes back as it was.
+//! Rules of records: a record stays until its TTL is over, and is returned as it was stored.
 
 #![expect(
     clippy::missing_panics_doc,
@@ -62,7 +62,7 @@ pub async fn complete_is_exclusive<H: Harness>(harness: &H) {
     }
 }
 
-/// `complete` repeated with the same token is `Yes`: a driver sends what it got no answer to once more (rule 2).
+/// `complete` repeated with the same token is `Yes`: a driver resends a call that got no answer (rule 2).
 pub async fn complete_is_idempotent_by_token<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let record = answer("once");
@@ -96,8 +96,8 @@ pub async fn complete_keeps_the_first_record<H: Harness>(harness: &H) {
         .await;
 }
 
-/// A repeated `complete` restarts the TTL of the first record with its own: so a tombstone outlives an operation that was given
-/// up and still runs (rule 2).
+/// A repeated `complete` restarts the TTL of the first record with its own. That is how a tombstone outlives an operation that was
+/// given up and still runs (rule 2).
 pub async fn complete_repeated_restarts_the_ttl<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let first = answer("first");
@@ -121,7 +121,7 @@ pub async fn complete_repeated_restarts_the_ttl<H: Harness>(harness: &H) {
         .await;
 }
 
-/// `complete` stores where nothing is: a claim that the storage forgot does not cost the answer (rule 4).
+/// `complete` stores the record if the key is absent: the answer survives a storage that lost the claim (rule 4).
 pub async fn complete_when_absent<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, token) = subject.claimed().await;
@@ -244,7 +244,7 @@ pub async fn completed_for_every_token<H: Harness>(harness: &H) {
     }
 }
 
-/// A record lives as long as its TTL, and then the key is free (rule 6).
+/// A record expires with its TTL, and then the key is free (rule 6).
 pub async fn ttl_expires_and_not_before<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let record = answer("for a while");
@@ -266,7 +266,7 @@ pub async fn ttl_expires_and_not_before<H: Harness>(harness: &H) {
         .await;
 }
 
-/// `replace` puts a record in the place of another (rule 7).
+/// `replace` replaces one record by another (rule 7).
 pub async fn replace_changes_a_record<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, _) = subject.completed(&answer("first"), LONG).await;
@@ -373,7 +373,7 @@ pub async fn remove_takes_records_and_claims<H: Harness>(harness: &H) {
     );
 }
 
-/// `get` looks and does nothing else.
+/// `get` changes nothing.
 pub async fn get_changes_nothing<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let key = fresh_key();
@@ -403,7 +403,7 @@ pub async fn get_changes_nothing<H: Harness>(harness: &H) {
     }
 }
 
-/// Records come back as they were stored: statuses, header bytes, their order and repeats, bodies of every kind and size,
+/// Records are returned as they were stored: statuses, header bytes, their order and repeats, bodies of every kind and size,
 /// fingerprints, tombstones.
 pub async fn records_come_back_unchanged<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
@@ -490,9 +490,9 @@ pub async fn records_come_back_unchanged<H: Harness>(harness: &H) {
     }
 }
 
-/// What is under a key and is no record is an error of kind `Unreadable`, not a free key, and `remove` clears it (rule 10).
+/// A value that is no record is an error of kind `Unreadable`, its key is not free, and `remove` clears it (rule 10).
 ///
-/// Checks nothing where [`Harness::corrupt`] can't make such a thing.
+/// Checks nothing if [`Harness::corrupt`] returns false.
 pub async fn unreadable_is_an_error<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, token) = subject.completed(&answer("readable"), LONG).await;
@@ -508,7 +508,7 @@ pub async fn unreadable_is_an_error<H: Harness>(harness: &H) {
         assert_unreadable("begin", subject.storage.begin(&key, &claim).await);
         assert_unreadable("get", subject.storage.get(&key).await);
     }
-    // It may tell that the key is not its own. It may not take it.
+    // It may be told that it does not hold the key. It must not get the key.
     if let Ok(held) = subject
         .storage
         .complete(&key, Token::random(), &answer("other"), LONG)
@@ -554,7 +554,7 @@ fn assert_unreadable<T: std::fmt::Debug>(call: &str, result: Result<T, StorageEr
     }
 }
 
-/// A call that is dropped at any point has happened or has not: its repetition succeeds, and nothing is left behind (rule 9).
+/// A call that is dropped at any point took effect or did not: repeating it succeeds, and nothing is left behind (rule 9).
 pub async fn dropped_calls_are_safe<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (first, second) = (answer("first"), answer("second"));
@@ -649,7 +649,7 @@ pub async fn dropped_calls_are_safe<H: Harness>(harness: &H) {
     }
 }
 
-/// Polls `call` up to `polls` times, with time for others in between, and drops it.
+/// Polls `call` up to `polls` times, yields to other tasks in between, and drops it.
 async fn drop_after<T>(polls: u32, call: impl Future<Output = T>) {
     let mut call = pin!(call);
     for _ in 0..polls {

@@ -1,4 +1,4 @@
-//! Rules of `wait`: who waits learns of the end.
+//! Rules of `wait`: a waiter is woken when the claim ends.
 
 #![expect(
     clippy::missing_panics_doc,
@@ -81,7 +81,7 @@ pub async fn wait_times_out<H: Harness>(harness: &H) {
     panic!("`wait` did not return after three times its timeout: a duplicate hangs");
 }
 
-/// `wait` returns when the key is completed, for everybody who waits (rule 8).
+/// `wait` returns for all waiters when the key is completed (rule 8).
 pub async fn wait_sees_completion<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let record = answer("done");
@@ -111,7 +111,7 @@ pub async fn wait_sees_release<H: Harness>(harness: &H) {
         .await;
 }
 
-/// `wait` returns when the claim is removed, for everybody who waits (rule 8).
+/// `wait` returns for all waiters when the claim is removed (rule 8).
 pub async fn wait_sees_removal<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, _) = subject.claimed().await;
@@ -129,7 +129,7 @@ pub async fn wait_sees_removal<H: Harness>(harness: &H) {
     }
 }
 
-/// `wait` returns when the lease is over: a holder that died can't tell anybody (rules 3 and 8).
+/// `wait` returns when the lease is over, because a holder that died ends its claim in no other way (rules 3 and 8).
 pub async fn wait_sees_the_lease_end<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, _) = subject.claimed_for(subject.units(10)).await;
@@ -146,7 +146,7 @@ pub async fn wait_sees_the_lease_end<H: Harness>(harness: &H) {
     );
 }
 
-/// `wait` goes on when the claim is renewed, and when another claim follows before it looks (rule 8).
+/// `wait` stays pending when the claim is renewed, and when another claim follows before it looks (rule 8).
 pub async fn wait_outlasts_renewals<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, token) = subject.claimed_for(subject.units(10)).await;
@@ -159,7 +159,7 @@ pub async fn wait_outlasts_renewals<H: Harness>(harness: &H) {
     assert_eq!(subject.release(&key, token).await, Held::Yes);
     let token = Token::random();
     assert_eq!(subject.begin(&key, token).await, Begin::Acquired);
-    // It may have been told of the end in between, and may return for that. Otherwise it goes on to wait.
+    // The end in between may have woken it, and then it may return. Otherwise it stays pending.
     if poll_once(wait.as_mut()).await.is_pending() {
         assert_eq!(
             subject.complete(&key, token, &answer("done")).await,
@@ -190,7 +190,7 @@ pub async fn wait_misses_nothing<H: Harness>(harness: &H) {
     }
 }
 
-/// Each release wakes one who waits at least, so that all get their turn when each releases in turn (rule 8).
+/// Each release wakes at least one waiter, so all waiters are woken if each releases in turn (rule 8).
 pub async fn release_wakes_waiters<H: Harness>(harness: &H) {
     const WAITERS: usize = 5;
     let subject = Subject::new(harness).await;
@@ -224,7 +224,7 @@ pub async fn release_wakes_waiters<H: Harness>(harness: &H) {
     }
 }
 
-/// A waiter that is dropped after it was woken, before it could do anything about it, passes the wake on (rule 8).
+/// A waiter that is woken and then dropped before it is polled passes the wake on (rule 8).
 pub async fn cancelled_waiter_passes_its_wake_on<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     // Whichever of the two a release wakes, it is dropped in one of the rounds.
