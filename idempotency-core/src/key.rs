@@ -579,6 +579,10 @@ fn is_uuid(text: &str) -> bool {
         })
 }
 
+/// Hashes keys and tokens for tables in this process. Seeded for each table, because clients can search for keys that collide under a
+/// seed that they know.
+pub(crate) type HashKeys = ahash::RandomState;
+
 /// The key under which a storage keeps a record: the SHA-256 that a
 /// [`KeyEncoder`](crate::KeyEncoder) makes of the client's key and of what else identifies the
 /// operation.

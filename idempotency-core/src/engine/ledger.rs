@@ -15,7 +15,7 @@ use super::{
     run::{Answer, Due, Job, Next, Run},
     waiters::{Waiter, Waiters},
 };
-use crate::{EncodedKey, Fingerprint, Record, Token};
+use crate::{EncodedKey, Fingerprint, Record, Token, key::HashKeys};
 
 /// The runs of an engine by token, and what its keeper has to do.
 #[derive(Debug)]
@@ -32,9 +32,9 @@ pub(super) struct Ledger {
 
 #[derive(Debug, Default)]
 struct State {
-    runs: HashMap<Token, Entry>,
+    runs: HashMap<Token, Entry, HashKeys>,
     /// The run that answers for a key here.
-    by_key: HashMap<EncodedKey, Token>,
+    by_key: HashMap<EncodedKey, Token, HashKeys>,
     /// What the keeper has to look at, by time: claims, and outcomes that are still to be stored.
     claims: Queue,
     outcomes: Queue,

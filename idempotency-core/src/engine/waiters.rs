@@ -7,14 +7,14 @@ use std::{
 
 use tokio::sync::{Notify, futures::OwnedNotified};
 
-use crate::{EncodedKey, Record};
+use crate::{EncodedKey, Record, key::HashKeys};
 
 /// The waiting duplicates of an engine by key.
 ///
 /// A `std` mutex guards them: every section is a few map operations, and none spans an await or runs code that is not ours.
 #[derive(Debug, Default)]
 pub(super) struct Waiters {
-    by_key: Arc<Mutex<HashMap<EncodedKey, Queue>>>,
+    by_key: Arc<Mutex<HashMap<EncodedKey, Queue, HashKeys>>>,
 }
 
 /// Those that wait for one run of a key.
@@ -111,13 +111,15 @@ impl Waiters {
         queue.wakes.wake_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<EncodedKey, Queue>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<EncodedKey, Queue, HashKeys>> {
         lock(&self.by_key)
     }
 }
 
 /// The map stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.
-fn lock(by_key: &Mutex<HashMap<EncodedKey, Queue>>) -> MutexGuard<'_, HashMap<EncodedKey, Queue>> {
+fn lock(
+    by_key: &Mutex<HashMap<EncodedKey, Queue, HashKeys>>,
+) -> MutexGuard<'_, HashMap<EncodedKey, Queue, HashKeys>> {
     by_key.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -144,7 +146,7 @@ impl Waiter {
 
 /// A waiter's place; the last one to leave takes the key's queue with it.
 struct Place {
-    by_key: Arc<Mutex<HashMap<EncodedKey, Queue>>>,
+    by_key: Arc<Mutex<HashMap<EncodedKey, Queue, HashKeys>>>,
     wakes: Arc<Wakes>,
     key: EncodedKey,
     is_local: bool,

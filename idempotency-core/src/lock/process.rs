@@ -12,7 +12,7 @@ use futures_util::future::select;
 use tokio::sync::{Notify, futures::OwnedNotified};
 
 use super::Lock;
-use crate::{EncodedKey, Env, Held, StorageError, Token};
+use crate::{EncodedKey, Env, Held, StorageError, Token, key::HashKeys};
 
 /// How many locks that are over an operation clears away in passing: it adds one at most, so more than one keeps up.
 const SWEEP: usize = 8;
@@ -49,7 +49,7 @@ pub struct ProcessLock {
 #[derive(Default)]
 struct State {
     /// Hashed with the default, keyed hasher: an encoder of the user's may make keys that are not hashes.
-    locks: HashMap<EncodedKey, Locked>,
+    locks: HashMap<EncodedKey, Locked, HashKeys>,
     /// End and key of every lock, so that those of dead holders are found without a search.
     ends: BTreeSet<(Duration, EncodedKey)>,
 }

@@ -9,11 +9,10 @@ use std::{
 use tokio::sync::Notify;
 
 use super::ledger::Ledger;
-use crate::{EncodedKey, Fingerprint, NewClaim, Token};
+use crate::{EncodedKey, Fingerprint, NewClaim, Token, key::HashKeys};
 
 pub(super) struct Claims {
-    /// Hashed with the default, keyed hasher: an encoder of the user's may make keys that are not hashes.
-    slots: HashMap<EncodedKey, Slot>,
+    slots: HashMap<EncodedKey, Slot, HashKeys>,
     /// End of the lease and key of every claim, so that those of dead holders are found without a search.
     leases: BTreeSet<(Duration, EncodedKey)>,
     ledger: Arc<Ledger>,
@@ -54,7 +53,7 @@ pub(super) enum Wake {
 impl Claims {
     pub(super) fn new(ledger: Arc<Ledger>) -> Self {
         Self {
-            slots: HashMap::new(),
+            slots: HashMap::default(),
             leases: BTreeSet::new(),
             ledger,
         }

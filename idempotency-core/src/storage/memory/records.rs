@@ -9,7 +9,7 @@ use std::{
 use moka::{policy::EvictionPolicy, sync::Cache};
 
 use super::ledger::{Booking, Ledger};
-use crate::{EncodedKey, Outcome, Record, TombstoneReason};
+use crate::{EncodedKey, Outcome, Record, TombstoneReason, key::HashKeys};
 
 /// What a record takes besides its body and its headers, in bytes: [`Stored`], its place in the ledger, and moka's nodes,
 /// table and buffers. With moka 0.12.16 that is 550, and 573 once it was read; the rest is for what the allocator rounds up
@@ -24,7 +24,7 @@ const SLACK: u64 = 32;
 pub(super) const TOO_LARGE: TombstoneReason = TombstoneReason::ResponseTooLarge;
 
 pub(super) struct Records<V> {
-    cache: Cache<EncodedKey, Arc<Stored<V>>>,
+    cache: Cache<EncodedKey, Arc<Stored<V>>, HashKeys>,
     ledger: Arc<Ledger>,
     /// `None` where nothing is evicted.
     capacity: Option<u64>,
@@ -70,7 +70,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             cache = cache.max_capacity(capacity);
         }
         Self {
-            cache: cache.build(),
+            cache: cache.build_with_hasher(HashKeys::default()),
             ledger,
             capacity,
         }
