@@ -77,13 +77,13 @@ struct Encoding {
 pub(crate) struct Exchange {
     pub(crate) shared: Arc<Shared>,
     pub(crate) engine: crate::Engine,
-    pub(crate) terms: Terms,
+    pub(crate) terms: Arc<Terms>,
     pub(crate) is_optional: bool,
     pub(crate) is_fixed: bool,
     /// Whether a route matched, as far as this layer sees.
     pub(crate) is_routed: bool,
     /// Of a request that may turn out to have no key.
-    pub(crate) receipt: Option<Receipt>,
+    pub(crate) receipt: Option<Box<Receipt>>,
     pub(crate) progress: Progress,
     pub(crate) route: Route,
 }
@@ -111,24 +111,26 @@ impl Exchange {
             Err(refusal) => return Ok(refusal),
         };
         let Some((key, encoded)) = named else {
-            return self.run_without_key(inner, parts, body).await;
+            return Box::pin(self.run_without_key(inner, parts, body)).await;
         };
         let (run, conflict) = match self.begin(&encoded).await {
             Begun::Run(run, conflict) => (run, conflict),
             Begun::Answered(response) => return Ok(response),
             Begun::Unprotected => {
-                let request = self.request(key, &encoded, Conflict::default(), parts, body);
-                let response = call(inner, request.into_inner()).await?;
+                let protection = self.protection(key, &encoded, Conflict::default());
+                let request = self.request(&protection, parts, body);
+                let response = Box::pin(call(inner, request)).await?;
                 return Ok(response.map(Body::new));
             }
         };
-        let request = self.request(key, &encoded, conflict, parts, body);
-        self.execute(inner, run, request).await
+        let protection = self.protection(key, &encoded, conflict);
+        let request = self.request(&protection, parts, body);
+        self.execute(inner, run, request, &protection).await
     }
 
     /// Runs the handler for a request whose body has no key, as it may.
     async fn run_without_key<S, R>(
-        self,
+        &self,
         inner: S,
         mut parts: Parts,
         body: Body,
@@ -143,7 +145,7 @@ impl Exchange {
         }
         let response = call(inner, Request::from_parts(parts, body)).await?;
         let response = response.map(Body::new);
-        if let Some(receipt) = self.receipt {
+        if let Some(receipt) = &self.receipt {
             receipt.check(&response);
         }
         Ok(response)
@@ -151,7 +153,10 @@ impl Exchange {
 
     async fn begin(&self, encoded: &Encoded) -> Begun {
         let decision = if self.terms.manual {
-            self.engine.begin_manual(encoded, &self.progress).await
+            self.engine
+                .begin_manual(encoded, &self.progress)
+                .boxed()
+                .await
         } else {
             match self.engine.begin_with(encoded, &self.progress).await {
                 Decision::Execute(claim) => ManualDecision::Execute(claim),
@@ -176,7 +181,7 @@ impl Exchange {
                     None => turn,
                 };
                 let conflict = Conflict(Some(turn.record().clone()));
-                Begun::Run(Run::Conflict(turn), conflict)
+                Begun::Run(Run::Conflict(Box::new(turn)), conflict)
             }
             ManualDecision::Refuse(refused) => {
                 let problem = Problem::new(refused.refusal, self.config());
@@ -257,39 +262,32 @@ impl Exchange {
         }
     }
 
-    /// The request for the handler, with what protects it.
-    fn request(
-        &self,
-        key: Key,
-        encoded: &Encoded,
-        conflict: Conflict,
-        mut parts: Parts,
-        body: Body,
-    ) -> Protected {
-        let protection = Protection::new(key, encoded.key, self.terms.clone(), conflict);
+    fn protection(&self, key: Key, encoded: &Encoded, conflict: Conflict) -> Protection {
+        Protection::new(key, encoded.key, self.terms.clone(), conflict)
+    }
+
+    /// The request for the handler, with its protection.
+    fn request(&self, protection: &Protection, mut parts: Parts, body: Body) -> Request {
         parts.extensions.insert(protection.clone());
         if self.is_fixed {
             parts.extensions.insert(Decided);
         }
-        Protected {
-            request: Request::from_parts(parts, body),
-            protection,
-        }
+        Request::from_parts(parts, body)
     }
 
     /// Runs the handler and records what it answers.
     async fn execute<S, R>(
-        self,
+        &self,
         mut inner: S,
         run: Run,
-        request: Protected,
+        request: Request,
+        protection: &Protection,
     ) -> Result<Response, S::Error>
     where
         S: Service<Request, Response = http::Response<R>>,
         R: http_body::Body<Data = Bytes> + Send + 'static,
         R::Error: Into<BoxError>,
     {
-        let protection = request.protection.clone();
         // A panic goes on to whoever catches it outside, once the run is ended.
         let ready = AssertUnwindSafe(poll_fn(|cx| inner.poll_ready(cx))).catch_unwind();
         match ready.await {
@@ -305,7 +303,7 @@ impl Exchange {
             }
         }
         // In a block of its own, so that a panic of `call` itself is one of the handler.
-        let answered = AssertUnwindSafe(async { inner.call(request.into_inner()).await })
+        let answered = AssertUnwindSafe(async { inner.call(request).await })
             .catch_unwind()
             .await;
         let (status, is_kept) = match &answered {
@@ -314,7 +312,7 @@ impl Exchange {
         };
         // A user's function may say which statuses are stored, and panic. What the handler did must not be done again then.
         let stores = catch_unwind(AssertUnwindSafe(|| {
-            is_kept && self.stores(status, &protection)
+            is_kept && self.stores(status, protection)
         }));
         let response = match answered {
             Ok(Ok(response)) => response.map(Body::new),
@@ -336,7 +334,7 @@ impl Exchange {
                     progress,
                     route,
                     ..
-                } = &self;
+                } = self;
                 Ok(record(run, response, engine, progress, route).await)
             }
             Ok(false) => {
@@ -397,25 +395,9 @@ where
 }
 
 /// What came of asking the engine.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "one a request, and the large one is the usual one"
-)]
 enum Begun {
     /// The handler is to run, on a conflict with what stands recorded.
     Run(Run, Conflict),
     Answered(Response),
     Unprotected,
-}
-
-/// A request with its protection.
-struct Protected {
-    request: Request,
-    protection: Protection,
-}
-
-impl Protected {
-    fn into_inner(self) -> Request {
-        self.request
-    }
 }

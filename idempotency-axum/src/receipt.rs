@@ -133,8 +133,9 @@ impl Acknowledgement {
     ) -> bool {
         let outer = self.outer.as_ref();
         let was_outer_wrong = outer.is_some_and(|outer| outer.give(policy, method, extensions));
-        let announced = self.plan.applied().map(|applied| &applied.policy);
-        let is_announced = announced == Some(policy) && self.path() == matched_path(extensions);
+        let applied = self.plan.applied();
+        let is_announced = applied.is_some_and(|applied| applied.is_of(policy))
+            && self.path() == matched_path(extensions);
         if is_announced {
             self.route.acknowledge(method);
         }
@@ -167,16 +168,16 @@ impl Receipt {
 
     /// A refusal, an error or a redirect may come from a middleware between us and the handler, and a client may provoke it. A
     /// success without any acknowledgement is another handler's, which never said that it may run without a key.
-    pub(crate) fn check(self, response: &Response) {
+    pub(crate) fn check(&self, response: &Response) {
         let Self {
             acknowledgement,
             method,
         } = self;
         let route = &acknowledgement.route;
-        if !response.status().is_success() || route.is_acknowledged(&method) {
+        if !response.status().is_success() || route.is_acknowledged(method) {
             return;
         }
-        if route.distrust(&method) {
+        if route.distrust(method) {
             tracing::error!(
                 target: "idempotency",
                 handler = acknowledgement.handler(),

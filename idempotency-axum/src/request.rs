@@ -21,7 +21,7 @@ pub(crate) struct Protection(Arc<Protected>);
 struct Protected {
     key: Key,
     encoded: EncodedKey,
-    terms: Terms,
+    terms: Arc<Terms>,
     conflict: Conflict,
     entry: AtomicU8,
 }
@@ -40,7 +40,12 @@ const ENTERED: u8 = 3;
 const REFUSED: u8 = 4;
 
 impl Protection {
-    pub(crate) fn new(key: Key, encoded: EncodedKey, terms: Terms, conflict: Conflict) -> Self {
+    pub(crate) fn new(
+        key: Key,
+        encoded: EncodedKey,
+        terms: Arc<Terms>,
+        conflict: Conflict,
+    ) -> Self {
         Self(Arc::new(Protected {
             key,
             encoded,
@@ -64,7 +69,7 @@ impl Protection {
 
     /// Whether the layer did what `policy` asks. A key that is there protects alike, required or optional.
     pub(crate) fn is_on_terms_of(&self, policy: &KeyPolicy) -> bool {
-        policy.requirement != Requirement::Exempt && self.0.terms == policy.terms
+        policy.requirement != Requirement::Exempt && *self.0.terms == policy.terms
     }
 
     pub(crate) fn call(&self) {

@@ -1,16 +1,19 @@
 //! One run of a handler, and its end.
 
+use futures_util::FutureExt;
 use idempotency_core::{Claim, StoredResponse, TombstoneReason, Turn};
 
 /// The first run of a key, under its claim, or one on a conflict, in its turn.
 ///
 /// The engine tells its observers what became of the outcome, and the client gets its answer in any case; so no end returns
 /// anything.
+///
+/// The future of a request is as large as the largest thing that it awaits, so what is rare is boxed.
 #[derive(Debug)]
 #[must_use = "a run that is dropped is as good as one that never was"]
 pub(crate) enum Run {
     First(Claim),
-    Conflict(Turn),
+    Conflict(Box<Turn>),
 }
 
 impl Run {
@@ -21,7 +24,7 @@ impl Run {
                 let _ = claim.complete(response).await;
             }
             Self::Conflict(turn) => {
-                let _ = turn.replace(response).await;
+                let _ = turn.replace(response).boxed().await;
             }
         }
     }
@@ -30,9 +33,9 @@ impl Run {
     pub(crate) async fn store_none(self, reason: TombstoneReason) {
         match self {
             Self::First(claim) => {
-                let _ = claim.tombstone(reason).await;
+                let _ = claim.tombstone(reason).boxed().await;
             }
-            Self::Conflict(turn) => turn.keep().await,
+            Self::Conflict(turn) => turn.keep().boxed().await,
         }
     }
 
@@ -40,7 +43,7 @@ impl Run {
     pub(crate) async fn release(self) {
         match self {
             Self::First(claim) => claim.release().await,
-            Self::Conflict(turn) => turn.keep().await,
+            Self::Conflict(turn) => turn.keep().boxed().await,
         }
     }
 }

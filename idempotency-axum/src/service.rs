@@ -182,7 +182,7 @@ where
         mut request: Request,
         receipt: Option<Receipt>,
     ) -> ResponseFuture<S> {
-        if applied.is_fixed && applied.policy.requirement == Requirement::Optional {
+        if applied.is_fixed && applied.requirement == Requirement::Optional {
             request.extensions_mut().insert(WithoutKey);
         }
         self.call_when_ready(request, receipt)
@@ -196,45 +196,44 @@ where
         receipt: Option<Receipt>,
     ) -> ResponseFuture<S> {
         let config = applied.engine.config();
-        let policy = &applied.policy;
-        if policy.requirement == Requirement::Exempt {
+        if applied.requirement == Requirement::Exempt {
             return self.pass_unprotected(applied, request, receipt);
         }
         // A layer outside could not see this one and has taken the key already.
         if request.extensions().get::<Protection>().is_some() {
             return self.pass(request);
         }
-        let is_asked = policy.requirement == Requirement::Required
+        let terms = &applied.terms;
+        let is_asked = applied.requirement == Requirement::Required
             && (!applied.is_default || config.asks(request.method()));
-        let key = match policy.terms.key.in_headers(request.headers(), config) {
+        let key = match terms.key.in_headers(request.headers(), config) {
             Some(Ok(None)) if !is_asked => {
                 return self.pass_unprotected(applied, request, receipt);
             }
             Some(Ok(None)) => {
-                return self.refuse(Problem::missing_key(&policy.terms.key, config));
+                return self.refuse(Problem::missing_key(&terms.key, config));
             }
             Some(Ok(Some(key))) => Some(key),
             Some(Err(error)) => return self.refuse(Problem::invalid_key(error, config)),
             None => None,
         };
         let (parts, body) = request.into_parts();
-        let caller =
-            match key.map(|key| Caller::of(key, &parts, &policy.terms, config, &self.shared)) {
-                None => None,
-                Some(Ok(caller)) => Some(caller),
-                Some(Err(problem)) => return self.refuse(problem),
-            };
+        let caller = match key.map(|key| Caller::of(key, &parts, terms, config, &self.shared)) {
+            None => None,
+            Some(Ok(caller)) => Some(caller),
+            Some(Err(problem)) => return self.refuse(problem),
+        };
 
         let progress = Progress::new();
         let route = Route::of(&parts);
         let exchange = Exchange {
             shared: self.shared.clone(),
             engine: applied.engine.clone(),
-            terms: policy.terms.clone(),
+            terms: terms.clone(),
             is_optional: !is_asked,
             is_fixed: applied.is_fixed,
             is_routed: parts.extensions.get::<MatchedPath>().is_some(),
-            receipt,
+            receipt: receipt.map(Box::new),
             progress: progress.clone(),
             route: route.clone(),
         };
