@@ -16,9 +16,9 @@ use moka::notification::RemovalCause;
 use super::{SHARDS, shard_of};
 use crate::{EncodedKey, Env, Event, event::Observers};
 
-/// What a claim weighs: its slot in a hash table that may be half empty, and its lease in a B-tree. Measured were 252 to 354
-/// bytes; a test in `tests/memory_limits.rs` holds this to it.
-pub(super) const CLAIM_WEIGHT: u64 = 384;
+/// What a claim weighs: its slot in a hash table that may be a little less than half full. A test in `tests/memory_limits.rs`
+/// compares it with the heap.
+pub(super) const CLAIM_WEIGHT: u64 = 288;
 
 /// Deadline, and the number that makes it unique.
 type Expiry = (Duration, u64);
@@ -44,7 +44,6 @@ pub(super) struct Ledger {
     weight: AtomicU64,
     records: AtomicU64,
     claims: AtomicUsize,
-    waiters: AtomicUsize,
     /// When which record expires, for each shard. Locked by moka's eviction listener, in whatever thread and under whatever
     /// shard's lock moka evicts: so nothing else is ever locked under these.
     expiries: Box<[Mutex<BTreeMap<Expiry, EncodedKey>>]>,
@@ -64,7 +63,6 @@ impl Ledger {
             weight: AtomicU64::new(0),
             records: AtomicU64::new(0),
             claims: AtomicUsize::new(0),
-            waiters: AtomicUsize::new(0),
             expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
             next_id: AtomicU64::new(0),
             evicted: AtomicU64::new(0),
@@ -93,10 +91,6 @@ impl Ledger {
         self.claims.load(Relaxed)
     }
 
-    pub(super) fn waiters(&self) -> usize {
-        self.waiters.load(Relaxed)
-    }
-
     pub(super) fn evicted(&self) -> u64 {
         self.evicted.load(Relaxed)
     }
@@ -114,17 +108,11 @@ impl Ledger {
         booked.is_ok()
     }
 
-    pub(super) fn claim_ended(&self) {
-        self.claims.fetch_sub(1, Relaxed);
-        self.weight.fetch_sub(CLAIM_WEIGHT, Relaxed);
-    }
-
-    pub(super) fn waiter_came(&self) {
-        self.waiters.fetch_add(1, Relaxed);
-    }
-
-    pub(super) fn waiter_left(&self) {
-        self.waiters.fetch_sub(1, Relaxed);
+    pub(super) fn claims_ended(&self, count: usize) {
+        if count > 0 {
+            self.claims.fetch_sub(count, Relaxed);
+            self.weight.fetch_sub(count as u64 * CLAIM_WEIGHT, Relaxed);
+        }
     }
 
     /// Books a record. Before moka has it, because moka may evict it as soon as it has.
