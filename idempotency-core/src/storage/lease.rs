@@ -56,6 +56,7 @@ struct Waiters {
 #[derive(Clone, Copy)]
 pub(crate) enum Wake {
     /// One, because the key is free for one.
+    #[cfg(any(feature = "memory", test))]
     One,
     /// All: there is an answer, or nobody is left who would wake the next.
     All,
@@ -80,6 +81,7 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
     }
 
     /// How many waiters there are, of all keys.
+    #[cfg(any(feature = "memory", test))]
     pub(crate) fn waiters(&self) -> usize {
         self.waiters
     }
@@ -143,6 +145,7 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
         self.leases -= 1;
         match (&slot.get().waiters, wake) {
             (None, _) => drop(slot.remove()),
+            #[cfg(any(feature = "memory", test))]
             (Some(waiters), Wake::One) => waiters.wakes.notify_one(),
             (Some(waiters), Wake::All) => waiters.wakes.notify_waiters(),
         }
