@@ -382,6 +382,27 @@ mod tests {
     }
 
     #[test]
+    fn a_lease_ends_for_one_waiter_or_for_all() {
+        for (wake, woken) in [(Wake::One, 1), (Wake::All, 3)] {
+            let mut table = LeaseTable::default();
+            table.start(&0, lease(1, 10));
+            let wakes: Vec<_> = (0..3).filter_map(|_| table.subscribe(&0, SECOND)).collect();
+            let mut waiting: Vec<_> = wakes
+                .iter()
+                .map(|wakes| Box::pin(wakes.notified()))
+                .collect();
+            for waiting in &mut waiting {
+                waiting.as_mut().enable();
+            }
+            assert!(table.end(&0, token(1), wake));
+            let ready = waiting
+                .iter_mut()
+                .filter_map(|waiting| waiting.as_mut().enable().then_some(()));
+            assert_eq!(ready.count(), woken);
+        }
+    }
+
+    #[test]
     fn a_slot_stays_for_its_waiters() {
         let table = Mutex::new(LeaseTable::default());
         assert!(Waiter::subscribe(&table, &0, SECOND).is_none());
