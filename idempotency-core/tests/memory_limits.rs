@@ -337,6 +337,25 @@ fn records_that_are_read_stay_within_the_limit() {
     }
 }
 
+/// The record that expires first stays, as it is used all the time. The evicted ones leave nothing behind it.
+#[test]
+fn records_behind_a_used_one_give_their_memory_back() {
+    let _turn = turn();
+    const MAX_BYTES: usize = 8 << 20;
+    let before = LIVE.load(SeqCst);
+    let storage = MemoryStorage::builder().max_bytes(MAX_BYTES).build();
+    run(&storage, 0..1_000, |_| 0);
+    for round in 1..100 {
+        run(&storage, round * 1_000..(round + 1) * 1_000, |_| 0);
+        for number in 0..1_000 {
+            assert!(now(storage.get(&key(number))).unwrap().is_some());
+        }
+        let grown = grown(before);
+        assert!(grown as f64 <= 1.2 * MAX_BYTES as f64, "{grown}");
+    }
+    assert!(storage.evicted() > 50_000);
+}
+
 #[test]
 fn claims_weigh_what_they_take() {
     let _turn = turn();

@@ -1,21 +1,16 @@
 //! Locks within this process.
 
 use std::{
-    collections::{BTreeSet, HashMap},
     fmt,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
-use futures_util::future::select;
-use tokio::sync::{Notify, futures::OwnedNotified};
-
 use super::Lock;
-use crate::{EncodedKey, Env, Held, StorageError, Token, key::HashKeys};
-
-/// How many locks that are over an operation clears away in passing: it adds one at most, so more than one keeps up.
-const SWEEP: usize = 8;
+use crate::{
+    EncodedKey, Env, Held, StorageError, Token,
+    storage::lease::{self, Lease, LeaseTable, Waiter, Wake},
+};
 
 /// Locks keys within this process. Clones share the locks.
 ///
@@ -42,24 +37,8 @@ const SWEEP: usize = 8;
 #[must_use]
 pub struct ProcessLock {
     /// `std`'s lock, because sections are short and never await.
-    state: Arc<Mutex<State>>,
+    leases: Arc<Mutex<LeaseTable<EncodedKey, ()>>>,
     env: Env,
-}
-
-#[derive(Default)]
-struct State {
-    /// Hashed with the default, keyed hasher: an encoder of the user's may make keys that are not hashes.
-    locks: HashMap<EncodedKey, Locked, HashKeys>,
-    /// End and key of every lock, so that those of dead holders are found without a search.
-    ends: BTreeSet<(Duration, EncodedKey)>,
-}
-
-struct Locked {
-    token: Token,
-    /// By the clock of `env`. The lock is over from then on.
-    end: Duration,
-    /// Made for the first who waits: most locks never have one.
-    ended: Option<Arc<Notify>>,
 }
 
 impl ProcessLock {
@@ -72,7 +51,7 @@ impl ProcessLock {
     /// [`Env::system`].
     pub fn env(self, env: Env) -> Self {
         Self {
-            state: Arc::default(),
+            leases: Arc::default(),
             env,
         }
     }
@@ -81,56 +60,24 @@ impl ProcessLock {
     #[must_use]
     pub fn locked(&self) -> usize {
         let now = self.env.now();
-        let mut state = self.lock();
-        state.sweep(now, usize::MAX);
-        state.locks.len()
+        let mut leases = self.leases();
+        leases.end_all_over(now);
+        leases.len()
     }
 
-    /// Nothing under this lock panics, so a poisoned one is whole.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    fn is_held_by(&mut self, key: &EncodedKey, token: Token, now: Duration) -> bool {
-        self.end_if_over(key, now);
-        self.locks.get(key).is_some_and(|held| held.token == token)
+    fn leases(&self) -> MutexGuard<'_, LeaseTable<EncodedKey, ()>> {
+        lease::lock(&self.leases)
     }
 
-    fn end(&mut self, key: &EncodedKey) {
-        let Some(held) = self.locks.remove(key) else {
-            return;
-        };
-        self.ends.remove(&(held.end, *key));
-        if let Some(ended) = held.ended {
-            ended.notify_waiters();
-        }
-    }
-
-    fn end_if_over(&mut self, key: &EncodedKey, now: Duration) {
-        if self.locks.get(key).is_some_and(|held| held.end <= now) {
-            self.end(key);
-        }
-    }
-
-    /// Ends up to `at_most` locks whose time is over.
-    fn sweep(&mut self, now: Duration, at_most: usize) {
-        for _ in 0..at_most {
-            match self.ends.first() {
-                Some(&(end, key)) if end <= now => self.end(&key),
-                _ => return,
-            }
-        }
-    }
-
-    /// What tells of the end of the lock of `key`, and when it ends by itself; `None` when it is free.
-    fn watch(&mut self, key: &EncodedKey, now: Duration) -> Option<(OwnedNotified, Duration)> {
-        self.end_if_over(key, now);
-        let held = self.locks.get_mut(key)?;
-        let ended = held.ended.get_or_insert_default().clone();
-        // Made under the lock: it is told of everything that happens from here on, polled or not.
-        Some((ended.notified_owned(), held.end))
+    /// The leases, after the one of `key` was removed if it is over.
+    fn leases_of(
+        &self,
+        key: &EncodedKey,
+    ) -> (MutexGuard<'_, LeaseTable<EncodedKey, ()>>, Duration) {
+        let now = self.env.now();
+        let mut leases = self.leases();
+        leases.end_if_over(key, now);
+        (leases, now)
     }
 }
 
@@ -140,19 +87,15 @@ impl Lock for ProcessLock {
         key: &EncodedKey,
         ttl: Duration,
     ) -> Result<Option<Token>, StorageError> {
-        let now = self.env.now();
-        // Made before the lock is taken: an environment of a user's may panic.
+        // Made before the table is locked: an environment of a user's may panic.
         let token = Token::random_from(&self.env);
-        let mut state = self.lock();
-        state.end_if_over(key, now);
-        state.sweep(now, SWEEP);
-        if state.locks.contains_key(key) {
+        let (mut leases, now) = self.leases_of(key);
+        leases.sweep(now);
+        if leases.get(key).is_some() {
             return Ok(None);
         }
         let end = now.saturating_add(ttl);
-        state.ends.insert((end, *key));
-        let ended = None;
-        state.locks.insert(*key, Locked { token, end, ended });
+        leases.start(key, Lease { token, end, of: () });
         Ok(Some(token))
     }
 
@@ -162,50 +105,28 @@ impl Lock for ProcessLock {
         token: Token,
         ttl: Duration,
     ) -> Result<Held, StorageError> {
-        let now = self.env.now();
-        let mut state = self.lock();
-        if !state.is_held_by(key, token, now) {
-            return Ok(Held::Lost);
+        let (mut leases, now) = self.leases_of(key);
+        match leases.renew(key, token, now.saturating_add(ttl)) {
+            Some(&mut ()) => Ok(Held::Yes),
+            None => Ok(Held::Lost),
         }
-        let state = &mut *state;
-        let Some(held) = state.locks.get_mut(key) else {
-            return Ok(Held::Lost);
-        };
-        state.ends.remove(&(held.end, *key));
-        held.end = now.saturating_add(ttl);
-        state.ends.insert((held.end, *key));
-        if let Some(ended) = &held.ended {
-            // It may end sooner than they think.
-            ended.notify_waiters();
-        }
-        Ok(Held::Yes)
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        let now = self.env.now();
-        let mut state = self.lock();
-        if !state.is_held_by(key, token, now) {
-            return Ok(Held::Lost);
+        let (mut leases, _) = self.leases_of(key);
+        match leases.end(key, token, Wake::All) {
+            true => Ok(Held::Yes),
+            false => Ok(Held::Lost),
         }
-        state.end(key);
-        Ok(Held::Yes)
     }
 
     /// Returns when the key is free.
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        let deadline = self.env.now().saturating_add(timeout);
-        loop {
-            let now = self.env.now();
-            let watched = self.lock().watch(key, now);
-            let Some((ended, end)) = watched else {
-                return Ok(());
-            };
-            if now >= deadline {
-                return Ok(());
-            }
-            let over = pin!(self.env.sleep(end.min(deadline) - now));
-            let _ = select(pin!(ended), over).await;
+        let now = self.env.now();
+        if let Some(waiter) = Waiter::subscribe(&self.leases, key, now) {
+            waiter.wait(&self.env, now.saturating_add(timeout)).await;
         }
+        Ok(())
     }
 }
 
@@ -213,7 +134,7 @@ impl Lock for ProcessLock {
 impl fmt::Debug for ProcessLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ProcessLock")
-            .field("locked", &self.lock().locks.len())
+            .field("locked", &self.leases().len())
             .finish_non_exhaustive()
     }
 }
@@ -227,7 +148,7 @@ mod tests {
     )]
 
     use std::{
-        pin::Pin,
+        pin::{Pin, pin},
         sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
         task::{Context, Poll, Waker},
     };
@@ -289,9 +210,9 @@ mod tests {
             assert!(now(lock.acquire(&key(number), TTL)).is_some());
             clock.advance(TTL / 2);
         }
-        let state = lock.lock();
-        assert!(state.locks.len() <= 3, "{}", state.locks.len());
-        assert_eq!(state.locks.len(), state.ends.len());
+        let leases = lock.leases();
+        assert!(leases.len() <= 3, "{}", leases.len());
+        assert_eq!(leases.len(), leases.slots());
     }
 
     #[test]

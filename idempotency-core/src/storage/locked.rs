@@ -5,19 +5,13 @@
 //! part, so it is kept in this process: [`claims`]. What lies in the cache is a record and the token that completed it:
 //! [`envelope`].
 
-use std::{
-    fmt,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
-
-use futures_util::future::select;
+use std::{fmt, sync::Arc, time::Duration};
 
 use self::{
-    claims::{Claim, Claims},
+    claims::{Claims, LockedClaim},
     envelope::Envelope,
 };
+use super::lease::Lease;
 use crate::{
     Begin, Cache, EncodedKey, Entry, Env, Fingerprint, Held, Lock, NewClaim, Outcome, Record,
     Storage, StorageError, StorageErrorKind, Token,
@@ -113,8 +107,7 @@ pub struct LockedStorage<C, L> {
 struct Parts<C, L> {
     cache: C,
     lock: L,
-    /// `std`'s lock, because sections are short and never await.
-    claims: Mutex<Claims>,
+    claims: Claims,
 }
 
 impl<C: Cache, L: Lock> LockedStorage<C, L> {
@@ -124,7 +117,7 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
             parts: Arc::new(Parts {
                 cache,
                 lock,
-                claims: Mutex::default(),
+                claims: Claims::default(),
             }),
             env: Env::system(),
         }
@@ -153,15 +146,11 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
     #[must_use]
     pub fn claims(&self) -> usize {
         let now = self.env.now();
-        self.known().running(now)
+        self.known().count(now)
     }
 
-    /// Nothing under this lock panics, so a poisoned one is whole.
-    fn known(&self) -> MutexGuard<'_, Claims> {
-        self.parts
-            .claims
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn known(&self) -> &Claims {
+        &self.parts.claims
     }
 }
 
@@ -205,13 +194,13 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
                 // A `remove` took the lock, and then the record that it was meant for.
                 Ok(None) => {}
                 Ok(Some(found)) => {
-                    self.let_go(key, claim.token, locked).await;
+                    self.let_go(key, locked).await;
                     return Ok(Begin::Completed(found.record));
                 }
                 Err(error) => {
                     // Where something lies there, nothing was claimed. Where it is not known, the claim is left to be released.
                     if error.kind() == StorageErrorKind::Unreadable {
-                        self.let_go(key, claim.token, locked).await;
+                        self.let_go(key, locked).await;
                     }
                     return Err(error);
                 }
@@ -251,7 +240,7 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
             }
         };
         self.set(key, token, record, ttl).await?;
-        self.let_go(key, token, locked).await;
+        self.let_go(key, locked).await;
         Ok(Held::Yes)
     }
 
@@ -264,14 +253,14 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
         let Some(claim) = self.known().get(key, token) else {
             return Ok(Held::Lost);
         };
-        self.renew_lock(key, token, claim.locked, lease).await
+        self.renew_lock(key, claim.token, lease).await
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
         let Some(claim) = self.known().get(key, token) else {
             return Ok(Held::Lost);
         };
-        self.unlock(key, token, claim.locked).await
+        self.unlock(key, claim.token).await
     }
 
     async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
@@ -279,10 +268,10 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
             return Ok(Some(Entry::Completed(found.record)));
         }
         let now = self.env.now();
-        let running = self.known().latest(key, now);
+        let running = self.known().running(key, now);
         Ok(running.map(|claim| Entry::Claimed {
-            fingerprint: claim.fingerprint,
-            lease_left: Some(claim.lease_end - now),
+            fingerprint: claim.of.fingerprint,
+            lease_left: Some(claim.end - now),
         }))
     }
 
@@ -305,17 +294,15 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
             Err(error) => Err(error),
         };
         if let Taken::Yes(locked) = taken {
-            self.let_go(key, name, locked).await;
+            self.let_go(key, locked).await;
         }
         replaced
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
         let mut removed = false;
-        let known = self.known().all(key);
-        for (token, claim) in known {
-            let held = self.unlock(key, token, claim.locked).await?;
-            removed |= held == Held::Yes;
+        if let Some(claim) = self.known().last(key) {
+            removed = self.unlock(key, claim.token).await? == Held::Yes;
         }
         if self.parts.cache.get(key).await?.is_some() {
             self.parts.cache.remove(key).await?;
@@ -325,29 +312,22 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
     }
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        let deadline = self.env.now().saturating_add(timeout);
-        let mut was_known = false;
-        loop {
-            let now = self.env.now();
-            // Before the look, so that an end in between is not missed.
-            let watched = self.known().watch(key, now);
-            if now >= deadline || self.parts.cache.get(key).await?.is_some() {
-                return Ok(());
-            }
-            let Some((ended, lease_end)) = watched else {
-                if was_known {
-                    return Ok(());
-                }
-                // Free, or locked by somebody of whom nothing is known here.
-                let left = deadline.saturating_sub(self.env.now());
-                return self.parts.lock.wait(key, left).await;
-            };
-            was_known = true;
-            // The look took its time.
-            let now = self.env.now();
-            let over = pin!(self.env.sleep(lease_end.min(deadline).saturating_sub(now)));
-            let _ = select(pin!(ended), over).await;
+        let now = self.env.now();
+        let deadline = now.saturating_add(timeout);
+        // Subscribed before the look, so that an end in between is not missed.
+        let waiter = self.known().subscribe(key, now);
+        if timeout.is_zero() || self.parts.cache.get(key).await?.is_some() {
+            return Ok(());
         }
+        match waiter {
+            Some(waiter) => waiter.wait(&self.env, deadline).await,
+            // Free, or locked by another process.
+            None => {
+                let left = deadline.saturating_sub(self.env.now());
+                self.parts.lock.wait(key, left).await?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -414,16 +394,16 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         let Some(claim) = self.known().get(key, token) else {
             return Ok(None);
         };
-        let left = claim.lease_end.saturating_sub(self.env.now());
-        let lease = lease.unwrap_or(claim.lease).max(left);
-        let held = self.renew_lock(key, token, claim.locked, lease).await?;
-        Ok((held == Held::Yes).then_some(claim.locked))
+        let left = claim.end.saturating_sub(self.env.now());
+        let lease = lease.unwrap_or(claim.of.lease).max(left);
+        let held = self.renew_lock(key, claim.token, lease).await?;
+        Ok((held == Held::Yes).then_some(claim.token))
     }
 
     /// Whether nothing here has ended the claim of `token` that holds `locked`.
     fn is_known(&self, key: &EncodedKey, token: Token, locked: Token) -> bool {
         let claim = self.known().get(key, token);
-        claim.is_some_and(|claim| claim.locked == locked)
+        claim.is_some_and(|claim| claim.token == locked)
     }
 
     /// Locks `key` for a claim of `token`, if it is free.
@@ -445,22 +425,23 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
                 None => Taken::ByAnother,
             });
         };
-        let claim = Claim {
-            locked,
-            fingerprint,
-            lease,
-            lease_end: since.saturating_add(lease),
+        let claim = Lease {
+            token: locked,
+            end: since.saturating_add(lease),
+            of: LockedClaim {
+                token,
+                fingerprint,
+                lease,
+            },
         };
-        let mut known = self.known();
-        known.answered(key, token, None);
-        known.start(key, token, claim, since);
+        self.known().answered(key, token, None);
+        self.known().start(key, claim, since);
         Ok(Taken::Yes(locked))
     }
 
     async fn renew_lock(
         &self,
         key: &EncodedKey,
-        token: Token,
         locked: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
@@ -468,26 +449,21 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         let held = self.parts.lock.renew(key, locked, lease).await?;
         let lease_end = since.saturating_add(lease);
         match held {
-            Held::Yes => self.known().renew(key, token, locked, lease, lease_end),
-            Held::Lost => self.known().end(key, token, locked),
+            Held::Yes => self.known().renew(key, locked, lease, lease_end),
+            Held::Lost => self.known().end(key, locked),
         }
         Ok(held)
     }
 
-    async fn unlock(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        locked: Token,
-    ) -> Result<Held, StorageError> {
+    async fn unlock(&self, key: &EncodedKey, locked: Token) -> Result<Held, StorageError> {
         let held = self.parts.lock.release(key, locked).await?;
-        self.known().end(key, token, locked);
+        self.known().end(key, locked);
         Ok(held)
     }
 
     /// Unlocks `key` after all was done that counts.
-    async fn let_go(&self, key: &EncodedKey, token: Token, locked: Token) {
-        if let Err(error) = self.unlock(key, token, locked).await {
+    async fn let_go(&self, key: &EncodedKey, locked: Token) {
+        if let Err(error) = self.unlock(key, locked).await {
             let source = std::error::Error::source(&error).map(ToString::to_string);
             tracing::warn!(target: "idempotency", %key, %error, source, "a lock could not be released: it stays until its lease is over");
         }
@@ -505,7 +481,7 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         if found.completed_by != token {
             let lost = self.known().get(key, token);
             if let Some(claim) = lost {
-                self.let_go(key, token, claim.locked).await;
+                self.let_go(key, claim.token).await;
             }
             return Ok(Held::Lost);
         }
@@ -532,16 +508,16 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
             Ok(None) => self.set(key, token, record, ttl).await.map(|()| Held::Yes),
             Err(error) => Err(error),
         };
-        self.let_go(key, token, locked).await;
+        self.let_go(key, locked).await;
         completed
     }
 
     fn in_flight(&self, key: &EncodedKey) -> Begin {
         let now = self.env.now();
-        let running = self.known().latest(key, now);
+        let running = self.known().running(key, now);
         Begin::InFlight {
-            fingerprint: running.as_ref().and_then(|claim| claim.fingerprint),
-            lease_left: running.map(|claim| claim.lease_end - now),
+            fingerprint: running.and_then(|claim| claim.of.fingerprint),
+            lease_left: running.map(|claim| claim.end - now),
         }
     }
 }

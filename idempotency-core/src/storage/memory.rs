@@ -1,6 +1,6 @@
 //! Records in this process.
 //!
-//! Two kinds of things lie under keys, and they are kept apart. A running claim ([`claims`]) protects an operation that is
+//! Two kinds of things lie under keys, and they are kept apart. A running claim (in a [`LeaseTable`]) protects an operation that is
 //! under way, so nothing but its holder, its lease or `remove` ends it. A completed record ([`records`]) lies in a moka cache,
 //! which may evict it. [`ledger`] counts both, and knows when which record expires.
 //!
@@ -10,27 +10,20 @@
 
 use std::{
     fmt,
-    pin::pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
 use bytes::Bytes;
-use futures_util::future::select;
-use tokio::sync::Notify;
 
-use self::{
-    claims::{Claims, Wake},
-    ledger::Ledger,
-    records::Records,
-};
+use self::{ledger::Ledger, records::Records};
+use super::lease::{self, Lease, LeaseTable, Waiter, Wake};
 use crate::{
-    Begin, EncodedKey, Entry, Env, Event, Held, NewClaim, Outcome, Record, Storage, StorageError,
-    StorageErrorKind, StoredResponse, Token,
+    Begin, EncodedKey, Entry, Env, Event, Fingerprint, Held, NewClaim, Outcome, Record, Storage,
+    StorageError, StorageErrorKind, StoredResponse, Token,
 };
 
 mod builder;
-mod claims;
 mod ledger;
 mod records;
 mod shelf;
@@ -43,8 +36,8 @@ pub(super) use self::shelf::Shelf;
 /// A power of two: enough that two of a machine's threads rarely meet, few enough to visit all when the storage is full.
 const SHARDS: usize = 32;
 
-/// How many expired claims, and how many expired records, an operation clears away in passing. It adds one at most, so more
-/// than one keeps up; few, so that no request pays for a crowd.
+/// How many expired records an operation clears away in passing. It adds one at most, so more than one keeps up; few, so that
+/// no request pays for a crowd.
 const SWEEP: usize = 8;
 
 /// Keeps claims and records in this process, up to a number of bytes. Clones share them.
@@ -77,7 +70,7 @@ const SWEEP: usize = 8;
 /// says what happens at the limit. A body is copied when it is recorded: a `Bytes` of ten bytes may hold on to a buffer of a
 /// megabyte.
 ///
-/// Running claims are never evicted. Under [`WhenFull::Evict`] they come on top of `max_bytes`, less than 400 bytes each, and
+/// Running claims are never evicted. Under [`WhenFull::Evict`] they come on top of `max_bytes`, less than 300 bytes each, and
 /// so do the waiters; `Config::max_running` and `Config::max_waiting` bound them.
 ///
 /// # Expiry
@@ -97,6 +90,9 @@ struct Inner {
     max_bytes: usize,
     when_full: WhenFull,
 }
+
+/// The claims of one shard, each with its fingerprint.
+type Claims = LeaseTable<EncodedKey, Option<Fingerprint>>;
 
 /// What lies under a completed key.
 #[derive(Clone)]
@@ -134,7 +130,7 @@ impl MemoryStorage {
     /// How many calls of [`wait`](Storage::wait) are under way.
     #[must_use]
     pub fn waiters(&self) -> usize {
-        self.0.ledger.waiters()
+        self.0.waiters()
     }
 
     /// What records and claims weigh, in bytes; see [Memory](Self#memory).
@@ -167,7 +163,7 @@ impl fmt::Debug for MemoryStorage {
             .field("weight", &inner.ledger.weight())
             .field("records", &inner.ledger.records())
             .field("claims", &inner.ledger.claims())
-            .field("waiters", &inner.ledger.waiters())
+            .field("waiters", &inner.waiters())
             .field("evicted", &inner.ledger.evicted())
             .finish()
     }
@@ -250,30 +246,12 @@ impl Storage for MemoryStorage {
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         let inner = &*self.0;
-        let deadline = inner.env.now().saturating_add(timeout);
-        let Some(waiter) = inner.subscribe(key) else {
-            return Ok(());
-        };
-        loop {
-            // Enabled before the look: an end in between is not missed. Dropped after a wake that it did not use, it passes
-            // that wake on.
-            let mut woken = pin!(waiter.wakes.notified());
-            woken.as_mut().enable();
-
-            let now = inner.env.now();
-            let Some(lease_end) = inner.lease_end(key, now) else {
-                if now >= deadline {
-                    // This one may have given up: should the wake have been its own, another gets it.
-                    waiter.wakes.notify_one();
-                }
-                return Ok(());
-            };
-            if now >= deadline {
-                return Ok(());
-            }
-            let pause = pin!(inner.env.sleep(lease_end.min(deadline) - now));
-            let _ = select(woken, pause).await;
+        let now = inner.env.now();
+        let shard = &inner.shards[shard_of(key)];
+        if let Some(waiter) = Waiter::subscribe(shard, key, now) {
+            waiter.wait(&inner.env, now.saturating_add(timeout)).await;
         }
+        Ok(())
     }
 }
 
@@ -287,13 +265,13 @@ impl Inner {
         if let Some(running) = claims.get(key) {
             if running.token == claim.token {
                 // Sent again. An earlier answer may have promised more.
-                let lease_end = lease_end.max(running.lease_end);
-                claims.renew(key, lease_end);
+                let lease_end = lease_end.max(running.end);
+                claims.renew(key, claim.token, lease_end);
                 return Some(Begin::Acquired);
             }
             return Some(Begin::InFlight {
-                fingerprint: running.fingerprint,
-                lease_left: Some(running.lease_end - now),
+                fingerprint: running.of,
+                lease_left: Some(running.end - now),
             });
         }
         if let Some(found) = self.records.get(key, now) {
@@ -303,9 +281,16 @@ impl Inner {
             WhenFull::Evict => None,
             WhenFull::Refuse => Some(self.max_bytes as u64),
         };
-        claims
-            .start(key, claim, lease_end, limit)
-            .then_some(Begin::Acquired)
+        if !self.ledger.claim_started(limit) {
+            return None;
+        }
+        let lease = Lease {
+            token: claim.token,
+            end: lease_end,
+            of: claim.fingerprint,
+        };
+        claims.start(key, lease);
+        Some(Begin::Acquired)
     }
 
     fn complete(&self, key: &EncodedKey, token: Token, record: Record, ttl: Duration) -> Held {
@@ -327,27 +312,27 @@ impl Inner {
         }
         // First the record, so that what is woken finds it; both are behind the lock anyway.
         self.insert(key, record, token, now.saturating_add(ttl));
-        claims.end(key, Wake::All);
+        let ended = claims.end(key, token, Wake::All);
+        self.ledger.claims_ended(usize::from(ended));
         Held::Yes
     }
 
     fn renew(&self, key: &EncodedKey, token: Token, lease: Duration) -> Held {
         let now = self.env.now();
         let mut claims = self.lock(key, now);
-        if claims.get(key).is_none_or(|running| running.token != token) {
-            return Held::Lost;
+        match claims.renew(key, token, now.saturating_add(lease)) {
+            Some(_) => Held::Yes,
+            None => Held::Lost,
         }
-        claims.renew(key, now.saturating_add(lease));
-        Held::Yes
     }
 
     fn release(&self, key: &EncodedKey, token: Token) -> Held {
         let now = self.env.now();
         let mut claims = self.lock(key, now);
-        if claims.get(key).is_none_or(|running| running.token != token) {
+        if !claims.end(key, token, Wake::One) {
             return Held::Lost;
         }
-        claims.end(key, Wake::One);
+        self.ledger.claims_ended(1);
         Held::Yes
     }
 
@@ -356,8 +341,8 @@ impl Inner {
         let claims = self.lock(key, now);
         if let Some(running) = claims.get(key) {
             return Some(Entry::Claimed {
-                fingerprint: running.fingerprint,
-                lease_left: Some(running.lease_end - now),
+                fingerprint: running.of,
+                lease_left: Some(running.end - now),
             });
         }
         let found = self.records.get(key, now)?;
@@ -386,7 +371,8 @@ impl Inner {
     fn remove(&self, key: &EncodedKey) -> bool {
         let now = self.env.now();
         let mut claims = self.lock(key, now);
-        let claimed = claims.end(key, Wake::All);
+        let claimed = claims.remove(key, Wake::All);
+        self.ledger.claims_ended(usize::from(claimed));
         let completed = self.records.get(key, now).is_some();
         if completed {
             self.records.remove(key);
@@ -394,21 +380,9 @@ impl Inner {
         claimed || completed
     }
 
-    /// `None` when no claim holds the key.
-    fn subscribe(&self, key: &EncodedKey) -> Option<Waiter<'_>> {
-        let now = self.env.now();
-        let wakes = self.lock(key, now).subscribe(key)?;
-        Some(Waiter {
-            inner: self,
-            key: *key,
-            wakes,
-        })
-    }
-
-    /// When the claim of `key` ends by itself; `None` when there is none.
-    fn lease_end(&self, key: &EncodedKey, now: Duration) -> Option<Duration> {
-        let claims = self.lock(key, now);
-        claims.get(key).map(|running| running.lease_end)
+    fn waiters(&self) -> usize {
+        let shards = self.shards.iter();
+        shards.map(|shard| lease::lock(shard).waiters()).sum()
     }
 
     /// Locks the shard of `key` and clears away a few things whose time is over. A claim of `key` is among them, so one that is
@@ -416,18 +390,16 @@ impl Inner {
     fn lock(&self, key: &EncodedKey, now: Duration) -> MutexGuard<'_, Claims> {
         let shard = shard_of(key);
         let mut claims = self.lock_shard(shard);
-        claims.end_if_over(key, now);
-        claims.sweep(now, SWEEP);
+        let ended = usize::from(claims.end_if_over(key, now)) + claims.sweep(now);
+        self.ledger.claims_ended(ended);
         self.records.sweep(shard, now, SWEEP);
         claims
     }
 
     /// What panics under this lock, if anything, is moka or an `Env`. Each step makes its changes after everything else, so the
-    /// claims are whole, and a poisoned lock is taken as it is.
+    /// claims under a poisoned lock are whole.
     fn lock_shard(&self, shard: usize) -> MutexGuard<'_, Claims> {
-        self.shards[shard]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lease::lock(&self.shards[shard])
     }
 
     /// Clears away all whose time is over, or as much as is `enough`.
@@ -440,9 +412,8 @@ impl Inner {
                 }
                 // Locked anew for every few, so that requests get their turn.
                 let mut claims = self.lock_shard(shard);
-                let claims_left = claims.sweep(now, 8 * SWEEP);
-                let records_left = self.records.sweep(shard, now, 8 * SWEEP);
-                if !claims_left && !records_left {
+                self.ledger.claims_ended(claims.end_all_over(now));
+                if !self.records.sweep(shard, now, 8 * SWEEP) {
                     break;
                 }
             }
@@ -464,21 +435,6 @@ impl Inner {
     fn settle(&self) {
         self.records.settle();
         self.ledger.report_evictions();
-    }
-}
-
-/// Counts as a waiter of its key's slot until it is dropped, so that the slot stays and goes in time.
-struct Waiter<'a> {
-    inner: &'a Inner,
-    key: EncodedKey,
-    wakes: Arc<Notify>,
-}
-
-impl Drop for Waiter<'_> {
-    fn drop(&mut self) {
-        self.inner
-            .lock_shard(shard_of(&self.key))
-            .unsubscribe(&self.key);
     }
 }
 

@@ -14,6 +14,7 @@ mod cache;
 mod claim;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub(crate) mod lease;
 mod locked;
 #[cfg(feature = "memory")]
 pub(crate) mod memory;

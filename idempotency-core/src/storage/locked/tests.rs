@@ -9,8 +9,11 @@
 use std::{
     collections::{HashMap, VecDeque},
     future::pending,
-    pin::Pin,
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    pin::{Pin, pin},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
     task::{Context, Poll, Waker},
 };
 

@@ -1,11 +1,8 @@
 //! How a [`MemoryStorage`] is set up.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex},
-};
+use std::{fmt, sync::Arc};
 
-use super::{Inner, MemoryStorage, SHARDS, claims::Claims, ledger::Ledger, records::Records};
+use super::{Inner, MemoryStorage, SHARDS, ledger::Ledger, records::Records};
 use crate::{Env, Observer, event::Observers};
 
 /// What a [`MemoryStorage`] does with a new key when its records weigh [`max_bytes`](MemoryStorageBuilder::max_bytes).
@@ -95,9 +92,8 @@ impl MemoryStorageBuilder {
             WhenFull::Evict => Some(self.max_bytes),
             WhenFull::Refuse => None,
         };
-        let claims = || Mutex::new(Claims::new(ledger.clone()));
         MemoryStorage(Arc::new(Inner {
-            shards: (0..SHARDS).map(|_| claims()).collect(),
+            shards: (0..SHARDS).map(|_| Default::default()).collect(),
             records: Records::new(ledger.clone(), capacity),
             ledger,
             env: self.env,

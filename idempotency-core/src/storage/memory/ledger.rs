@@ -1,9 +1,8 @@
-//! What the storage holds: how much, how many, and until when.
+//! What the storage holds: how many bytes, records and claims.
 //!
 //! moka tells the ledger of everything that leaves it, by whatever way, so the ledger is exact where moka's own counters lag.
 
 use std::{
-    collections::BTreeMap,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -13,42 +12,17 @@ use std::{
 
 use moka::notification::RemovalCause;
 
-use super::{SHARDS, shard_of};
 use crate::{EncodedKey, Env, Event, event::Observers};
 
-/// What a claim weighs: its slot in a hash table that may be half empty, and its lease in a B-tree. Measured were 252 to 354
-/// bytes; a test in `tests/memory_limits.rs` holds this to it.
-pub(super) const CLAIM_WEIGHT: u64 = 384;
-
-/// Deadline, and the number that makes it unique.
-type Expiry = (Duration, u64);
-
-/// What the ledger knows of a record.
-#[derive(Clone, Copy)]
-pub(super) struct Booking {
-    /// Unique within the storage.
-    id: u64,
-    /// By the storage's clock. The record has expired from then on.
-    pub(super) deadline: Duration,
-    pub(super) weight: u32,
-}
-
-impl Booking {
-    fn expiry(&self) -> Expiry {
-        (self.deadline, self.id)
-    }
-}
+/// What a claim weighs: its slot in a hash table that may be a little less than half full. A test in `tests/memory_limits.rs`
+/// compares it with the heap.
+pub(super) const CLAIM_WEIGHT: u64 = 288;
 
 pub(super) struct Ledger {
     /// Of records and claims together: one number, so that "is there room? then take it" is one atomic step.
     weight: AtomicU64,
     records: AtomicU64,
     claims: AtomicUsize,
-    waiters: AtomicUsize,
-    /// When which record expires, for each shard. Locked by moka's eviction listener, in whatever thread and under whatever
-    /// shard's lock moka evicts: so nothing else is ever locked under these.
-    expiries: Box<[Mutex<BTreeMap<Expiry, EncodedKey>>]>,
-    next_id: AtomicU64,
     evicted: AtomicU64,
     /// The number of evicted records at which observers are told again.
     report_at: AtomicU64,
@@ -64,9 +38,6 @@ impl Ledger {
             weight: AtomicU64::new(0),
             records: AtomicU64::new(0),
             claims: AtomicUsize::new(0),
-            waiters: AtomicUsize::new(0),
-            expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
-            next_id: AtomicU64::new(0),
             evicted: AtomicU64::new(0),
             report_at: AtomicU64::new(1),
             to_report: Mutex::new(None),
@@ -93,10 +64,6 @@ impl Ledger {
         self.claims.load(Relaxed)
     }
 
-    pub(super) fn waiters(&self) -> usize {
-        self.waiters.load(Relaxed)
-    }
-
     pub(super) fn evicted(&self) -> u64 {
         self.evicted.load(Relaxed)
     }
@@ -114,53 +81,35 @@ impl Ledger {
         booked.is_ok()
     }
 
-    pub(super) fn claim_ended(&self) {
-        self.claims.fetch_sub(1, Relaxed);
-        self.weight.fetch_sub(CLAIM_WEIGHT, Relaxed);
+    pub(super) fn claims_ended(&self, count: usize) {
+        if count > 0 {
+            self.claims.fetch_sub(count, Relaxed);
+            self.weight.fetch_sub(count as u64 * CLAIM_WEIGHT, Relaxed);
+        }
     }
 
-    pub(super) fn waiter_came(&self) {
-        self.waiters.fetch_add(1, Relaxed);
-    }
-
-    pub(super) fn waiter_left(&self) {
-        self.waiters.fetch_sub(1, Relaxed);
-    }
-
-    /// Books a record. Before moka has it, because moka may evict it as soon as it has.
-    pub(super) fn record_came(&self, key: &EncodedKey, weight: u32, deadline: Duration) -> Booking {
-        let booking = Booking {
-            id: self.next_id.fetch_add(1, Relaxed),
-            deadline,
-            weight,
-        };
+    /// Counts a record. Before moka has it, because moka may evict it as soon as it has.
+    pub(super) fn record_came(&self, weight: u32) {
         self.weight.fetch_add(u64::from(weight), Relaxed);
         self.records.fetch_add(1, Relaxed);
-        self.expiries(shard_of(key)).insert(booking.expiry(), *key);
-        booking
     }
 
     /// For moka's eviction listener.
-    pub(super) fn record_left(&self, key: &EncodedKey, booking: &Booking, cause: RemovalCause) {
-        self.expiries(shard_of(key)).remove(&booking.expiry());
+    pub(super) fn record_left(
+        &self,
+        key: &EncodedKey,
+        weight: u32,
+        deadline: Duration,
+        cause: RemovalCause,
+    ) {
         self.records.fetch_sub(1, Relaxed);
-        self.weight.fetch_sub(u64::from(booking.weight), Relaxed);
-        if cause == RemovalCause::Size && self.env.now() < booking.deadline {
+        self.weight.fetch_sub(u64::from(weight), Relaxed);
+        if cause == RemovalCause::Size && self.env.now() < deadline {
             let total = self.evicted.fetch_add(1, Relaxed) + 1;
             if total >= self.report_at.load(Relaxed) {
                 self.to_report().get_or_insert(*key);
             }
         }
-    }
-
-    /// Up to `at_most` keys of `shard` whose record has expired. Allocates only where there are any.
-    pub(super) fn expired(&self, shard: usize, now: Duration, at_most: usize) -> Vec<EncodedKey> {
-        self.expiries(shard)
-            .iter()
-            .take_while(|((deadline, _), _)| *deadline <= now)
-            .take(at_most)
-            .map(|(_, key)| *key)
-            .collect()
     }
 
     /// Tells observers of evictions: of the first, and then whenever their number has doubled. Call it with no lock held: an
@@ -184,13 +133,6 @@ impl Ledger {
     /// Tells every observer of `event`.
     pub(super) fn emit(&self, event: &Event<'_>) {
         self.observers.emit(event);
-    }
-
-    /// Nothing under this lock panics, so a poisoned one is whole.
-    fn expiries(&self, shard: usize) -> MutexGuard<'_, BTreeMap<Expiry, EncodedKey>> {
-        self.expiries[shard]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Nothing under this lock panics, so a poisoned one is whole.

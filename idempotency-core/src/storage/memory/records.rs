@@ -2,16 +2,21 @@
 //! they belong to.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    cmp::Reverse,
+    collections::BinaryHeap,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicIsize, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
 use moka::{policy::EvictionPolicy, sync::Cache};
 
-use super::ledger::{Booking, Ledger};
+use super::{SHARDS, ledger::Ledger, shard_of};
 use crate::{EncodedKey, Outcome, Record, TombstoneReason, key::HashKeys};
 
-/// What a record takes besides its body and its headers, in bytes: [`Stored`], its place in the ledger, and moka's nodes,
+/// What a record takes besides its body and its headers, in bytes: [`Stored`], its place among the expiries, and moka's nodes,
 /// table and buffers. With moka 0.12.16 that is 550, and 573 once it was read; the rest is for what the allocator rounds up
 /// ten blocks by. `tests/memory_limits.rs` holds the whole to its limit.
 const OVERHEAD: usize = 704;
@@ -28,11 +33,45 @@ pub(super) struct Records<V> {
     ledger: Arc<Ledger>,
     /// `None` where nothing is evicted.
     capacity: Option<u64>,
+    /// For each shard, which record expires next. moka has no expiry by a clock that can be moved. Only locked under the
+    /// shard's lock, and never by moka's listener.
+    expiries: Box<[Mutex<BinaryHeap<Expiry<V>>>]>,
+    /// For each shard, how many records of its heap have left the cache.
+    departed: Arc<[AtomicIsize]>,
 }
+
+/// A record in a heap whose greatest expires first.
+struct Expiry<V> {
+    deadline: Duration,
+    stored: Arc<Stored<V>>,
+}
+
+impl<V> Ord for Expiry<V> {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        Reverse(self.deadline).cmp(&Reverse(other.deadline))
+    }
+}
+
+impl<V> PartialOrd for Expiry<V> {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl<V> PartialEq for Expiry<V> {
+    fn eq(&self, other: &Self) -> bool {
+        self.deadline == other.deadline
+    }
+}
+
+impl<V> Eq for Expiry<V> {}
 
 /// A record as it lies in moka.
 struct Stored<V> {
-    booking: Booking,
+    key: EncodedKey,
+    /// By the storage's clock. The record has expired from then on.
+    deadline: Duration,
+    weight: u32,
     /// Taken out when the record leaves the cache.
     value: Mutex<Option<V>>,
 }
@@ -40,6 +79,10 @@ struct Stored<V> {
 impl<V> Stored<V> {
     fn clear(&self) {
         self.value().take();
+    }
+
+    fn is_cleared(&self) -> bool {
+        self.value().is_none()
     }
 
     /// Nothing but a clone happens under this lock, so a poisoned one is whole.
@@ -56,15 +99,18 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         // The least that can be kept is a tombstone. Without it, a completed operation would be forgotten at once.
         let capacity = max_bytes.map(|bytes| bytes.max(OVERHEAD) as u64);
         let listener = ledger.clone();
+        let departed: Arc<[AtomicIsize]> = (0..SHARDS).map(|_| AtomicIsize::new(0)).collect();
+        let departures = departed.clone();
         let mut cache = Cache::builder()
             // moka's default, TinyLFU, refuses new records when it is full. They are the ones whose retries are still to come.
             .eviction_policy(EvictionPolicy::lru())
-            .weigher(|_, stored: &Arc<Stored<V>>| stored.booking.weight)
+            .weigher(|_, stored: &Arc<Stored<V>>| stored.weight)
             // No expiry of moka's: it would follow another clock than the leases, and a clock can't be moved in moka.
             .eviction_listener(move |key: Arc<EncodedKey>, stored: Arc<Stored<V>>, cause| {
                 // Now, not when moka's epochs get round to what they hold: a hundred such bodies may be more than the limit.
                 stored.clear();
-                listener.record_left(&key, &stored.booking, cause);
+                departures[shard_of(&key)].fetch_add(1, Relaxed);
+                listener.record_left(&key, stored.weight, stored.deadline, cause);
             });
         if let Some(capacity) = capacity {
             cache = cache.max_capacity(capacity);
@@ -73,6 +119,8 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             cache: cache.build_with_hasher(HashKeys::default()),
             ledger,
             capacity,
+            expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            departed,
         }
     }
 
@@ -85,7 +133,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// The record of `key` if there is one and it is not expired.
     pub(super) fn get(&self, key: &EncodedKey, now: Duration) -> Option<V> {
         let stored = self.cache.get(key)?;
-        if stored.booking.deadline <= now {
+        if stored.deadline <= now {
             self.remove(key);
             return None;
         }
@@ -96,24 +144,60 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
 
     /// Stores a record where none is.
     pub(super) fn insert(&self, key: &EncodedKey, value: V, weight: u32, deadline: Duration) {
-        let stored = Stored {
-            booking: self.ledger.record_came(key, weight, deadline),
+        self.ledger.record_came(weight);
+        let stored = Arc::new(Stored {
+            key: *key,
+            deadline,
+            weight,
             value: Mutex::new(Some(value)),
-        };
-        self.cache.insert(*key, Arc::new(stored));
+        });
+        let shard = shard_of(key);
+        let departed = &self.departed[shard];
+        let mut expiries = self.expiries(shard);
+        let before = expiries.len();
+        if departed.load(Relaxed) > (before / 4 + 32) as isize {
+            // They hold on to memory: without this, until their time is over.
+            expiries.retain(|expiry| !expiry.stored.is_cleared());
+            departed.fetch_sub((before - expiries.len()) as isize, Relaxed);
+        }
+        expiries.push(Expiry {
+            deadline,
+            stored: stored.clone(),
+        });
+        self.cache.insert(*key, stored);
     }
 
     pub(super) fn remove(&self, key: &EncodedKey) {
         self.cache.invalidate(key);
     }
 
-    /// Removes up to `at_most` expired records of `shard`. Says whether there may be more.
+    /// Forgets up to `at_most` records of `shard` that have expired or left, those that expire first. Says whether there may be more.
     pub(super) fn sweep(&self, shard: usize, now: Duration, at_most: usize) -> bool {
-        let expired = self.ledger.expired(shard, now, at_most);
-        for key in &expired {
-            self.remove(key);
+        let mut expiries = self.expiries(shard);
+        for _ in 0..at_most {
+            match expiries.peek() {
+                Some(next) if next.deadline <= now || next.stored.is_cleared() => {}
+                _ => return false,
+            }
+            let Some(Expiry { stored, .. }) = expiries.pop() else {
+                return false;
+            };
+            if !stored.is_cleared() {
+                let found = self.cache.get(&stored.key);
+                if found.is_some_and(|found| Arc::ptr_eq(&found, &stored)) {
+                    self.remove(&stored.key);
+                }
+            }
+            self.departed[shard].fetch_sub(1, Relaxed);
         }
-        expired.len() == at_most
+        true
+    }
+
+    /// Nothing under this lock panics but moka, after the heap was changed, so a poisoned one is whole.
+    fn expiries(&self, shard: usize) -> MutexGuard<'_, BinaryHeap<Expiry<V>>> {
+        self.expiries[shard]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Evicts at once where moka is too far behind.

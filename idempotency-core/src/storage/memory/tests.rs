@@ -9,6 +9,7 @@
 use std::{
     collections::HashSet,
     future::pending,
+    pin::pin,
     sync::{
         OnceLock,
         atomic::{AtomicU64, Ordering::SeqCst},
