@@ -77,6 +77,8 @@ static ALLOCATOR: Measuring = Measuring;
 
 const KIB: usize = 1 << 10;
 const LIMIT: usize = 1 << 20;
+/// What a request may take besides the bytes of its body or its answer: futures, headers, lists of frames.
+const BESIDES: usize = 16 * KIB;
 
 /// Frames of these lengths, made when they are asked for, each in an allocation of its own.
 fn frames(
@@ -175,12 +177,6 @@ where
     I: Iterator<Item = usize> + Send + 'static,
 {
     let total: usize = lengths().sum();
-    // What a request takes apart from its answer.
-    let nothing = measure(|| after_a_pause(frames(std::iter::empty())))
-        .await
-        .peak;
-    assert!(nothing < 64 * KIB, "{nothing}");
-
     let at_once = lengths.clone();
     let measured = [
         measure(move || frames(at_once())).await,
@@ -191,7 +187,7 @@ where
         assert_eq!(measured.is_recorded, total <= LIMIT);
         let peak = measured.peak;
         assert!(peak > LIMIT, "{peak}: it was held");
-        assert!(peak <= 2 * LIMIT + nothing, "{} KiB", peak / KIB);
+        assert!(peak <= 2 * LIMIT + BESIDES, "{peak}");
     }
 }
 
