@@ -12,7 +12,7 @@
 //! Before the first acknowledgement a middleware's answer can't be told from another handler's.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicU8, Ordering},
@@ -30,13 +30,13 @@ use crate::{
 /// All routes of a layer that have a policy more lenient than the mode's default.
 ///
 /// They are named by the handler that announced the policy and the pattern that they are matched by, so there are as many as the
-/// program has, whatever clients send.
+/// program has, whatever clients send. So few names are compared sooner than hashed.
 #[derive(Default)]
-pub(crate) struct Routes(RwLock<HashMap<&'static str, Paths>>);
+pub(crate) struct Routes(RwLock<BTreeMap<&'static str, Paths>>);
 
 /// The routes of one handler.
 #[derive(Default)]
-struct Paths(HashMap<Box<str>, Arc<Route>>);
+struct Paths(BTreeMap<Box<str>, Arc<Route>>);
 
 impl Routes {
     pub(crate) fn find(&self, handler: &'static str, path: &str) -> Arc<Route> {

@@ -417,7 +417,7 @@ mod tests {
     use futures_util::future::{BoxFuture, ready};
     use redis::{Cmd, RedisResult, Value};
 
-    use super::{connection::Connection, link::Link, subscriber::Tellers, *};
+    use super::{connection::Connection, link::Link, subscriber::NotifySource, *};
 
     /// Gives these answers, and is another connection after the command of this name.
     #[derive(Clone)]
@@ -478,7 +478,8 @@ mod tests {
                 age: Arc::new(AtomicU64::new(1)),
             };
             let link = Link::new(script.clone(), Server::DEFAULT_LIMIT);
-            let storage = RedisStorage::of(Server::new(link, Tellers::none()), Options::default());
+            let storage =
+                RedisStorage::of(Server::new(link, NotifySource::none()), Options::default());
             let storage = storage.wait_replicas(1, Duration::from_millis(100));
             let key = EncodedKey::from_bytes([7; 32]);
             let begun = storage.begin(&key, &claim).await;

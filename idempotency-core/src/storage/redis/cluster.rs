@@ -22,7 +22,7 @@ use redis::{
 use tokio::sync::oneshot;
 
 use super::{
-    connection::{Connection, Remade, gone},
+    connection::{Connection, Reconnecting, gone},
     maker::One,
 };
 use crate::Env;
@@ -61,7 +61,7 @@ struct Inner {
 /// Host and port.
 type Address = (String, u16);
 
-type Node = Arc<Remade<One>>;
+type Node = Arc<Reconnecting<One>>;
 
 struct State {
     owners: Owners,
@@ -354,7 +354,7 @@ impl Inner {
             return Ok(node.clone());
         }
         let one = One::new(self.client(address)?, self.limit);
-        let node = Arc::new(Remade::new(one, self.env.clone()));
+        let node = Arc::new(Reconnecting::new(one, self.env.clone()));
         state.nodes.insert(address.clone(), node.clone());
         Ok(node)
     }

@@ -11,13 +11,13 @@ use redis::{
 use self::{about::About, error::Reason};
 use super::{
     cluster::Cluster,
-    connection::Remade,
+    connection::Reconnecting,
     link::Link,
     maker::{self, One, tcp},
     prefix::Prefix,
     scripts,
     server::Server,
-    subscriber::{Tellers, subscribing},
+    subscriber::{NotifySource, subscribing},
 };
 use crate::{Env, RedisCache, RedisLock, RedisStorage, StorageError};
 
@@ -142,8 +142,8 @@ async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError>
     }
     #[cfg(feature = "redis-tls")]
     provide_cryptography();
-    let tellers = nodes.iter().map(subscribing).collect::<Result<_, _>>();
-    let tellers = Tellers::Any(tellers.map_err(RedisConnectError::url)?);
+    let source = nodes.iter().map(subscribing).collect::<Result<_, _>>();
+    let source = NotifySource::Any(source.map_err(RedisConnectError::url)?);
 
     let (mut connection, client) = first_that_answers(&nodes, patience).await?;
     let about = within(patience, About::server(&mut connection)).await??;
@@ -176,14 +176,14 @@ async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError>
             // Whichever answers first would have the records.
             return Err(RedisConnectError::new(Reason::NotACluster));
         }
-        let one = || Remade::new(One::new(client.clone(), patience), env.clone());
+        let one = || Reconnecting::new(One::new(client.clone(), patience), env.clone());
         Link::new(one(), limit).with_background(one())
     };
     link.load(&scripts::all()).await;
-    Ok(Server::new(link, tellers))
+    Ok(Server::new(link, source))
 }
 
-/// What one server tells of itself.
+/// Version and configuration of one server.
 async fn ask(client: &Client, limit: Duration) -> Result<About, RedisConnectError> {
     let connected = maker::connect(client, limit).await;
     let mut connection = connected.map_err(RedisConnectError::connecting)?;

@@ -1,8 +1,8 @@
-//! What commands are sent through: a connection of the user's, or one of ours that is made anew when it is lost.
+//! Connections for commands: the user's, or one of ours that reconnects.
 //!
-//! The driver's `ConnectionManager` does that too, for one server, but keeps what has to be given up: a connection to a master
-//! that has become a replica, one that went silent, a login that was refused, a connect that its runtime did not live to finish.
-//! So there is one of ours for all that can be connected to: [`Remade`].
+//! The driver's `ConnectionManager` reconnects too, to one server. But it keeps a connection to a master that has become a replica,
+//! one that went silent, a login that was refused, and a connect whose runtime ended. [`Reconnecting`] gives all of these up, and
+//! serves every kind of server.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, oneshot};
 use super::maker::Maker;
 use crate::Env;
 
-/// How long a connection may take that is made anew, whatever its maker does. Its maker has shorter limits of its own.
+/// Time limit of a reconnect. Its maker has shorter limits of its own.
 const MAKING: Duration = Duration::from_secs(30);
 
 /// The pauses after attempts to connect that failed. The last one keeps those who need a connection from trying without a pause.
@@ -44,7 +44,7 @@ const LAST_ANSWER: Duration = Duration::from_secs(30);
 /// How many connections that were given up stay open. With as many, the network makes no progress; another one is closed at once.
 const GIVEN_UP: usize = 3;
 
-/// What commands can be sent to by many at once.
+/// A connection that many callers share.
 pub(super) trait Connection: Send + Sync + 'static {
     /// The answer to `command`. What the server refuses is an error. A call that is dropped when it has had `patience` is one
     /// that got no answer.
@@ -60,7 +60,7 @@ pub(super) trait Connection: Send + Sync + 'static {
     }
 }
 
-/// A connection of the user's, whose clones share it. It sees to itself.
+/// A connection of the user's, whose clones share it. It reconnects by itself, or not at all.
 pub(super) struct Own<C>(pub(super) C);
 
 impl<C> Connection for Own<C>
@@ -76,8 +76,8 @@ where
     }
 }
 
-/// A connection that is made when the first command is sent, and made anew when it is lost.
-pub(super) struct Remade<M: Maker> {
+/// A connection that is made for the first command, and again when it is lost.
+pub(super) struct Reconnecting<M: Maker> {
     maker: Arc<M>,
     env: Env,
     /// `std`'s lock, because sections are short and never await.
@@ -99,13 +99,13 @@ struct Live<C> {
     since: Duration,
     /// How many commands in a row got no answer.
     unanswered: u32,
-    /// Gone when the runtime is that the connection works on.
+    /// Closed when the runtime that drives the connection has ended.
     runtime: Weak<()>,
     /// Dropped when the connection is given up, which is what its runtime waits for.
     _end: oneshot::Sender<()>,
 }
 
-/// One attempt for all who need a connection. It goes on when those have run out of time who began it.
+/// One attempt to connect, which all callers share. It goes on when the callers that began it have run out of time.
 struct Making<C> {
     number: u64,
     since: Duration,
@@ -114,7 +114,7 @@ struct Making<C> {
 
 type Awaited<C> = Shared<BoxFuture<'static, RedisResult<(u64, C)>>>;
 
-impl<M: Maker> Remade<M> {
+impl<M: Maker> Reconnecting<M> {
     pub(super) fn new(maker: M, env: Env) -> Self {
         Self {
             maker: Arc::new(maker),
@@ -152,7 +152,7 @@ impl<M: Maker> Remade<M> {
         outcome.await
     }
 
-    /// Begins to make one, in a task: it needs no one who waits for it.
+    /// Begins to connect, in a task, so that it needs no caller to go on.
     fn make(
         &self,
         mut state: MutexGuard<'_, State<M::Connection>>,
@@ -199,7 +199,7 @@ impl<M: Maker> Remade<M> {
                     None => Err(gone("another attempt to connect took its place")),
                 }
             };
-            // It would keep what it waits for.
+            // It would keep alive what it waits for.
             drop(state);
             kept.take_if(|_| made.is_err());
             // Perhaps nobody waits for it any more.
@@ -214,7 +214,7 @@ impl<M: Maker> Remade<M> {
         Ok(outcome)
     }
 
-    /// The answer that `ask` gets from the connection.
+    /// Sends a command by `ask`, and notes whether the connection answered.
     async fn answer<'a>(
         &self,
         patience: Duration,
@@ -299,7 +299,7 @@ impl<M: Maker> Remade<M> {
         });
     }
 
-    /// The connection of this `age` is of no use any more: the next command gets another one.
+    /// Gives up the connection of this `age`: the next command gets another one.
     fn discard(&self, age: u64) {
         let mut state = lock(&self.state);
         if state.age == age {
@@ -322,7 +322,7 @@ impl<M: Maker> Remade<M> {
     }
 }
 
-impl<M: Maker> Connection for Remade<M> {
+impl<M: Maker> Connection for Reconnecting<M> {
     fn send<'a>(
         &'a self,
         command: &'a Cmd,
@@ -345,7 +345,7 @@ impl<M: Maker> Connection for Remade<M> {
 
 /// A command that was sent over the connection of this age.
 struct Question<'a, M: Maker> {
-    connection: &'a Remade<M>,
+    connection: &'a Reconnecting<M>,
     age: u64,
     since: Duration,
     patience: Duration,
@@ -414,7 +414,7 @@ fn is_of_a_replica(error: &RedisError) -> bool {
         .contains(&error.kind())
 }
 
-/// Nothing was sent.
+/// The error of a command that was not sent.
 pub(super) fn gone(what: &'static str) -> RedisError {
     std::io::Error::new(std::io::ErrorKind::ConnectionRefused, what).into()
 }
@@ -462,7 +462,7 @@ mod tests {
     async fn few_connections_that_were_given_up_stay_open_and_not_for_long() {
         let open = Arc::new(());
         let env = Env::system();
-        let connection = Remade::new(Silent(open.clone()), env.clone());
+        let connection = Reconnecting::new(Silent(open.clone()), env.clone());
         // Without the maker's and this one.
         let count = || Arc::strong_count(&open) - 2;
         let ping = redis::cmd("PING");
@@ -520,7 +520,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_the_kernel_gave_up_is_not_asked_again() {
-        let connection = Remade::new(Cut, Env::system());
+        let connection = Reconnecting::new(Cut, Env::system());
         let ping = redis::cmd("PING");
         for age in 1..=2 {
             let sent = connection.send(&ping, Duration::ZERO).await;
@@ -533,7 +533,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_call_that_is_dropped_early_says_nothing_of_its_connection() {
         let env = Env::system();
-        let connection = Remade::new(Silent(Arc::default()), env.clone());
+        let connection = Reconnecting::new(Silent(Arc::default()), env.clone());
         let ping = redis::cmd("PING");
         for _ in 0..10 {
             let sent = connection.send(&ping, Duration::from_secs(1));

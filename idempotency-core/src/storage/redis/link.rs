@@ -1,4 +1,4 @@
-//! What commands go through, with a time limit for every one of them.
+//! Sends commands, each under a time limit.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -12,8 +12,8 @@ use crate::{Env, StorageError, StorageErrorKind};
 #[derive(Clone)]
 pub(super) struct Link {
     connection: Arc<dyn Connection>,
-    /// For calls on the background runtime: the other one stands still with the runtime that made it. None where the connection is
-    /// the user's.
+    /// For calls on the background runtime, because the other connection stops with the runtime that made it. `None` if the
+    /// connection is the user's.
     background: Option<Arc<dyn Connection>>,
     pub(super) limit: Duration,
     pub(super) env: Env,
@@ -75,7 +75,7 @@ impl Link {
             .await
     }
 
-    /// The answer of `script`, within the time limit. Redis may have forgotten it, and is then told again.
+    /// The answer of `script`, within the time limit. If Redis has lost the script, it is loaded again.
     pub(super) async fn run(
         &self,
         script: &Script,
@@ -87,14 +87,14 @@ impl Link {
         integer(self.within_limit(calls).await)
     }
 
-    /// The same for a script that only looks, on behalf of many. Such calls are dropped together, which says nothing of Redis
-    /// unless they have had their time.
+    /// The same for a script that only reads, for many waiters. Such calls are dropped together, which tells nothing about Redis
+    /// unless they ran into their time limit.
     pub(super) async fn look(&self, script: &Script, key: &str) -> Result<i64, StorageError> {
         let calls = self.call(script, key, &[], Repeatable::Yes, self.limit / 2);
         integer(self.within_limit(calls).await)
     }
 
-    /// Tells Redis of the scripts before they are needed. Where that fails it is told when they are.
+    /// Loads the scripts before they are needed. If that fails they are loaded on first use.
     pub(super) async fn load(&self, scripts: &[&Script]) {
         for script in scripts {
             let mut command = redis::cmd("SCRIPT");
@@ -237,7 +237,7 @@ pub(crate) fn bytes_of(answer: Value) -> Result<Option<Bytes>, StorageError> {
     match answer {
         Value::Nil => Ok(None),
         Value::BulkString(bytes) => Ok(Some(bytes.into())),
-        // What a proxy between may make of it.
+        // A proxy may convert it.
         Value::VerbatimString { text, .. } | Value::SimpleString(text) => {
             Ok(Some(text.into_bytes().into()))
         }

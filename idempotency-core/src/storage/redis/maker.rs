@@ -48,7 +48,7 @@ impl Maker for One {
 pub(super) struct Sentinels(Arc<tokio::sync::Mutex<SentinelClient>>);
 
 impl Sentinels {
-    /// How long the master may take to let us in, before the sentinels are asked again.
+    /// How long the master may take to accept a connection, before the sentinels are asked again.
     const PATIENCE: Duration = Duration::from_secs(1);
 
     pub(super) fn new(client: SentinelClient) -> Self {
@@ -79,7 +79,7 @@ impl Maker for Sentinels {
     type Connection = MultiplexedConnection;
 
     async fn make(&self) -> RedisResult<MultiplexedConnection> {
-        // Who is called master may be gone, and the sentinels may know soon.
+        // The named master may be gone; the sentinels may soon name another.
         connect(&self.master().await?, Self::PATIENCE).await
     }
 }
@@ -88,7 +88,7 @@ pub(super) async fn connect(
     client: &Client,
     limit: Duration,
 ) -> RedisResult<MultiplexedConnection> {
-    // How long a command may take is seen to by who sends it.
+    // The sender limits the time of a command.
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(limit))
         .set_response_timeout(None);
@@ -101,7 +101,7 @@ pub(super) async fn connect(
 /// sooner than the firewalls and balancers between forget a connection.
 const KEEPALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(10)];
 
-/// What of `settings` is not set, as every connection has it. Where the network swallows what is sent, the kernel gives it up.
+/// Adds our defaults to `settings`. If the network drops packets silently, the kernel gives the connection up.
 pub(super) fn tcp(settings: TcpSettings, limit: Duration) -> TcpSettings {
     let settings = match settings.keepalive() {
         Some(_) => settings,

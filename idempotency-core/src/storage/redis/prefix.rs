@@ -1,4 +1,4 @@
-//! What the names of keys begin with.
+//! The prefix of all Redis keys of a storage.
 
 use std::{
     fmt,
@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-/// What the names of keys begin with; clones share whether they have warned of the default.
+/// The prefix; clones share whether they have warned of the default.
 #[derive(Clone)]
 pub(crate) struct Prefix {
     text: Arc<str>,

@@ -1,4 +1,4 @@
-//! What Redis decides by itself: each script is one step on one key, so it is atomic, also in a Cluster.
+//! The Lua scripts. Each is one step on one key, so it is atomic, also in a Cluster.
 //!
 //! Every script looks at no more than the [first bytes](super::layout) of what lies there. Those who wait are told by `PUBLISH`
 //! on the channel that is called as the key is: `all` when there is an answer, `one` when the key is free for one. It is called

@@ -1,20 +1,20 @@
-//! A server as storage, lock and cache see it: claims under names, and those who wait for their end.
+//! Redis as storage, lock and cache use it: commands on claims and records, and waiting for the end of a claim.
 
 use std::{sync::Arc, time::Duration};
 
 use redis::{Client, Cmd, Value, aio::ConnectionLike, sentinel::SentinelClient};
 
 use super::{
-    connection::{Own, Remade},
+    connection::{Own, Reconnecting},
     layout::{self, Found},
     link::{Failure, Link, Repeatable, bytes_of, milliseconds},
     maker::{Sentinels, with_tcp},
     scripts::{self, Script},
-    subscriber::{Subscriber, Tellers},
+    subscriber::{NotifySource, Subscriber},
 };
 use crate::{Env, Held, NewClaim, StorageError, Token};
 
-/// What Redis is asked through; clones share it.
+/// Access to Redis; clones share it.
 #[derive(Clone)]
 pub(crate) struct Server {
     link: Link,
@@ -25,41 +25,41 @@ impl Server {
     /// How long a command may take.
     pub(super) const DEFAULT_LIMIT: Duration = Duration::from_secs(1);
 
-    /// A server of whose claims `tellers` tell the end.
-    pub(super) fn new(link: Link, tellers: Tellers) -> Self {
-        let subscriber = Arc::new(Subscriber::new(link.clone(), tellers));
+    /// Redis behind `link`, with notifications from `source`.
+    pub(super) fn new(link: Link, source: NotifySource) -> Self {
+        let subscriber = Arc::new(Subscriber::new(link.clone(), source));
         Self { link, subscriber }
     }
 
-    /// A server behind a connection of the user's, which tells nothing by itself.
+    /// Redis behind a connection of the user's, which has no notifications.
     pub(crate) fn through<C>(connection: C) -> Self
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
         let link = Link::new(Own(connection), Self::DEFAULT_LIMIT);
-        Self::new(link, Tellers::none())
+        Self::new(link, NotifySource::none())
     }
 
     /// The master that sentinels name.
     pub(super) fn behind_sentinels(client: SentinelClient) -> Self {
         let sentinels = Sentinels::new(client);
-        let connection = || Remade::new(sentinels.clone(), Env::system());
+        let connection = || Reconnecting::new(sentinels.clone(), Env::system());
         let link = Link::new(connection(), Self::DEFAULT_LIMIT).with_background(connection());
-        Self::new(link, Tellers::Master(sentinels))
+        Self::new(link, NotifySource::Master(sentinels))
     }
 
-    /// The same, with `client` to tell of the end of claims.
+    /// The same, with notifications from `client`.
     pub(crate) fn told_by(self, client: Client) -> Self {
         // It was opened before, so it can be opened again.
         let client = Client::open(with_tcp(client.get_connection_info())).unwrap_or(client);
-        Self::new(self.link, Tellers::Any(vec![client]))
+        Self::new(self.link, NotifySource::Any(vec![client]))
     }
 
     /// The same, with another limit for each command.
     pub(crate) fn limited(self, limit: Duration) -> Self {
         let mut link = self.link;
         link.limit = limit;
-        Self::new(link, self.subscriber.tellers().clone())
+        Self::new(link, self.subscriber.source().clone())
     }
 
     /// How often the connection was made.
@@ -95,8 +95,8 @@ impl Server {
         self.link.run(script, name, arguments, repeatable).await
     }
 
-    /// Puts `claim` under `name` where nothing is, and says what is there otherwise: one command, but two where Redis refuses to
-    /// write.
+    /// Sets `name` to `claim` if it does not exist, and returns the existing value otherwise. One command, or two if Redis refuses
+    /// to write.
     pub(crate) async fn claim(
         &self,
         name: &str,
@@ -106,7 +106,7 @@ impl Server {
         set.arg(name).arg(layout::claim(claim)).arg("NX").arg("GET");
         set.arg("PX").arg(milliseconds(claim.lease));
         let answer = match self.link.try_ask(&set, Repeatable::Yes).await {
-            // Refused before Redis looks whether something is there: on OOM, on MISCONF (its disk), on NOREPLICAS.
+            // On OOM, MISCONF (its disk) and NOREPLICAS, `SET` fails before it checks existence.
             Err(refused) if refused.is_refusal() => {
                 let mut get = redis::cmd("GET");
                 get.arg(name);
@@ -141,8 +141,8 @@ impl Server {
         Ok(held_if(released.await?))
     }
 
-    /// Returns when no claim is under `name`, or when `timeout` is over. Of those who wait for one that was released, it returns for
-    /// one first, and soon for the others if that one leaves it free.
+    /// Returns when `name` has no claim, or after `timeout`. After a release it returns for one waiter first, and soon for the others
+    /// if that one leaves the key free.
     pub(crate) async fn wait(&self, name: &str, timeout: Duration) -> Result<(), StorageError> {
         self.subscriber.wait(name, timeout).await
     }

@@ -1,13 +1,13 @@
-//! Who waits for the end of a claim, wherever it is held.
+//! Requests that wait for the end of a claim, on whatever node it is held.
 //!
-//! One task per storage, which lives while somebody waits, has the one connection that is subscribed. For a key that somebody
-//! waits for it subscribes to the channel of the key *first* and looks at the key *then*, so an end in between is not missed. From
-//! then on it is told; it looks again at a growing, jittered pace all the same, and when the lease is over, because a message is a
-//! hint that may get lost and a holder that died sends none. All who wait for one key share what it hears and sees.
+//! One task per storage holds the subscribed connection and lives as long as there are waiters. For each key with a waiter it
+//! subscribes to the channel of the key *first* and reads the key *then*, so it misses no end in between. From then on Redis sends a
+//! message. A message can get lost, and a holder that died sends none, so the task also polls: at a growing, jittered pace, and when
+//! the lease is over. All waiters of a key share its messages and its polls.
 //!
-//! Without a subscription (no connection for it, no right to the channel) it only looks, at a faster pace.
+//! Without a subscription (no connection, or no right to the channel) the task only polls, more often.
 //!
-//! The task runs on the runtime of the first who waits. If that one is blocked or gone, the others start another task on theirs.
+//! The task runs on the runtime of the first waiter. If that runtime is blocked or gone, another waiter starts a new task on its own.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -19,28 +19,28 @@ use std::{
 use futures_util::future::{Either, select};
 use tokio::sync::{Notify, futures::OwnedNotified};
 
-use self::attendant::Attendant;
+use self::task::WaitTask;
 use super::link::Link;
 use crate::{Env, StorageError, StorageErrorKind};
 
-mod attendant;
-mod teller;
+mod source;
+mod task;
 
-pub(super) use self::teller::{Tellers, subscribing};
+pub(super) use self::source::{NotifySource, subscribing};
 
-/// How long a subscription outlives the last who waited: the next duplicate often comes soon.
+/// How long a subscription outlives its last waiter: the next duplicate often comes soon.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How often those who wait see to it that the task runs, and how late it may be.
+/// How often a waiter checks that the task runs, and how late the task may be.
 const LATE: Duration = Duration::from_secs(1);
 
-/// The keys that are waited for through a storage and its clones. With it goes the task.
+/// The keys with waiters of a storage and its clones. When it is dropped the task ends.
 pub(super) struct Subscriber(Arc<Shared>);
 
-/// What the task has of it too.
+/// The part that the task shares.
 struct Shared {
     link: Link,
-    tellers: Tellers,
+    source: NotifySource,
     env: Env,
     /// `std`'s lock, because sections are short and never await.
     state: Mutex<State>,
@@ -50,20 +50,20 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Nobody can wait any more.
+    /// The storage is dropped, so there are no more waiters.
     is_over: bool,
     slots: HashMap<String, Slot>,
     /// When the task is to attend to which key.
     due: BTreeSet<(Duration, String)>,
     /// The number of the task, if there is one.
-    attendant: Option<u64>,
+    task: Option<u64>,
     /// How many there were.
-    attendants: u64,
+    tasks: u64,
     /// When the task ran last.
-    attended: Duration,
+    task_seen: Duration,
 }
 
-/// A key that somebody waits for, or did a moment ago.
+/// A key that has waiters, or had some a moment ago.
 struct Slot {
     waiting: usize,
     ended: Arc<Notify>,
@@ -74,11 +74,11 @@ struct Slot {
     due: Option<Duration>,
     subscription: Subscription,
     is_looked_at: bool,
-    /// Something has happened since it was last looked at: somebody came, or it is heard of now.
+    /// Something changed since the last poll: a waiter came, or the subscription was confirmed.
     is_stale: bool,
-    /// It was to be looked at, which waits a little for the subscription.
+    /// A poll is due, but is put off for the subscription.
     is_put_off: bool,
-    /// How many are woken when it is found free.
+    /// How many waiters are woken when the key is found free.
     wakes: usize,
     pause: Duration,
 }
@@ -90,7 +90,7 @@ enum Subscription {
     Confirmed,
 }
 
-/// One who waits.
+/// One waiter.
 struct Waiter<'a> {
     shared: &'a Shared,
     name: &'a str,
@@ -98,18 +98,18 @@ struct Waiter<'a> {
 }
 
 impl Subscriber {
-    pub(super) fn new(link: Link, tellers: Tellers) -> Self {
+    pub(super) fn new(link: Link, source: NotifySource) -> Self {
         Self(Arc::new(Shared {
             env: link.env.clone(),
             link,
-            tellers,
+            source,
             state: Mutex::default(),
             news: Notify::new(),
         }))
     }
 
-    pub(super) fn tellers(&self) -> &Tellers {
-        &self.0.tellers
+    pub(super) fn source(&self) -> &NotifySource {
+        &self.0.source
     }
 
     /// Returns when the claim of the key `name` has ended, or perhaps has, or when `timeout` is over.
@@ -132,7 +132,7 @@ impl Shared {
         }
         let deadline = self.env.now().saturating_add(timeout);
         let (waiter, ended) = self.join(name)?;
-        // Dropped before `waiter`: a wake that it was given is passed on while the others can still be found.
+        // Dropped before `waiter`, so that an unused permit is passed on while the other waiters are still registered.
         let mut ended = Box::pin(ended);
         loop {
             let left = deadline.saturating_sub(self.env.now());
@@ -160,14 +160,14 @@ impl Shared {
         let slot = state.slots.entry(name.to_owned()).or_insert_with(Slot::new);
         slot.waiting += 1;
         slot.is_stale = true;
-        // Told of all that happens from here on, polled or not.
+        // Made under the lock: it receives every permit from here on, polled or not.
         let ended = slot.ended.clone().notified_owned();
         let waiter = Waiter {
             shared: self,
             name,
             failures: slot.failures,
         };
-        // Where the task is late, it is late for this one too.
+        // If the task is late, it is late for this waiter too.
         let at = slot.due.map_or(now, |at| at.min(now));
         state.attend(name, at);
         self.see_to_the_task(state)?;
@@ -181,7 +181,7 @@ impl Shared {
         mut state: MutexGuard<'_, State>,
     ) -> Result<(), StorageError> {
         let now = self.env.now();
-        if state.attendant.is_some() && !state.is_late(now) {
+        if state.task.is_some() && !state.is_late(now) {
             return Ok(());
         }
         let Some(spawner) = self.env.spawner() else {
@@ -193,20 +193,20 @@ impl Shared {
         for slot in state.slots.values_mut() {
             slot.is_looked_at = false;
         }
-        state.attendants += 1;
-        let number = state.attendants;
-        (state.attendant, state.attended) = (Some(number), now);
+        state.tasks += 1;
+        let number = state.tasks;
+        (state.task, state.task_seen) = (Some(number), now);
         drop(state);
-        // What is news from here on is not for the one that is late.
+        // The late task must not consume notifications from here on.
         self.news.notify_waiters();
-        // A runtime that shuts down drops the task at once, which then sees to the state.
-        spawner.spawn(Attendant::new(self.clone(), number).run());
+        // A runtime that shuts down drops the task at once, and its `Drop` resets the state.
+        spawner.spawn(WaitTask::new(self.clone(), number).run());
         Ok(())
     }
 }
 
 impl Waiter<'_> {
-    /// What came of it.
+    /// The result of the wait.
     fn result(&self) -> Result<(), StorageError> {
         match self.shared.state().slots.get(self.name) {
             Some(slot) if slot.failures != self.failures => Err(StorageError::new(
@@ -229,7 +229,7 @@ impl Drop for Waiter<'_> {
         if slot.waiting > 0 {
             return;
         }
-        // A wake that nobody took is not for who comes next.
+        // Drops an unconsumed permit, so that a later waiter does not get it.
         slot.ended = Arc::default();
         state.attend(self.name, now.saturating_add(LINGER));
         drop(state);
@@ -238,7 +238,7 @@ impl Drop for Waiter<'_> {
 }
 
 impl State {
-    /// Attends to the key `name` at `at`, and not before.
+    /// Schedules the key `name` for `at`, and for no earlier time.
     fn attend(&mut self, name: &str, at: Duration) {
         let Some(slot) = self.slots.get_mut(name) else {
             return;
@@ -261,14 +261,14 @@ impl State {
         Some(name)
     }
 
-    /// Whether something was due a while ago and nobody has attended to it.
+    /// Whether work was due a while ago and no task has done it.
     fn is_late(&self, now: Duration) -> bool {
         let due = self.due.first();
-        let since = due.map(|(at, _)| self.attended.max(*at));
+        let since = due.map(|(at, _)| self.task_seen.max(*at));
         since.is_some_and(|since| now.saturating_sub(since) > LATE)
     }
 
-    /// No subscription is left. All that are waited for are due.
+    /// All subscriptions are lost. All keys with waiters are due.
     fn deaf(&mut self, now: Duration) {
         let mut waited_for = Vec::new();
         for (name, slot) in &mut self.slots {

@@ -1,10 +1,10 @@
-//! What a server tells of itself, and whether it is fit to keep records.
+//! Reads the version and configuration of a server, and checks that it can keep records.
 
 use redis::{Cmd, RedisError, Value, aio::MultiplexedConnection};
 
 use super::error::{OLDEST, Reason, RedisConnectError};
 
-/// What a server tells of itself, as far as its user may ask.
+/// Version and configuration, as far as the user may read them.
 #[derive(Default)]
 pub(super) struct About {
     version: Option<String>,
@@ -31,13 +31,13 @@ impl About {
         }
         let (hello, info) = (pairs(hello), lines(info));
         let config = match info.of("maxmemory_policy") {
-            Some(_) => Told::default(),
+            Some(_) => ServerInfo::default(),
             None => pairs(memory_settings().query_async(connection).await),
         };
         Ok(Self::read(&hello, &info, &config))
     }
 
-    fn read(hello: &Told, info: &Told, config: &Told) -> Self {
+    fn read(hello: &ServerInfo, info: &ServerInfo, config: &ServerInfo) -> Self {
         let told = |in_hello, in_info| hello.of(in_hello).or_else(|| info.of(in_info));
         let set = |in_info, in_config| info.of(in_info).or_else(|| config.of(in_config));
         let evicts = set("maxmemory_policy", "maxmemory-policy").map(|policy| {
@@ -109,9 +109,9 @@ impl About {
 
 /// Names and values.
 #[derive(Default)]
-struct Told(Vec<(String, String)>);
+struct ServerInfo(Vec<(String, String)>);
 
-impl Told {
+impl ServerInfo {
     /// The value of `name`.
     fn of(&self, name: &str) -> Option<&str> {
         let mut found = self.0.iter().filter(|(key, _)| key == name);
@@ -126,7 +126,7 @@ fn memory_settings() -> Cmd {
 }
 
 /// A map as either protocol gives it.
-fn pairs(answer: Result<Value, RedisError>) -> Told {
+fn pairs(answer: Result<Value, RedisError>) -> ServerInfo {
     let flat = match answer {
         Ok(Value::Map(pairs)) => pairs.into_iter().flat_map(|(k, v)| [k, v]).collect(),
         Ok(Value::Array(flat)) => flat,
@@ -139,14 +139,14 @@ fn pairs(answer: Result<Value, RedisError>) -> Told {
             pairs.push((name, value));
         }
     }
-    Told(pairs)
+    ServerInfo(pairs)
 }
 
-fn lines(answer: Result<Value, RedisError>) -> Told {
+fn lines(answer: Result<Value, RedisError>) -> ServerInfo {
     let text = answer.ok().and_then(text).unwrap_or_default();
     let pairs = text.lines().filter_map(|line| line.split_once(':'));
     let pairs = pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned()));
-    Told(pairs.collect())
+    ServerInfo(pairs.collect())
 }
 
 fn text(value: Value) -> Option<String> {

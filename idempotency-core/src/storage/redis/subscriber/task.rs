@@ -1,4 +1,4 @@
-//! The one task that has the connection, and looks.
+//! The one task that holds the subscribed connection, and polls.
 
 use std::{
     pin::{Pin, pin},
@@ -19,15 +19,15 @@ use redis::{
 use super::{super::scripts, LATE, Shared, Subscription};
 use crate::{Env, StorageError};
 
-/// The first pause between two looks at a key, and the longest: where the end is told, and where it is not.
-const TOLD: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
-const UNTOLD: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(500)];
+/// The first and the longest pause between two polls of a key, with a subscription and without.
+const NOTIFIED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
+const POLLED: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(500)];
 
-/// How long a look is put off for a subscription that is asked for, so that one look is enough; and the pauses after that.
+/// How long a poll is put off until the subscription is confirmed, so that one poll is enough; and the pauses after that.
 const ASKING: Duration = Duration::from_millis(300);
-const SOON_TOLD: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
+const SOON_NOTIFIED: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)];
 
-/// How many looks may be under way. More would not be answered in time where Redis is far away or busy.
+/// How many polls may be under way. If Redis is far away or busy, it would not answer more of them in time.
 const LOOKS: usize = 256;
 
 /// How long the connection outlives the last subscription.
@@ -40,10 +40,10 @@ const RECONNECT: [Duration; 2] = [Duration::from_millis(100), Duration::from_sec
 const FORBIDDEN: Duration = Duration::from_secs(60);
 
 /// The task.
-pub(super) struct Attendant {
+pub(super) struct WaitTask {
     shared: Arc<Shared>,
     number: u64,
-    ear: Ear,
+    pub_sub: PubSub,
     /// Which connection it is.
     generation: u64,
     /// How often the connection for commands had been made when it began to open. One that was made anew since then may lead to
@@ -59,7 +59,7 @@ pub(super) struct Attendant {
 }
 
 /// The connection that is subscribed.
-enum Ear {
+enum PubSub {
     Closed { retry_at: Duration },
     Opening,
     Open(PubSubSink, PubSubStream),
@@ -82,16 +82,16 @@ enum Unheard {
 /// What the task wakes up for.
 enum Woken {
     Done(Done),
-    Told(Option<Msg>),
+    Message(Option<Msg>),
     News,
 }
 
-impl Attendant {
+impl WaitTask {
     pub(super) fn new(shared: Arc<Shared>, number: u64) -> Self {
         Self {
             shared,
             number,
-            ear: Ear::Closed {
+            pub_sub: PubSub::Closed {
                 retry_at: Duration::ZERO,
             },
             generation: 0,
@@ -112,8 +112,8 @@ impl Attendant {
             }
             match woken {
                 Woken::Done(done) => self.done(done),
-                Woken::Told(Some(message)) => self.told(&message),
-                Woken::Told(None) => self.lost(),
+                Woken::Message(Some(message)) => self.notified(&message),
+                Woken::Message(None) => self.lost(),
                 Woken::News => {}
             }
         }
@@ -122,35 +122,35 @@ impl Attendant {
 
     /// Whether another task was started, because this one was late.
     fn is_superseded(&self) -> bool {
-        self.shared.state().attendant != Some(self.number)
+        self.shared.state().task != Some(self.number)
     }
 
     /// Starts what is due, and says how long there is nothing more to do; `None` when there never will be.
     fn attend_to_what_is_due(&mut self) -> Option<Duration> {
         let shared = self.shared.clone();
         let now = shared.env.now();
-        if matches!(self.ear, Ear::Open(..)) && self.age != shared.link.age() {
+        if matches!(self.pub_sub, PubSub::Open(..)) && self.age != shared.link.age() {
             self.close(now);
         }
         let mut state = shared.state();
-        if state.is_over || state.attendant != Some(self.number) {
+        if state.is_over || state.task != Some(self.number) {
             return None;
         }
-        state.attended = now;
+        state.task_seen = now;
         if state.slots.is_empty() {
             let since = *self.idle_since.get_or_insert(now);
             let left = since.saturating_add(IDLE).saturating_sub(now);
             if left.is_zero() {
-                state.attendant = None;
+                state.task = None;
                 return None;
             }
             return Some(left);
         }
         self.idle_since = None;
 
-        let can_retry = matches!(self.ear, Ear::Closed { retry_at } if retry_at <= now);
-        if can_retry && !shared.tellers.is_none() {
-            self.ear = Ear::Opening;
+        let can_retry = matches!(self.pub_sub, PubSub::Closed { retry_at } if retry_at <= now);
+        if can_retry && !shared.source.is_none() {
+            self.pub_sub = PubSub::Opening;
             self.age = shared.link.age();
             self.jobs.push(open(shared.clone()).boxed());
         }
@@ -168,14 +168,14 @@ impl Attendant {
                 state.slots.remove(&name);
                 continue;
             }
-            let is_heard_soon = match (&self.ear, slot.subscription) {
-                (Ear::Open(..), Subscription::None) => {
+            let is_heard_soon = match (&self.pub_sub, slot.subscription) {
+                (PubSub::Open(..), Subscription::None) => {
                     slot.subscription = Subscription::Asked;
                     subscribe.push(name.clone());
                     true
                 }
-                (Ear::Open(..), Subscription::Asked) | (Ear::Opening, _) => true,
-                (Ear::Open(..), Subscription::Confirmed) | (Ear::Closed { .. }, _) => false,
+                (PubSub::Open(..), Subscription::Asked) | (PubSub::Opening, _) => true,
+                (PubSub::Open(..), Subscription::Confirmed) | (PubSub::Closed { .. }, _) => false,
             };
             if is_heard_soon && !slot.is_put_off {
                 slot.is_put_off = true;
@@ -188,13 +188,13 @@ impl Attendant {
             }
         }
         let mut wake_at = match state.due.first() {
-            // One of the looks has to end first. Whoever waits is to know that this task is alive.
+            // One of the polls has to end first. The waiters must see that this task is alive.
             Some(_) if self.looks >= LOOKS => now.saturating_add(LATE / 2),
             due => due.map_or(Duration::MAX, |(at, _)| *at),
         };
         drop(state);
-        match &self.ear {
-            Ear::Open(sink, _) => {
+        match &self.pub_sub {
+            PubSub::Open(sink, _) => {
                 if !unsubscribe.is_empty() {
                     let (sink, shared) = (sink.clone(), shared.clone());
                     self.jobs.push(leave(shared, sink, unsubscribe).boxed());
@@ -205,10 +205,10 @@ impl Attendant {
                     self.jobs.push(subscription.boxed());
                 }
             }
-            Ear::Closed { retry_at } if !shared.tellers.is_none() => {
+            PubSub::Closed { retry_at } if !shared.source.is_none() => {
                 wake_at = wake_at.min(*retry_at);
             }
-            Ear::Closed { .. } | Ear::Opening => {}
+            PubSub::Closed { .. } | PubSub::Opening => {}
         }
         Some(wake_at.saturating_sub(now))
     }
@@ -217,13 +217,13 @@ impl Attendant {
         let shared = self.shared.clone();
         let news = pin!(shared.news.notified());
         let sleep = pin!(shared.env.sleep(sleep));
-        let (jobs, ear) = (&mut self.jobs, &mut self.ear);
+        let (jobs, pub_sub) = (&mut self.jobs, &mut self.pub_sub);
         let happened = std::future::poll_fn(|cx| {
-            // What was told goes first: it may make a look needless.
-            if let Ear::Open(_, stream) = ear
+            // Messages first: they may make a poll needless.
+            if let PubSub::Open(_, stream) = pub_sub
                 && let std::task::Poll::Ready(message) = Pin::new(stream).poll_next(cx)
             {
-                return std::task::Poll::Ready(Woken::Told(message));
+                return std::task::Poll::Ready(Woken::Message(message));
             }
             match jobs.poll_next_unpin(cx) {
                 std::task::Poll::Ready(Some(done)) => std::task::Poll::Ready(Woken::Done(done)),
@@ -236,7 +236,7 @@ impl Attendant {
         }
     }
 
-    fn told(&mut self, message: &Msg) {
+    fn notified(&mut self, message: &Msg) {
         let mut state = self.shared.state();
         let Some(slot) = state.slots.get_mut(message.get_channel_name()) else {
             return;
@@ -250,13 +250,13 @@ impl Attendant {
             return;
         }
         slot.ended.notify_one();
-        // Who was woken has taken the key by then, or others are woken.
-        let soon = self.shared.env.now().saturating_add(UNTOLD[0]);
+        // By then the woken waiter has claimed the key, or others are woken.
+        let soon = self.shared.env.now().saturating_add(POLLED[0]);
         let at = slot.due.map_or(soon, |at| at.min(soon));
         state.attend(message.get_channel_name(), at);
     }
 
-    /// The connection is lost, and with it what was told meanwhile.
+    /// The connection is lost, and with it the messages that came meanwhile.
     fn lost(&mut self) {
         let now = self.shared.env.now();
         self.close(now.saturating_add(self.backoff));
@@ -264,7 +264,7 @@ impl Attendant {
     }
 
     fn close(&mut self, retry_at: Duration) {
-        self.ear = Ear::Closed { retry_at };
+        self.pub_sub = PubSub::Closed { retry_at };
         self.generation += 1;
         self.shared.state().deaf(self.shared.env.now());
     }
@@ -273,10 +273,10 @@ impl Attendant {
         let now = self.shared.env.now();
         match done {
             Done::Unsubscribed => {}
-            // What became of an earlier connection is known already.
+            // The result of an earlier connection is known already.
             Done::Subscribed(generation, ..) if generation != self.generation => {}
             Done::Opened(Some((sink, stream))) => {
-                self.ear = Ear::Open(sink, stream);
+                self.pub_sub = PubSub::Open(sink, stream);
                 self.shared.state().deaf(now);
             }
             Done::Opened(None) => self.lost(),
@@ -317,10 +317,10 @@ impl Attendant {
         let Some(slot) = state.slots.get_mut(name) else {
             return;
         };
-        let [first, longest] = match (&self.ear, slot.subscription) {
-            (Ear::Open(..), Subscription::Confirmed) => TOLD,
-            (Ear::Open(..) | Ear::Opening, _) => SOON_TOLD,
-            (Ear::Closed { .. }, _) => UNTOLD,
+        let [first, longest] = match (&self.pub_sub, slot.subscription) {
+            (PubSub::Open(..), Subscription::Confirmed) => NOTIFIED,
+            (PubSub::Open(..) | PubSub::Opening, _) => SOON_NOTIFIED,
+            (PubSub::Closed { .. }, _) => POLLED,
         };
         slot.is_looked_at = false;
         if slot.waiting == 0 {
@@ -345,9 +345,9 @@ impl Attendant {
                     slot.ended.notify_one();
                 }
                 slot.wakes = slot.wakes.saturating_mul(2);
-                next = UNTOLD[0];
+                next = POLLED[0];
             }
-            // An answer is for all.
+            // A record is for all waiters.
             Ok(_) => slot.ended.notify_waiters(),
             Err(error) => {
                 slot.failures += 1;
@@ -359,14 +359,14 @@ impl Attendant {
     }
 }
 
-impl Drop for Attendant {
-    /// Its runtime has ended. Who waits on another one has to wait anew, and gets another task.
+impl Drop for WaitTask {
+    /// Its runtime has ended. Waiters on other runtimes start another task.
     fn drop(&mut self) {
         if self.leaving || self.is_superseded() {
             return;
         }
         let mut state = self.shared.state();
-        state.attendant = None;
+        state.task = None;
         state.due.clear();
         state.slots.retain(|_, slot| {
             slot.subscription = Subscription::None;
@@ -380,9 +380,9 @@ impl Drop for Attendant {
 
 async fn open(shared: Arc<Shared>) -> Done {
     let Shared {
-        tellers, env, link, ..
+        source, env, link, ..
     } = &*shared;
-    Done::Opened(tellers.open(env, link.limit).await)
+    Done::Opened(source.open(env, link.limit).await)
 }
 
 async fn hear(
@@ -404,7 +404,7 @@ async fn hear(
 
 async fn leave(shared: Arc<Shared>, mut sink: PubSubSink, names: Vec<String>) -> Done {
     let Shared { env, link, .. } = &*shared;
-    // Where it fails the connection is lost, which is noticed elsewhere.
+    // If it fails the connection is lost, which the stream reports.
     let _ = env.within(link.limit, sink.unsubscribe(&names)).await;
     Done::Unsubscribed
 }

@@ -1,4 +1,4 @@
-//! Servers that can be subscribed to.
+//! Which servers to subscribe to.
 
 use std::time::Duration;
 
@@ -10,17 +10,18 @@ use redis::{
 use super::super::maker::Sentinels;
 use crate::Env;
 
-/// Who tells of the end of claims.
+/// Where notifications of ended claims come from.
 #[derive(Clone)]
-pub(in super::super) enum Tellers {
-    /// Any of these, the first that lets us in: any server of a Cluster hears of all channels. Perhaps none.
+pub(in super::super) enum NotifySource {
+    /// Any of these servers, the first that accepts the connection: every server of a Cluster gets the messages of all channels. May be
+    /// empty.
     Any(Vec<Client>),
     /// The master that sentinels name.
     Master(Sentinels),
 }
 
-impl Tellers {
-    /// Nobody: who waits has to look.
+impl NotifySource {
+    /// None: waiters poll.
     pub(in super::super) fn none() -> Self {
         Self::Any(Vec::new())
     }
@@ -29,7 +30,7 @@ impl Tellers {
         matches!(self, Self::Any(clients) if clients.is_empty())
     }
 
-    /// A connection for subscriptions, to a server that lets us in within `limit`.
+    /// A connection for subscriptions, to a server that accepts it within `limit`.
     pub(super) async fn open(
         &self,
         env: &Env,
@@ -55,7 +56,7 @@ impl Tellers {
     }
 }
 
-/// For the connection that is subscribed: it says nothing that is not needed, and speaks the older protocol.
+/// Settings of the subscribed connection: no `CLIENT SETINFO`, and RESP2.
 pub(in super::super) fn subscribing(server: &ConnectionInfo) -> RedisResult<Client> {
     let settings = server.redis_settings().clone();
     let settings = settings
