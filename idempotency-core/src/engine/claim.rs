@@ -83,7 +83,7 @@ impl Claim {
         }
     }
 
-    /// Whether nobody else held the key since this claim was made. Always, where claims are switched off.
+    /// Whether this claim was held without interruption. Always true if claims are switched off.
     pub(super) async fn was_held_throughout(&self) -> Result<bool, StorageError> {
         let Self {
             shared, key, token, ..
@@ -192,7 +192,7 @@ impl fmt::Debug for Claim {
     }
 }
 
-/// A run that is over, of which the storage is to be told. Dropped before it was, that is left to the keeper.
+/// A run that has ended and is still to be released at the storage. If it is dropped before, the keeper does it.
 struct Release {
     shared: Arc<Shared>,
     key: EncodedKey,
@@ -224,9 +224,9 @@ impl Drop for Release {
     }
 }
 
-/// A place among those that run, from before the storage is asked until it is known what it said.
+/// A place under `max_running`, held while the storage is asked for a claim.
 ///
-/// Dropped in between, it gives back what may have been claimed.
+/// If it is dropped before the answer, the keeper releases the claim that may have been taken.
 pub(super) struct Begun {
     shared: Arc<Shared>,
     key: EncodedKey,
@@ -250,7 +250,7 @@ impl Begun {
         self.token
     }
 
-    /// The storage said yes, to a question that was asked at `since`: the lease counts from then.
+    /// The storage granted the claim. The lease counts from `since`, when it was asked.
     pub(super) fn acquired(
         self,
         fingerprint: Option<Fingerprint>,
@@ -298,13 +298,13 @@ impl Begun {
         claim
     }
 
-    /// The storage said no.
+    /// The storage did not grant the claim.
     pub(super) fn not_acquired(mut self) {
         self.ended = true;
         self.shared.ledger.leave();
     }
 
-    /// The storage did not say: the claim may be there, and is given back in the background.
+    /// The storage did not answer: the claim may exist, and the keeper releases it.
     pub(super) fn unknown(self) {
         drop(self);
     }

@@ -2,8 +2,8 @@
 //!
 //! [`Engine::begin`] answers with a [`Decision`]. On [`Decision::Execute`] the caller runs the operation and ends the
 //! [`Claim`]; the engine's *keeper*, one task for all claims, renews it meanwhile, so how long an operation takes, or whether
-//! it blocks its thread, does not matter. The *ledger* knows what this process runs: duplicates of that wait here and do not ask the
-//! storage, whatever the storage thinks of the lease.
+//! it blocks its thread, does not matter. The *ledger* lists the operations of this process: their duplicates wait here and do not
+//! ask the storage, whatever the storage says about the lease.
 
 use std::{
     fmt,
@@ -91,7 +91,7 @@ pub enum Decision {
     Execute(Claim),
     /// It ran before: answer with its outcome.
     Replay(Replay),
-    /// Don't run it; say why.
+    /// Don't run it, and tell the client why.
     Refuse(Refused),
     /// The storage failed, and the configuration says to run the operation all the same.
     Unprotected,
@@ -101,7 +101,7 @@ pub enum Decision {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Replay {
-    /// What the first execution left.
+    /// The record of the first execution.
     pub record: Record,
     /// How long this duplicate waited for the running original; zero if the record was there at once.
     pub waited: Duration,
@@ -113,7 +113,7 @@ pub struct Replay {
 pub struct Refused {
     /// The kind of refusal.
     pub refusal: Refusal,
-    /// The storage's error, if that is why.
+    /// The error of the storage, if it caused the refusal.
     pub error: Option<StorageError>,
 }
 
@@ -126,9 +126,9 @@ impl Refused {
     }
 }
 
-/// Whether an unfinished [`Engine::begin_with`] may be dropped without leaving anything behind.
+/// Tells whether an unfinished [`Engine::begin_with`] may be dropped without leaving a claim behind.
 ///
-/// From the moment that a claim may have been taken the future, and what follows it, should be run to its end.
+/// Once a claim may have been taken, the future and the operation that follows it should be run to their end.
 #[derive(Clone, Debug, Default)]
 pub struct Progress(Arc<ProgressState>);
 
@@ -153,7 +153,7 @@ impl Progress {
     }
 
     fn set(&self, committed: bool) {
-        // Read by whoever drops the future, never while it is polled, so no order has to be kept.
+        // Read only when the future is dropped, never while it is polled, so no order has to be kept.
         self.0.committed.store(committed, Ordering::Relaxed);
     }
 
@@ -174,7 +174,7 @@ impl Progress {
         }
     }
 
-    /// What the engine says of a claim that it gives up; for tests of what follows.
+    /// Marks the claim as given up, as the engine does; for tests.
     #[doc(hidden)]
     pub fn give_up(&self) {
         self.0.given_up.store(true, Ordering::Release);
@@ -185,7 +185,7 @@ impl Progress {
 /// How long a duplicate pauses after the storage failed to wait for it.
 const WAIT_FAILED_PAUSE: Duration = Duration::from_millis(50);
 
-/// What one look at ledger and storage came to.
+/// The result of one look at ledger and storage.
 enum Attempt {
     Decided(Decision),
     InFlight(Waiter),
@@ -206,8 +206,8 @@ impl Engine {
 
     /// Decides what a request gets, waiting up to [`LockPolicy::timeout`](crate::LockPolicy::timeout) for a running original.
     ///
-    /// A dropped future gives back what it may have claimed, as well as a background task can. To leave nothing behind, don't
-    /// drop it: see [`begin_with`](Self::begin_with).
+    /// If the future is dropped, a background task releases the claim that it may have taken, as far as the storage answers. To leave
+    /// no claim behind, don't drop it: see [`begin_with`](Self::begin_with).
     pub async fn begin(&self, encoded: &Encoded) -> Decision {
         self.begin_with(encoded, &Progress::new()).await
     }
@@ -220,7 +220,7 @@ impl Engine {
         decision
     }
 
-    /// Comes to a decision, waiting up to `limit` for a running original, and tells nobody.
+    /// Decides, waiting up to `limit` for a running original. Emits no event for the decision.
     async fn decide(&self, encoded: &Encoded, progress: &Progress, limit: Duration) -> Decision {
         let shared = &self.shared;
         let waiters = &shared.ledger.waiters;
@@ -243,10 +243,10 @@ impl Engine {
                 Attempt::Again => continue,
             };
             progress.set(false);
-            // Somebody runs, and wakes another when that ends.
+            // An operation runs, and wakes a waiter when it ends.
             wake.is_ours = false;
             if waited_here && !waiter.is_local() {
-                // It runs elsewhere now, which those who still wait for it here do not know.
+                // The key is claimed elsewhere now, which the waiters of this process do not know.
                 waiters.wake_one_here(&encoded.key);
             }
             waited_here = waiter.is_local();
@@ -270,18 +270,17 @@ impl Engine {
         }
     }
 
-    /// What lies under `key` in the storage.
+    /// The claim or record of `key` in the storage.
     ///
     /// # Errors
     ///
-    /// If the storage fails, or what lies there can't be read.
+    /// If the storage fails, or the record can't be read.
     pub async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
         let shared = &self.shared;
         shared.limited(shared.storage.get(key)).await
     }
 
-    /// Puts `record` in the place of the completed record under `key`, also of one that is still to be stored, and restarts its
-    /// TTL; does nothing if there is none.
+    /// Replaces the completed record of `key`, or one that is still to be stored, and restarts its TTL. Does nothing if there is none.
     ///
     /// # Errors
     ///
@@ -302,8 +301,7 @@ impl Engine {
             .await
     }
 
-    /// Removes the record or claim under `key`, also one that can't be read, so that the next request runs. Says whether one
-    /// was there.
+    /// Removes the record or claim of `key`, readable or not, so that the next request runs. Returns whether there was one.
     ///
     /// Removing a claim does not stop the operation that holds it.
     ///
@@ -312,7 +310,7 @@ impl Engine {
     /// If the storage fails.
     pub async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
         let shared = &self.shared;
-        // Whoever claims the key once it is removed is not to be forgotten.
+        // Read first: a run that claims the key after the removal must not be forgotten.
         let holder = shared.ledger.holder(key);
         let removed = shared.limited(shared.storage.remove(key)).await?;
         let forgotten = shared.ledger.forget(key, holder);
@@ -336,12 +334,12 @@ impl Engine {
     /// For shutdown: stop taking requests, then drain, under a time limit of your own (an outcome that a dead storage can't
     /// take is tried until its TTL is over).
     pub async fn drain(&self) {
-        // What ended where no runtime was entered, or in one that has ended, is still to be told to the storage.
+        // Runs that ended outside a runtime, or in one that has ended, are still to be released at the storage.
         keeper::wake(&self.shared);
         self.shared.ledger.drained().await;
     }
 
-    /// What this engine was configured with.
+    /// The configuration of this engine.
     pub fn config(&self) -> &Config {
         &self.shared.config
     }
@@ -418,7 +416,7 @@ impl Engine {
         let _clearing = clearing;
         match answer {
             Ok(Begin::Acquired) => {
-                // An answer that was long under way may be about a lease that is over by now.
+                // The answer may have taken so long that the lease is over by now.
                 if shared.has_aged(since) {
                     since = shared.config.env.now();
                     let renewed = shared.storage.renew(&encoded.key, new.token, new.lease);
@@ -472,7 +470,7 @@ impl Engine {
     }
 }
 
-/// The wake of a release, which one duplicate got. Where that one does not run, the next one may.
+/// The permit of a release, which one waiter got. If that one does not run, it passes the permit on.
 struct Wake<'a> {
     shared: &'a Shared,
     key: &'a EncodedKey,
@@ -487,7 +485,7 @@ impl Drop for Wake<'_> {
     }
 }
 
-/// A duplicate that waits: its time and its place among those that may.
+/// A duplicate that waits: since when, and its place under `max_waiting`.
 struct Waiting<'a> {
     shared: &'a Shared,
     since: Duration,
@@ -528,7 +526,7 @@ impl Engine {
         }
     }
 
-    /// For a process that runs as much as it may: answers retries, refuses what would have to run.
+    /// At `max_running`: answers retries, and refuses operations that would run.
     async fn replay_only(&self, encoded: &Encoded, waited: Duration) -> Decision {
         let shared = &self.shared;
         match self.get(&encoded.key).await {
@@ -540,7 +538,7 @@ impl Engine {
 }
 
 impl Shared {
-    /// Whether so much of a lease is over, of one that began at `since` at the earliest, that it has to be renewed first.
+    /// Whether half the lease has passed since `since`.
     fn has_aged(&self, since: Duration) -> bool {
         let age = self.config.env.now().saturating_sub(since);
         age >= self.config.lock.lease() / 2
@@ -570,7 +568,7 @@ impl Shared {
         self.limited(self.storage.begin(key, new)).await
     }
 
-    /// Tells the observers what was decided.
+    /// Emits the event of a decision.
     fn announce(&self, key: &EncodedKey, decision: &Decision) {
         let key = *key;
         self.config.emit(&match decision {
@@ -611,7 +609,7 @@ impl Shared {
         }
     }
 
-    /// Takes a place among those that wait, if there is one.
+    /// Takes a place under `max_waiting`, if there is one.
     fn start_waiting(&self, key: &EncodedKey, now: Duration) -> Option<Waiting<'_>> {
         if !self.ledger.start_waiting() {
             return None;
@@ -623,7 +621,7 @@ impl Shared {
         })
     }
 
-    /// Waits until the running original may have ended, `limit` at most. Gives what it left, if this process knows that.
+    /// Waits until the running original may have ended, `limit` at most. Returns its record, if this process has it.
     async fn wait(&self, key: &EncodedKey, waiter: Waiter, limit: Duration) -> Option<Record> {
         let is_local = waiter.is_local();
         let woken = pin!(waiter.woken());
@@ -635,7 +633,7 @@ impl Shared {
         let elsewhere = pin!(async {
             if let Err(error) = self.storage.wait(key, limit).await {
                 self.failed(key, Operation::Wait, &error);
-                // The caller looks again, but not at once, and again, and again.
+                // The caller asks the storage again, but not in a tight loop.
                 self.config.env.sleep(WAIT_FAILED_PAUSE).await;
             }
         });
@@ -661,7 +659,7 @@ impl Shared {
     }
 }
 
-/// What a waiter was handed, unless something else came first.
+/// The record that the waiter was handed, unless something else came first.
 fn outcome_of<A, B>(first: Either<(Option<Record>, A), B>) -> Option<Record> {
     match first {
         Either::Left((outcome, _)) => outcome,

@@ -20,13 +20,13 @@ pub enum ManualDecision {
     Execute(Claim),
     /// It ran before: answer the conflict, then end the turn.
     Conflict(Turn),
-    /// Don't run it; say why.
+    /// Don't run it, and tell the client why.
     Refuse(Refused),
     /// The storage failed, and the configuration says to run the operation all the same.
     Unprotected,
 }
 
-/// The right to answer a conflict, and what stands recorded. End it with [`replace`](Self::replace) or [`keep`](Self::keep).
+/// The right to answer a conflict, with the current record. End it with [`replace`](Self::replace) or [`keep`](Self::keep).
 ///
 /// No other turn of the key is given out meanwhile, on any node, unless claims are switched off
 /// ([`LockPolicy::disabled`](crate::LockPolicy::disabled)). A turn that is dropped keeps the record, and ends in the background
@@ -48,7 +48,7 @@ impl Turn {
         self.key
     }
 
-    /// What the last run left.
+    /// The record of the last run.
     #[must_use]
     pub fn record(&self) -> &Record {
         &self.record
@@ -59,7 +59,7 @@ impl Turn {
         Self { ttl, ..self }
     }
 
-    /// Puts `response` in the place of the record, restarts its TTL and ends the turn.
+    /// Replaces the record with `response`, restarts its TTL and ends the turn.
     ///
     /// [`Held::Lost`]: the turn was over before, because the run took longer than
     /// [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) or its process was stopped for longer than the lease. Another may
@@ -199,7 +199,7 @@ impl Engine {
         }
     }
 
-    /// What stands recorded now that it is our turn: the turn before may have replaced what was `seen`.
+    /// Re-reads the record after taking the turn: the turn before may have replaced the one that was `seen`.
     async fn stands(&self, encoded: &Encoded, seen: Record) -> Result<Record, NoTurn> {
         let key = &encoded.key;
         let found = self.shared.ledger.find(key, self.config().env.now());
