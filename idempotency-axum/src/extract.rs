@@ -8,7 +8,7 @@ use axum::{
 };
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, request::Parts};
-use idempotency_core::{EncodedKey, Key, Outcome, StoredResponse};
+use idempotency_core::{EncodedKey, Key, Outcome, Record, StoredResponse};
 
 use crate::{
     handler::{self, route_path},
@@ -44,6 +44,30 @@ pub struct IdempotencyKey {
 }
 
 impl IdempotencyKey {
+    /// The extractor as the layer makes it, for a unit test that calls a handler by `.invoke(…)`.
+    ///
+    /// ```
+    /// use axum::http::HeaderValue;
+    /// use idempotency_axum::{EncodedKey, IdempotencyKey, Key, idempotency_key};
+    ///
+    /// #[idempotency_key]
+    /// async fn pay(key: IdempotencyKey) -> String {
+    ///     format!("charged under {}", key.as_str())
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), idempotency_axum::InvalidKey> {
+    /// let key = Key::parse(&HeaderValue::from_static("payment-1"))?;
+    /// let key = IdempotencyKey::new(key, EncodedKey::from_bytes([1; 32]));
+    /// assert_eq!(pay.invoke(key).await, "charged under payment-1");
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn new(key: Key, encoded: EncodedKey) -> Self {
+        Self { key, encoded }
+    }
+
     /// The key as the client sent it, without quotes. It is the client's secret for as long as the record lives: don't log it.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -129,10 +153,7 @@ impl<S: Sync> OptionalFromRequestParts<S> for IdempotencyKey {
 
 impl From<&Protection> for IdempotencyKey {
     fn from(protection: &Protection) -> Self {
-        Self {
-            key: protection.key().clone(),
-            encoded: protection.encoded(),
-        }
+        Self::new(protection.key().clone(), protection.encoded())
     }
 }
 
@@ -187,6 +208,37 @@ pub struct ManualIdempotency {
 }
 
 impl ManualIdempotency {
+    /// The extractor as the layer makes it, for a unit test that calls a handler by `.invoke(…)`. `outcome` is what the last run
+    /// left, or `None` if the operation did not run before.
+    ///
+    /// ```
+    /// use axum::http::{HeaderMap, StatusCode};
+    /// use idempotency_axum::{ManualIdempotency, Outcome, StoredResponse, idempotency_key};
+    ///
+    /// #[idempotency_key]
+    /// async fn create_order(manual: ManualIdempotency) -> StatusCode {
+    ///     manual.response().map_or(StatusCode::CREATED, |last| last.status())
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() {
+    /// let last = StoredResponse::new(StatusCode::ACCEPTED, &HeaderMap::new(), "order 1");
+    /// let retry = ManualIdempotency::new(Some(Outcome::Response(last)));
+    /// assert_eq!(create_order.invoke(retry).await, StatusCode::ACCEPTED);
+    /// assert_eq!(create_order.invoke(ManualIdempotency::new(None)).await, StatusCode::CREATED);
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn new(outcome: Option<Outcome>) -> Self {
+        let record = outcome.map(|outcome| Record {
+            fingerprint: None,
+            outcome,
+        });
+        Self {
+            conflict: Conflict(record),
+        }
+    }
+
     /// Whether the operation ran before.
     #[must_use]
     pub fn exists(&self) -> bool {
