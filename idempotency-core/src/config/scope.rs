@@ -120,7 +120,7 @@ impl Scope {
     }
 
     /// The caller is the value of the header `name`. A request without it is refused. Use it only for a header that clients can't
-    /// set themselves, for example one that a gateway sets.
+    /// set themselves, for example one that a gateway sets. `name` is a string or a [`HeaderName`](http::HeaderName).
     ///
     /// `Host` is the authority of the request, also over HTTP/2, where that is `:authority`: in lower case, and without user
     /// information and the ports 80 and 443.
