@@ -23,10 +23,6 @@ thread_local! {
 
 /// What cloning a service told.
 #[derive(Debug)]
-#[expect(
-    clippy::large_enum_variant,
-    reason = "one a service that is layered, and gone then"
-)]
 pub(crate) enum Discovery {
     /// No handler of ours, or one that a clone can't show.
     Nothing,

@@ -5,7 +5,6 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
-    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -55,7 +54,7 @@ pub trait IdempotencyHandler: Sized {
     fn idempotency_key(self, policy: KeyPolicy) -> WithPolicy<Self> {
         WithPolicy {
             handler: self,
-            policy: Arc::new(policy),
+            policy,
             seat: Seat::FREE,
         }
     }
@@ -72,7 +71,7 @@ impl<H: Clone + Send + Sync + 'static> IdempotencyHandler for H {}
 /// A handler with a policy; see [`IdempotencyHandler`].
 pub struct WithPolicy<H> {
     handler: H,
-    policy: Arc<KeyPolicy>,
+    policy: KeyPolicy,
     seat: Seat,
 }
 
@@ -84,9 +83,7 @@ impl<H> WithPolicy<H> {
 
 impl<H: Clone> Clone for WithPolicy<H> {
     fn clone(&self) -> Self {
-        let seat = self
-            .seat
-            .announce(Self::name(), || KeyPolicy::clone(&self.policy));
+        let seat = self.seat.announce(Self::name(), || self.policy.clone());
         // The outermost policy wins: what this one wraps must not announce its own.
         let _suspended = Suspended::now();
         Self {

@@ -18,7 +18,7 @@ use idempotency_core::{AnyStorage, Config, Engine, Mode, UnknownCaller};
 use crate::{
     discovery::{Announced, Discovery},
     misuse::{Misuse, MisuseKind},
-    policy::{KeyPolicy, Requirement, Terms},
+    policy::KeyPolicy,
     problem::Problem,
     receipt::Routes,
 };
@@ -44,7 +44,6 @@ pub(crate) struct Shared {
     pub(crate) engine: Engine,
     pub(crate) engines: BTreeMap<String, Engine>,
     default_policy: KeyPolicy,
-    default_terms: Arc<Terms>,
     has_layered: AtomicBool,
     misuses: Mutex<Vec<Misuse>>,
     pub(crate) routes: Routes,
@@ -81,8 +80,7 @@ impl Plan {
 /// A policy, ready to be applied.
 #[derive(Debug)]
 pub(crate) struct Applied {
-    pub(crate) requirement: Requirement,
-    pub(crate) terms: Arc<Terms>,
+    pub(crate) policy: KeyPolicy,
     pub(crate) engine: Engine,
     /// The handler that announced the policy, if the layer relies on it being the one that answers.
     pub(crate) relies_on: Option<&'static str>,
@@ -92,12 +90,6 @@ pub(crate) struct Applied {
     pub(crate) is_default: bool,
 }
 
-impl Applied {
-    pub(crate) fn is_of(&self, policy: &KeyPolicy) -> bool {
-        self.requirement == policy.requirement && *self.terms == policy.terms
-    }
-}
-
 impl Shared {
     pub(crate) fn new(choices: Choices) -> Self {
         let engine = |storage: &AnyStorage| Engine::new(storage.clone(), choices.config.clone());
@@ -105,18 +97,16 @@ impl Shared {
         // One engine under both names: what it knows of running operations holds for all its handlers.
         let alias = choices.default_cache.iter();
         let alias = alias.map(|name| (name.clone(), default.clone()));
-        let default_policy = match choices.mode {
-            Mode::Enforce => KeyPolicy::required(),
-            Mode::Exempt => KeyPolicy::exempt(),
-            Mode::Optional => KeyPolicy::optional(),
-        };
         let caches = choices.caches.iter();
         let caches = caches.map(|(name, storage)| (name.clone(), engine(storage)));
         Self {
             engines: alias.chain(caches).collect(),
             engine: default,
-            default_terms: Arc::new(default_policy.terms.clone()),
-            default_policy,
+            default_policy: match choices.mode {
+                Mode::Enforce => KeyPolicy::required(),
+                Mode::Exempt => KeyPolicy::exempt(),
+                Mode::Optional => KeyPolicy::optional(),
+            },
             choices,
             has_layered: AtomicBool::new(false),
             misuses: Mutex::default(),
@@ -178,16 +168,14 @@ impl Shared {
             relies_on: handler.filter(|_| policy.is_more_lenient_than(&self.default_policy)),
             is_fixed: self.choices.fixed.is_some(),
             is_default: false,
-            requirement: policy.requirement,
-            terms: Arc::new(policy.terms),
+            policy,
         })
     }
 
     /// What is applied where a handler's announcement can't be relied on.
     pub(crate) fn default_applied(&self) -> Applied {
         Applied {
-            requirement: self.default_policy.requirement,
-            terms: self.default_terms.clone(),
+            policy: self.default_policy.clone(),
             engine: self.engine.clone(),
             relies_on: None,
             is_fixed: false,

@@ -29,7 +29,8 @@ use idempotency_core::{Config, InvalidKey, Key, Scope, StoreOn};
 #[must_use]
 pub struct KeyPolicy {
     pub(crate) requirement: Requirement,
-    pub(crate) terms: Terms,
+    /// Shared, because every protected request has them.
+    pub(crate) terms: Arc<Terms>,
 }
 
 /// Whether a key is needed, the strictest last.
@@ -148,21 +149,21 @@ impl KeyPolicy {
     /// Keeps claims and records in the cache of this name, see
     /// [`IdempotencyLayer::cache`](crate::IdempotencyLayer::cache). Default: the storage that the layer was made with.
     pub fn cache_name(mut self, name: impl Into<Cow<'static, str>>) -> Self {
-        self.terms.cache_name = Some(name.into());
+        self.terms_mut().cache_name = Some(name.into());
         self
     }
 
     /// How long records are kept. Zero keeps none: a retry after the answer runs again. Default:
     /// [`Config::ttl`](crate::Config::ttl).
     pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.terms.ttl = Some(ttl);
+        self.terms_mut().ttl = Some(ttl);
         self
     }
 
     /// On a conflict the handler runs and answers itself, see [`ManualIdempotency`](crate::ManualIdempotency). A handler
     /// with an attribute and a `ManualIdempotency` parameter has this by itself.
     pub fn manual(mut self) -> Self {
-        self.terms.manual = true;
+        self.terms_mut().manual = true;
         self
     }
 
@@ -196,7 +197,7 @@ impl KeyPolicy {
     /// # }
     /// ```
     pub fn store_on(mut self, store_on: StoreOn) -> Self {
-        self.terms.store_on = Some(store_on);
+        self.terms_mut().store_on = Some(store_on);
         self
     }
 
@@ -234,7 +235,7 @@ impl KeyPolicy {
     /// # }
     /// ```
     pub fn scope(mut self, scope: Scope) -> Self {
-        self.terms.scope = Some(scope);
+        self.terms_mut().scope = Some(scope);
         self
     }
 
@@ -265,7 +266,7 @@ impl KeyPolicy {
     /// # }
     /// ```
     pub fn max_request_body(mut self, bytes: usize) -> Self {
-        self.terms.max_request_body = Some(bytes);
+        self.terms_mut().max_request_body = Some(bytes);
         self
     }
 
@@ -297,7 +298,7 @@ impl KeyPolicy {
     ///
     /// `HeaderName::from_static` takes lower case only. This and [`key_from`](Self::key_from) replace each other.
     pub fn header(mut self, header: HeaderName) -> Self {
-        self.terms.key = KeySource::Header(header);
+        self.terms_mut().key = KeySource::Header(header);
         self
     }
 
@@ -343,7 +344,7 @@ impl KeyPolicy {
         mut self,
         find: impl Fn(&Parts, &[u8]) -> Option<String> + Send + Sync + 'static,
     ) -> Self {
-        self.terms.key = KeySource::Fn(KeyFn(Arc::new(find)));
+        self.terms_mut().key = KeySource::Fn(KeyFn(Arc::new(find)));
         self
     }
 
@@ -352,10 +353,14 @@ impl KeyPolicy {
         self.requirement < other.requirement
     }
 
+    fn terms_mut(&mut self) -> &mut Terms {
+        Arc::make_mut(&mut self.terms)
+    }
+
     fn new(requirement: Requirement) -> Self {
         Self {
             requirement,
-            terms: Terms::default(),
+            terms: Arc::default(),
         }
     }
 }

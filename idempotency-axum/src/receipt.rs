@@ -133,9 +133,8 @@ impl Acknowledgement {
     ) -> bool {
         let outer = self.outer.as_ref();
         let was_outer_wrong = outer.is_some_and(|outer| outer.give(policy, method, extensions));
-        let applied = self.plan.applied();
-        let is_announced = applied.is_some_and(|applied| applied.is_of(policy))
-            && self.path() == matched_path(extensions);
+        let announced = self.plan.applied().map(|applied| &applied.policy);
+        let is_announced = announced == Some(policy) && self.path() == matched_path(extensions);
         if is_announced {
             self.route.acknowledge(method);
         }

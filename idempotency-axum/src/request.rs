@@ -69,7 +69,7 @@ impl Protection {
 
     /// Whether the layer did what `policy` asks. A key that is there protects alike, required or optional.
     pub(crate) fn is_on_terms_of(&self, policy: &KeyPolicy) -> bool {
-        policy.requirement != Requirement::Exempt && *self.0.terms == policy.terms
+        policy.requirement != Requirement::Exempt && self.0.terms == policy.terms
     }
 
     pub(crate) fn call(&self) {

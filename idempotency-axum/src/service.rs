@@ -182,7 +182,7 @@ where
         mut request: Request,
         receipt: Option<Receipt>,
     ) -> ResponseFuture<S> {
-        if applied.is_fixed && applied.requirement == Requirement::Optional {
+        if applied.is_fixed && applied.policy.requirement == Requirement::Optional {
             request.extensions_mut().insert(WithoutKey);
         }
         self.call_when_ready(request, receipt)
@@ -196,15 +196,15 @@ where
         receipt: Option<Receipt>,
     ) -> ResponseFuture<S> {
         let config = applied.engine.config();
-        if applied.requirement == Requirement::Exempt {
+        if applied.policy.requirement == Requirement::Exempt {
             return self.pass_unprotected(applied, request, receipt);
         }
         // A layer outside could not see this one and has taken the key already.
         if request.extensions().get::<Protection>().is_some() {
             return self.pass(request);
         }
-        let terms = &applied.terms;
-        let is_asked = applied.requirement == Requirement::Required
+        let terms = &applied.policy.terms;
+        let is_asked = applied.policy.requirement == Requirement::Required
             && (!applied.is_default || config.asks(request.method()));
         let key = match terms.key.in_headers(request.headers(), config) {
             Some(Ok(None)) if !is_asked => {
