@@ -111,7 +111,12 @@ impl Exchange {
             Err(refusal) => return Ok(refusal),
         };
         let Some((key, encoded)) = named else {
-            return Box::pin(self.run_without_key(inner, parts, body)).await;
+            let request = self.request_without_key(parts, body);
+            let response = Box::pin(call(inner, request)).await?;
+            if let Some(receipt) = &self.receipt {
+                receipt.check(&response);
+            }
+            return Ok(response);
         };
         let (run, conflict) = match self.begin(&encoded).await {
             Begun::Run(run, conflict) => (run, conflict),
@@ -119,8 +124,7 @@ impl Exchange {
             Begun::Unprotected => {
                 let protection = self.protection(key, &encoded, Conflict::default());
                 let request = self.request(&protection, parts, body);
-                let response = Box::pin(call(inner, request)).await?;
-                return Ok(response.map(Body::new));
+                return Box::pin(call(inner, request)).await;
             }
         };
         let protection = self.protection(key, &encoded, conflict);
@@ -128,35 +132,9 @@ impl Exchange {
         self.execute(inner, run, request, &protection).await
     }
 
-    /// Runs the handler for a request whose body has no key, as it may.
-    async fn run_without_key<S, R>(
-        &self,
-        inner: S,
-        mut parts: Parts,
-        body: Body,
-    ) -> Result<Response, S::Error>
-    where
-        S: Service<Request, Response = http::Response<R>>,
-        R: http_body::Body<Data = Bytes> + Send + 'static,
-        R::Error: Into<BoxError>,
-    {
-        if self.is_fixed {
-            parts.extensions.insert(WithoutKey);
-        }
-        let response = call(inner, Request::from_parts(parts, body)).await?;
-        let response = response.map(Body::new);
-        if let Some(receipt) = &self.receipt {
-            receipt.check(&response);
-        }
-        Ok(response)
-    }
-
     async fn begin(&self, encoded: &Encoded) -> Begun {
         let decision = if self.terms.manual {
-            self.engine
-                .begin_manual(encoded, &self.progress)
-                .boxed()
-                .await
+            Box::pin(self.engine.begin_manual(encoded, &self.progress)).await
         } else {
             match self.engine.begin_with(encoded, &self.progress).await {
                 Decision::Execute(claim) => ManualDecision::Execute(claim),
@@ -275,6 +253,14 @@ impl Exchange {
         Request::from_parts(parts, body)
     }
 
+    /// The request for the handler, if its body has no key, as it may.
+    fn request_without_key(&self, mut parts: Parts, body: Body) -> Request {
+        if self.is_fixed {
+            parts.extensions.insert(WithoutKey);
+        }
+        Request::from_parts(parts, body)
+    }
+
     /// Runs the handler and records what it answers.
     async fn execute<S, R>(
         &self,
@@ -385,13 +371,15 @@ impl Exchange {
     }
 }
 
-/// Calls `inner` once it is ready.
-async fn call<S>(mut inner: S, request: Request) -> Result<S::Response, S::Error>
+/// Calls `inner` once it is ready, for an answer that is not recorded.
+async fn call<S, R>(mut inner: S, request: Request) -> Result<Response, S::Error>
 where
-    S: Service<Request>,
+    S: Service<Request, Response = http::Response<R>>,
+    R: http_body::Body<Data = Bytes> + Send + 'static,
+    R::Error: Into<BoxError>,
 {
     poll_fn(|cx| inner.poll_ready(cx)).await?;
-    inner.call(request).await
+    Ok(inner.call(request).await?.map(Body::new))
 }
 
 /// What came of asking the engine.

@@ -1,6 +1,5 @@
 //! One run of a handler, and its end.
 
-use futures_util::FutureExt;
 use idempotency_core::{Claim, StoredResponse, TombstoneReason, Turn};
 
 /// The first run of a key, under its claim, or one on a conflict, in its turn.
@@ -24,7 +23,7 @@ impl Run {
                 let _ = claim.complete(response).await;
             }
             Self::Conflict(turn) => {
-                let _ = turn.replace(response).boxed().await;
+                let _ = Box::pin(turn.replace(response)).await;
             }
         }
     }
@@ -33,9 +32,9 @@ impl Run {
     pub(crate) async fn store_none(self, reason: TombstoneReason) {
         match self {
             Self::First(claim) => {
-                let _ = claim.tombstone(reason).boxed().await;
+                let _ = Box::pin(claim.tombstone(reason)).await;
             }
-            Self::Conflict(turn) => turn.keep().boxed().await,
+            Self::Conflict(turn) => Box::pin(turn.keep()).await,
         }
     }
 
@@ -43,7 +42,7 @@ impl Run {
     pub(crate) async fn release(self) {
         match self {
             Self::First(claim) => claim.release().await,
-            Self::Conflict(turn) => turn.keep().boxed().await,
+            Self::Conflict(turn) => Box::pin(turn.keep()).await,
         }
     }
 }

@@ -16,10 +16,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{
-    FutureExt,
-    future::{Either, select},
-};
+use futures_util::future::{Either, select};
 use tokio::sync::Notify;
 
 use self::{
@@ -261,7 +258,7 @@ impl Engine {
             if left.is_zero() {
                 return Decision::Refuse(Refused::new(Refusal::InFlight));
             }
-            let outcome = shared.wait(&encoded.key, waiter, left).boxed().await;
+            let outcome = Box::pin(shared.wait(&encoded.key, waiter, left)).await;
             if let Some(record) = outcome {
                 let waited = waiting.as_ref().map_or(Duration::ZERO, Waiting::waited);
                 return replay(encoded, record, waited);
@@ -410,7 +407,7 @@ impl Engine {
                 };
             }
             since = shared.config.env.now();
-            answer = shared.clear_and_begin(&encoded.key, &new).boxed().await;
+            answer = Box::pin(shared.clear_and_begin(&encoded.key, &new)).await;
         }
         // Until the claim is in the ledger, or it is known that there is none.
         let _clearing = clearing;
