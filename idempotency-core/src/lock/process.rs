@@ -9,7 +9,7 @@ use std::{
 use super::Lock;
 use crate::{
     EncodedKey, Env, Held, StorageError, Token,
-    storage::lease::{self, Lease, LeaseTable, Waiter, Wake},
+    storage::lease::{self, Lease, LeaseTable, Wake},
 };
 
 /// Locks keys within this process. Clones share the locks.
@@ -122,10 +122,7 @@ impl Lock for ProcessLock {
 
     /// Returns when the key is free.
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        let now = self.env.now();
-        if let Some(waiter) = Waiter::subscribe(&self.leases, key, now) {
-            waiter.wait(&self.env, now.saturating_add(timeout)).await;
-        }
+        lease::wait(&self.leases, key, &self.env, timeout).await;
         Ok(())
     }
 }

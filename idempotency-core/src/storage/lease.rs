@@ -254,6 +254,19 @@ pub(crate) fn lock<K, T>(table: &Mutex<LeaseTable<K, T>>) -> MutexGuard<'_, Leas
     table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Returns when no lease of `key` runs, or after `timeout`.
+pub(crate) async fn wait<K: Copy + Eq + Hash, T>(
+    table: &Mutex<LeaseTable<K, T>>,
+    key: &K,
+    env: &Env,
+    timeout: Duration,
+) {
+    let now = env.now();
+    if let Some(waiter) = Waiter::subscribe(table, key, now) {
+        waiter.wait(env, now.saturating_add(timeout)).await;
+    }
+}
+
 /// Waits for the end of a lease. Counted in its key's slot until it is dropped.
 pub(crate) struct Waiter<'a, K: Copy + Eq + Hash, T> {
     table: &'a Mutex<LeaseTable<K, T>>,

@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 
 use self::{ledger::Ledger, records::Records};
-use super::lease::{self, Lease, LeaseTable, Waiter, Wake};
+use super::lease::{self, Lease, LeaseTable, Wake};
 use crate::{
     Begin, EncodedKey, Entry, Env, Event, Fingerprint, Held, NewClaim, Outcome, Record, Storage,
     StorageError, StorageErrorKind, StoredResponse, Token,
@@ -246,11 +246,7 @@ impl Storage for MemoryStorage {
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         let inner = &*self.0;
-        let now = inner.env.now();
-        let shard = &inner.shards[shard_of(key)];
-        if let Some(waiter) = Waiter::subscribe(shard, key, now) {
-            waiter.wait(&inner.env, now.saturating_add(timeout)).await;
-        }
+        lease::wait(&inner.shards[shard_of(key)], key, &inner.env, timeout).await;
         Ok(())
     }
 }
