@@ -17,7 +17,8 @@ pub use self::simulated::SimulatedClock;
 
 /// Clock, sleep, randomness and spawning.
 ///
-/// [`Env::system`], the default, is tokio's clock and runtime and the operating system's randomness. Cloning shares it.
+/// [`Env::system`], the default, is tokio's clock and runtime and a random generator
+/// for each thread, which the operating system seeds. Cloning shares it.
 ///
 /// ```
 /// use idempotency_core::Env;
@@ -56,7 +57,8 @@ pub trait Environment: Send + Sync + 'static {
 }
 
 impl Env {
-    /// tokio's clock (so `tokio::time::pause` works) and runtime, the operating system's randomness.
+    /// tokio's clock (so `tokio::time::pause` works) and runtime, and a random generator for each thread, which
+    /// the operating system seeds.
     #[must_use]
     pub fn system() -> Self {
         Self(system::shared())
@@ -104,7 +106,7 @@ impl Env {
     ///
     /// # Panics
     ///
-    /// [`Env::system`] panics where the operating system has no source of randomness.
+    /// [`Env::system`] panics if the operating system has no source of randomness to seed it.
     pub fn fill_random(&self, buffer: &mut [u8]) {
         self.0.fill_random(buffer);
     }

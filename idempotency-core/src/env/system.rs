@@ -1,4 +1,4 @@
-//! tokio's clock and runtime, the operating system's randomness.
+//! tokio's clock and runtime, and a random generator for each thread.
 
 use std::{
     sync::{Arc, OnceLock},

@@ -17,11 +17,11 @@ use crate::{Env, Fingerprint, Record};
 pub struct Token([u8; 16]);
 
 impl Token {
-    /// A fresh token from the operating system's randomness.
+    /// A fresh token from the randomness of [`Env::system`].
     ///
     /// # Panics
     ///
-    /// Panics where the operating system has no source of randomness.
+    /// Panics if the operating system has no source of randomness.
     #[must_use]
     pub fn random() -> Self {
         Self::random_from(&Env::system())

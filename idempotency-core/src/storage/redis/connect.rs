@@ -142,8 +142,8 @@ async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError>
     }
     #[cfg(feature = "redis-tls")]
     provide_cryptography();
-    let source = nodes.iter().map(subscribing).collect::<Result<_, _>>();
-    let source = NotifySource::Any(source.map_err(RedisConnectError::url)?);
+    let clients = nodes.iter().map(subscribing).collect::<Result<_, _>>();
+    let source = NotifySource::Any(clients.map_err(RedisConnectError::url)?);
 
     let (mut connection, client) = first_that_answers(&nodes, patience).await?;
     let about = within(patience, About::server(&mut connection)).await??;
