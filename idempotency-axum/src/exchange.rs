@@ -19,12 +19,12 @@ use tower_service::Service;
 use crate::{
     buffer::request::{Buffered, buffer},
     detach::Route,
+    handshake::{Conflict, Decided, Protection, Receipt, WithoutKey},
     plan::Shared,
     policy::Terms,
     problem::Problem,
-    receipt::Receipt,
     record::record,
-    request::{Conflict, Decided, Protection, WithoutKey, encode},
+    request::encode,
     response::{self, DoNotRecord},
     run::Run,
 };
@@ -339,7 +339,14 @@ impl Exchange {
 
     fn replay(&self, encoded: &Encoded, record: &Record) -> Response {
         match &record.outcome {
-            Outcome::Response(stored) => response::replayed(stored, self.config()),
+            Outcome::Response(stored) => {
+                let response = response::replayed(stored, self.config());
+                if response.status().is_success() && !stored.status().is_success() {
+                    self.shared
+                        .warn_of_hidden_failure(self.route.path(), stored.status());
+                }
+                response
+            }
             Outcome::Tombstone(reason) => {
                 self.config().emit(&Event::Refused {
                     key: Some(encoded.key),

@@ -11,9 +11,9 @@ use http::{HeaderMap, StatusCode, request::Parts};
 use idempotency_core::{EncodedKey, Key, Outcome, Record, StoredResponse};
 
 use crate::{
-    handler::{self, route_path},
+    handler::{Polled, route_path},
+    handshake::{Conflict, Protection},
     policy::{ExtractorNeeds, Needs},
-    request::{Conflict, Protection},
 };
 
 /// The key of the request that is being handled.
@@ -174,6 +174,8 @@ impl ExtractorNeeds for IdempotencyKey {
 ///   before it, [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) at most, and sees what that left. (Not with
 ///   [`LockPolicy::disabled`](crate::LockPolicy::disabled).)
 /// * A client that leaves cancels nothing, and [`drain`](crate::IdempotencyLayer::drain) waits for these runs too.
+/// * On an optional handler a request without a key runs as a first one does, and nothing is recorded.
+///   `Option<ManualIdempotency>` is `None` then.
 ///
 /// ```
 /// use axum::{Router, body::Body, http::{Request, StatusCode}, response::{IntoResponse, Response}, routing::post};
@@ -263,10 +265,15 @@ impl<S: Sync> FromRequestParts<S> for ManualIdempotency {
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, NotProtected> {
         let protection = parts.extensions.get::<Protection>();
-        let conflict = protection.and_then(Protection::conflict);
-        conflict
-            .map(Self::from)
-            .ok_or_else(|| NotProtected::new("ManualIdempotency", parts))
+        if let Some(conflict) = protection.and_then(Protection::conflict) {
+            return Ok(Self::from(conflict));
+        }
+        // Nothing is recorded for a request without a key.
+        let is_optional = Polled::now().is_some_and(|handler| handler.is_optional);
+        if protection.is_none() && is_optional {
+            return Ok(Self::new(None));
+        }
+        Err(NotProtected::new("ManualIdempotency", parts))
     }
 }
 
@@ -350,7 +357,7 @@ impl NotProtected {
     fn new(extractor: &'static str, parts: &Parts) -> Self {
         Self {
             extractor,
-            handler: handler::running(),
+            handler: Polled::now().map(|handler| handler.name),
             path: route_path(&parts.extensions, &parts.uri).to_owned(),
             protection: parts.extensions.get().cloned(),
         }
@@ -370,10 +377,11 @@ impl NotProtected {
                  `.idempotency_key(KeyPolicy::required().manual())`"
                     .to_owned()
             }
-            ("ManualIdempotency", None) => format!(
+            ("ManualIdempotency", None) => {
                 "put an `IdempotencyLayer` around this route and give the handler a manual policy, as in \
-                 `.idempotency_key(KeyPolicy::required().manual())`; where a key is optional take `Option<{extractor}>`"
-            ),
+                 `.idempotency_key(KeyPolicy::required().manual())`"
+                    .to_owned()
+            }
             _ => format!(
                 "put an `IdempotencyLayer` around this route and require a key, or take `Option<{extractor}>`"
             ),

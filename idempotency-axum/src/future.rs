@@ -13,7 +13,7 @@ use idempotency_core::BoxError;
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
-use crate::{detach::Detachable, receipt::Receipt};
+use crate::{detach::Detachable, handshake::Receipt};
 
 pin_project! {
     /// Response future of [`Idempotency`](crate::Idempotency) around `S`.
@@ -35,11 +35,18 @@ pin_project! {
         S: Service<Request>,
         S::Error: 'static,
     {
-        Waiting { inner: S, request: Option<Request>, receipt: Option<Receipt> },
-        Called { #[pin] future: S::Future, receipt: Option<Receipt> },
+        Waiting { waiting: Box<Waiting<S>> },
+        Called { #[pin] future: S::Future, receipt: Option<Box<Receipt>> },
         Protected { #[pin] future: Detachable<Result<Response, S::Error>> },
         Decided { result: Option<Result<Response, S::Error>> },
     }
+}
+
+/// A request whose inner service was not ready. Boxed, because it is rare and larger than the rest.
+struct Waiting<S> {
+    inner: S,
+    request: Option<Request>,
+    receipt: Option<Box<Receipt>>,
 }
 
 impl<S> ResponseFuture<S>
@@ -48,15 +55,16 @@ where
     S::Error: 'static,
 {
     /// Calls `inner` once it is ready.
-    pub(crate) fn waiting(inner: S, request: Request, receipt: Option<Receipt>) -> Self {
-        Self::new(Kind::Waiting {
+    pub(crate) fn waiting(inner: S, request: Request, receipt: Option<Box<Receipt>>) -> Self {
+        let waiting = Box::new(Waiting {
             inner,
             request: Some(request),
             receipt,
-        })
+        });
+        Self::new(Kind::Waiting { waiting })
     }
 
-    pub(crate) fn called(future: S::Future, receipt: Option<Receipt>) -> Self {
+    pub(crate) fn called(future: S::Future, receipt: Option<Box<Receipt>>) -> Self {
         Self::new(Kind::Called { future, receipt })
     }
 
@@ -95,17 +103,13 @@ where
         let mut kind = self.project().kind;
         loop {
             match kind.as_mut().project() {
-                KindProj::Waiting {
-                    inner,
-                    request,
-                    receipt,
-                } => {
-                    ready!(inner.poll_ready(cx))?;
-                    let Some(request) = request.take() else {
+                KindProj::Waiting { waiting } => {
+                    ready!(waiting.inner.poll_ready(cx))?;
+                    let Some(request) = waiting.request.take() else {
                         panic!("{OVER}");
                     };
-                    let future = inner.call(request);
-                    let receipt = receipt.take();
+                    let future = waiting.inner.call(request);
+                    let receipt = waiting.receipt.take();
                     kind.set(Kind::Called { future, receipt });
                 }
                 KindProj::Called { future, receipt } => {

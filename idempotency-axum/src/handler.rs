@@ -18,9 +18,8 @@ use pin_project_lite::pin_project;
 
 use crate::{
     discovery::{Seat, Suspended},
+    handshake::{Acknowledgement, Decided, Protection, WithoutKey},
     policy::{KeyPolicy, Requirement, can_use_keys},
-    receipt::Acknowledgement,
-    request::{Decided, Protection, WithoutKey},
 };
 
 /// Gives a handler a policy where an attribute can't: closures, generic functions, associated functions, handlers from other
@@ -155,7 +154,13 @@ fn admitted<F>(
 ) -> HandlerFuture<F> {
     acknowledge(policy, &mut request);
     match admit(seat, policy, &request) {
-        Ok(entry) => HandlerFuture::running(name, handler(request, entry)),
+        Ok(entry) => {
+            let polled = Polled {
+                name,
+                is_optional: policy.requirement == Requirement::Optional,
+            };
+            HandlerFuture::running(polled, handler(request, entry))
+        }
         Err(misplaced) => {
             if let Some(protection) = request.extensions().get::<Protection>() {
                 protection.refuse();
@@ -188,22 +193,26 @@ fn acknowledge(policy: &KeyPolicy, request: &mut Request) {
 }
 
 fn admit(seat: &Seat, policy: &KeyPolicy, request: &Request) -> Result<Entry, Misplaced> {
-    let protection = request.extensions().get::<Protection>();
-    let decided = request.extensions().get::<Decided>().is_some();
-    if let Some(protection) = protection
-        && !decided
-        && !protection.is_on_terms_of(policy)
-    {
-        return Err(Misplaced::OtherPolicy);
-    }
-    let without_key = request.extensions().get::<WithoutKey>().is_some();
-    let unprotected = protection.is_none() && !decided && can_use_keys(request.method());
-    match policy.requirement {
-        Requirement::Required if unprotected => Err(Misplaced::NoLayer),
-        Requirement::Optional if unprotected && !seat.is_taken() && !without_key => {
-            Err(Misplaced::NoLayer)
+    let extensions = request.extensions();
+    let is_decided = || extensions.get::<Decided>().is_some();
+    if let Some(protection) = extensions.get::<Protection>() {
+        if !protection.is_on_terms_of(policy) && !is_decided() {
+            return Err(Misplaced::OtherPolicy);
         }
-        _ => Ok(Entry(protection.cloned())),
+        return Ok(Entry(Some(protection.clone())));
+    }
+    let is_admitted = match policy.requirement {
+        Requirement::Exempt => true,
+        _ if !can_use_keys(request.method()) => true,
+        Requirement::Optional => {
+            seat.is_taken() || extensions.get::<WithoutKey>().is_some() || is_decided()
+        }
+        Requirement::Required => is_decided(),
+    };
+    if is_admitted {
+        Ok(Entry(None))
+    } else {
+        Err(Misplaced::NoLayer)
     }
 }
 
@@ -280,30 +289,42 @@ pub(crate) fn route_path<'a>(extensions: &'a Extensions, uri: &'a Uri) -> &'a st
 }
 
 thread_local! {
-    static RUNNING: Cell<Option<&'static str>> = const { Cell::new(None) };
+    static POLLED: Cell<Option<Polled>> = const { Cell::new(None) };
 }
 
-/// The handler with a policy that this thread polls, so that its extractors can name it in the log, and no request pays for that.
-pub(crate) fn running() -> Option<&'static str> {
-    RUNNING.get()
+/// The handler with a policy that this thread polls, so that its extractors know of it, and no request pays for that.
+#[derive(Clone, Copy)]
+pub(crate) struct Polled {
+    pub(crate) name: &'static str,
+    /// A request without a key reaches it too.
+    pub(crate) is_optional: bool,
 }
 
-/// Puts back what was there before, also when a poll panics.
-struct Running {
-    outer: Option<&'static str>,
-}
+impl Polled {
+    pub(crate) fn now() -> Option<Self> {
+        POLLED.get()
+    }
 
-impl Running {
-    fn enter(handler: &'static str) -> Self {
-        Self {
-            outer: RUNNING.replace(Some(handler)),
-        }
+    /// A policy around this one decides, so it is enough that one of the two is optional.
+    fn enter(self) -> Polling {
+        let outer = POLLED.get();
+        let is_optional = self.is_optional || outer.is_some_and(|outer| outer.is_optional);
+        POLLED.set(Some(Self {
+            is_optional,
+            ..self
+        }));
+        Polling { outer }
     }
 }
 
-impl Drop for Running {
+/// Puts back what was there before, also when a poll panics.
+struct Polling {
+    outer: Option<Polled>,
+}
+
+impl Drop for Polling {
     fn drop(&mut self) {
-        RUNNING.set(self.outer);
+        POLLED.set(self.outer);
     }
 }
 
@@ -318,15 +339,15 @@ pin_project! {
 pin_project! {
     #[project = KindProj]
     enum Kind<F> {
-        Running { #[pin] future: F, name: &'static str },
+        Running { #[pin] future: F, polled: Polled },
         Refused { response: Option<Response> },
     }
 }
 
 impl<F> HandlerFuture<F> {
-    fn running(name: &'static str, future: F) -> Self {
+    fn running(polled: Polled, future: F) -> Self {
         Self {
-            kind: Kind::Running { future, name },
+            kind: Kind::Running { future, polled },
         }
     }
 
@@ -344,8 +365,8 @@ impl<F: Future<Output = Response>> Future for HandlerFuture<F> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Response> {
         match self.project().kind.project() {
-            KindProj::Running { future, name } => {
-                let _running = Running::enter(name);
+            KindProj::Running { future, polled } => {
+                let _polling = polled.enter();
                 future.poll(cx)
             }
             KindProj::Refused { response } => match response.take() {

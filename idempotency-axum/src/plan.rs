@@ -1,26 +1,25 @@
 //! What is done with the requests of each route, and what all services of a layer share.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap, HashSet},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use axum::{
-    extract::MatchedPath,
-    response::{IntoResponse, Response},
-};
-use http::Extensions;
+use axum::response::{IntoResponse, Response};
+use http::{Extensions, StatusCode};
 use idempotency_core::{AnyStorage, Config, Engine, Mode, UnknownCaller};
 
 use crate::{
     discovery::{Announced, Discovery},
+    handshake::{Trust, TrustTable},
     misuse::{Misuse, MisuseKind},
     policy::KeyPolicy,
     problem::Problem,
-    receipt::Routes,
+    request::matched_path,
 };
 
 pub(crate) type ProblemResponse = dyn Fn(Problem) -> Response + Send + Sync;
@@ -46,7 +45,7 @@ pub(crate) struct Shared {
     default_policy: KeyPolicy,
     has_layered: AtomicBool,
     misuses: Mutex<Vec<Misuse>>,
-    pub(crate) routes: Routes,
+    trust: TrustTable,
     notices: Mutex<HashMap<Notice, HashSet<String>>>,
 }
 
@@ -56,6 +55,7 @@ enum Notice {
     UnknownCaller,
     OverlookedCookie,
     ReleasedRedirect,
+    HiddenFailure,
 }
 
 /// What is done with the requests of one route.
@@ -68,26 +68,24 @@ pub(crate) enum Plan {
     Apply(Applied),
 }
 
-impl Plan {
-    pub(crate) fn applied(&self) -> Option<&Applied> {
-        match self {
-            Self::Apply(applied) => Some(applied),
-            Self::Layered | Self::Misused(_) => None,
-        }
-    }
-}
-
 /// A policy, ready to be applied.
 #[derive(Debug)]
 pub(crate) struct Applied {
     pub(crate) policy: KeyPolicy,
     pub(crate) engine: Engine,
     /// The handler that announced the policy, if the layer relies on it being the one that answers.
-    pub(crate) relies_on: Option<&'static str>,
+    pub(crate) relies_on: Option<Announcer>,
     /// Set on the layer itself, so inner policies accept it.
     pub(crate) is_fixed: bool,
     /// The mode's own, so it asks for keys on the methods of the configuration only.
     pub(crate) is_default: bool,
+}
+
+/// A handler that announced a policy, and the first route on which it was found: a service has one route, as a rule, so it is not looked up again.
+#[derive(Debug)]
+pub(crate) struct Announcer {
+    pub(crate) handler: &'static str,
+    first_route: OnceLock<(Box<str>, Arc<Trust>)>,
 }
 
 impl Shared {
@@ -110,7 +108,7 @@ impl Shared {
             choices,
             has_layered: AtomicBool::new(false),
             misuses: Mutex::default(),
-            routes: Routes::default(),
+            trust: TrustTable::default(),
             notices: Mutex::default(),
         }
     }
@@ -165,7 +163,12 @@ impl Shared {
         };
         Plan::Apply(Applied {
             engine: engine.clone(),
-            relies_on: handler.filter(|_| policy.is_more_lenient_than(&self.default_policy)),
+            relies_on: handler
+                .filter(|_| policy.is_more_lenient_than(&self.default_policy))
+                .map(|handler| Announcer {
+                    handler,
+                    first_route: OnceLock::new(),
+                }),
             is_fixed: self.choices.fixed.is_some(),
             is_default: false,
             policy,
@@ -180,6 +183,17 @@ impl Shared {
             relies_on: None,
             is_fixed: false,
             is_default: true,
+        }
+    }
+
+    /// What is known of the route `path` of a handler that announced a policy.
+    pub(crate) fn trust<'a>(&self, announcer: &'a Announcer, path: &str) -> Cow<'a, Arc<Trust>> {
+        let find = || self.trust.find(announcer.handler, path);
+        let (first, trust) = announcer.first_route.get_or_init(|| (path.into(), find()));
+        if **first == *path {
+            Cow::Borrowed(trust)
+        } else {
+            Cow::Owned(find())
         }
     }
 
@@ -230,6 +244,20 @@ impl Shared {
         });
     }
 
+    /// Logs once per route that the conflict status gives a recorded failure the status of a success.
+    pub(crate) fn warn_of_hidden_failure(&self, path: &str, status: StatusCode) {
+        self.once(Notice::HiddenFailure, path, |path| {
+            tracing::warn!(
+                target: "idempotency",
+                path,
+                %status,
+                "a recorded failure was replayed with a `conflict_status` of success, so its client takes it for done: set \
+                 `Config::conflict_status(None)`, which replays the original status, or record successes alone with \
+                 `Config::store_on(StoreOn::success())`"
+            );
+        });
+    }
+
     fn once(&self, notice: Notice, path: &str, log: impl FnOnce(&str)) {
         {
             let mut notices = lock(&self.notices);
@@ -241,13 +269,6 @@ impl Shared {
         }
         log(path);
     }
-}
-
-/// The route's own pattern, so that names built from it are as few as the routes.
-pub(crate) fn matched_path(extensions: &Extensions) -> &str {
-    extensions
-        .get::<MatchedPath>()
-        .map_or("", MatchedPath::as_str)
 }
 
 /// A list stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.

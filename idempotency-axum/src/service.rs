@@ -22,11 +22,11 @@ use crate::{
     discovery::{self, Suspended},
     exchange::{Caller, Exchange, refusal},
     future::ResponseFuture,
-    plan::{Applied, Plan, Shared, matched_path},
+    handshake::{Acknowledgement, Protection, Receipt, WithoutKey},
+    plan::{Announcer, Applied, Plan, Shared},
     policy::{Requirement, can_use_keys},
     problem::Problem,
-    receipt::{Acknowledgement, Receipt},
-    request::{Protection, WithoutKey},
+    request::matched_path,
 };
 
 /// Middleware that protects what it wraps with idempotency keys; made by
@@ -92,9 +92,12 @@ where
 
     fn call(&mut self, request: http::Request<B>) -> Self::Future {
         let request = request.map(Body::new);
-        let plan = self.plan.clone();
-        let applied = match &*plan {
-            Plan::Layered => return self.pass(request),
+        let call = Call {
+            inner: &mut self.inner,
+            shared: &self.shared,
+        };
+        let applied = match &*self.plan {
+            Plan::Layered => return call.pass(request),
             Plan::Misused(misuse) => {
                 tracing::error!(target: "idempotency", "{misuse}; the request was refused");
                 let refusal = StatusCode::INTERNAL_SERVER_ERROR.into_response();
@@ -103,16 +106,22 @@ where
             Plan::Apply(applied) => applied,
         };
         if !can_use_keys(request.method()) {
-            return self.pass(request);
+            return call.pass(request);
         }
-        let Some(handler) = applied.relies_on else {
-            return self.apply(applied, request, None);
-        };
-        self.apply_announced(handler, &plan, applied, request)
+        match &applied.relies_on {
+            None => call.apply(applied, request, None),
+            Some(announcer) => call.apply_announced(announcer, applied, request),
+        }
     }
 }
 
-impl<S, R> Idempotency<S>
+/// One request: what it is called with, beside its plan.
+struct Call<'a, S> {
+    inner: &'a mut S,
+    shared: &'a Arc<Shared>,
+}
+
+impl<S, R> Call<'_, S>
 where
     S: Service<Request, Response = http::Response<R>> + Clone + Send + 'static,
     S::Future: Send + 'static,
@@ -121,7 +130,7 @@ where
     R::Error: Into<BoxError>,
 {
     /// Lets a request through as it is.
-    fn pass(&mut self, request: Request) -> ResponseFuture<S> {
+    fn pass(self, request: Request) -> ResponseFuture<S> {
         self.call_when_ready(request, None)
     }
 
@@ -130,7 +139,7 @@ where
     /// A service on which nothing waits is ready when it is asked, so it is asked here, without anybody to wake, and called without
     /// a clone: that of a route is an allocation. Any other goes with the request, with the place that it may have in a queue, and
     /// is asked again by whoever polls the future; a clone of it takes the next request.
-    fn call_when_ready(&mut self, request: Request, receipt: Option<Receipt>) -> ResponseFuture<S> {
+    fn call_when_ready(self, request: Request, receipt: Option<Box<Receipt>>) -> ResponseFuture<S> {
         let asked = self
             .inner
             .poll_ready(&mut Context::from_waker(Waker::noop()));
@@ -138,49 +147,52 @@ where
             return ResponseFuture::called(self.inner.call(request), receipt);
         }
         let clone = self.inner.clone();
-        let inner = std::mem::replace(&mut self.inner, clone);
+        let inner = std::mem::replace(self.inner, clone);
         match asked {
             Poll::Ready(Err(error)) => ResponseFuture::failed(error),
             _ => ResponseFuture::waiting(inner, request, receipt),
         }
     }
 
-    /// Applies a policy that is more lenient than the mode's default because `handler` announced it: see
-    /// [`receipt`](crate::receipt).
+    /// Applies a policy that is more lenient than the mode's default because a handler announced it: see
+    /// [`handshake`](crate::handshake).
     fn apply_announced(
-        &mut self,
-        handler: &'static str,
-        plan: &Arc<Plan>,
+        self,
+        announcer: &Announcer,
         applied: &Applied,
         mut request: Request,
     ) -> ResponseFuture<S> {
         let path = matched_path(request.extensions());
-        let route = self.shared.routes.find(handler, path);
-        let method = request.method().clone();
-        if route.is_acknowledged(&method) {
+        let trust = self.shared.trust(announcer, path);
+        let method = request.method();
+        if trust.is_acknowledged(method) {
             return self.apply(applied, request, None);
         }
-        let is_distrusted = route.is_distrusted(&method);
-        let acknowledgement = Acknowledgement::new(route, plan.clone(), request.extensions());
+        let method = method.clone();
+        let is_distrusted = trust.is_distrusted(&method);
+        let acknowledgement = Acknowledgement::new(
+            trust.into_owned(),
+            announcer.handler,
+            applied.policy.clone(),
+            request.extensions(),
+        );
         if is_distrusted {
             let acknowledgement = acknowledgement.fallen_back();
             request.extensions_mut().insert(acknowledgement);
-            return self.apply(&self.shared.default_applied(), request, None);
+            let default = self.shared.default_applied();
+            return self.apply(&default, request, None);
         }
         request.extensions_mut().insert(acknowledgement.clone());
-        self.apply(
-            applied,
-            request,
-            Some(Receipt::new(acknowledgement, method)),
-        )
+        let receipt = Box::new(Receipt::new(acknowledgement, method));
+        self.apply(applied, request, Some(receipt))
     }
 
     /// Lets a request with an unsafe method through without protection.
     fn pass_unprotected(
-        &mut self,
+        self,
         applied: &Applied,
         mut request: Request,
-        receipt: Option<Receipt>,
+        receipt: Option<Box<Receipt>>,
     ) -> ResponseFuture<S> {
         if applied.is_fixed && applied.policy.requirement == Requirement::Optional {
             request.extensions_mut().insert(WithoutKey);
@@ -190,10 +202,10 @@ where
 
     /// Applies a policy. `receipt` is for a request that it lets through unprotected.
     fn apply(
-        &mut self,
+        self,
         applied: &Applied,
         request: Request,
-        receipt: Option<Receipt>,
+        receipt: Option<Box<Receipt>>,
     ) -> ResponseFuture<S> {
         let config = applied.engine.config();
         if applied.policy.requirement == Requirement::Exempt {
@@ -218,7 +230,7 @@ where
             None => None,
         };
         let (parts, body) = request.into_parts();
-        let caller = match key.map(|key| Caller::of(key, &parts, terms, config, &self.shared)) {
+        let caller = match key.map(|key| Caller::of(key, &parts, terms, config, self.shared)) {
             None => None,
             Some(Ok(caller)) => Some(caller),
             Some(Err(problem)) => return self.refuse(problem),
@@ -233,7 +245,7 @@ where
             is_optional: !is_asked,
             is_fixed: applied.is_fixed,
             is_routed: parts.extensions.get::<MatchedPath>().is_some(),
-            receipt: receipt.map(Box::new),
+            receipt,
             progress: progress.clone(),
             route: route.clone(),
         };
@@ -248,6 +260,6 @@ where
     }
 
     fn refuse(&self, problem: Problem) -> ResponseFuture<S> {
-        ResponseFuture::refused(refusal(&self.shared, problem))
+        ResponseFuture::refused(refusal(self.shared, problem))
     }
 }

@@ -80,6 +80,11 @@ async fn optional(State(runs): State<Runs>, manual: Option<ManualIdempotency>) -
     order(&runs, manual.as_ref())
 }
 
+#[idempotency_key(optional)]
+async fn bare_optional(State(runs): State<Runs>, manual: ManualIdempotency) -> Order {
+    order(&runs, Some(&manual))
+}
+
 /// Not manual by itself: a plain function has no attribute that could look at its types.
 async fn plain(State(runs): State<Runs>, manual: Option<ManualIdempotency>) -> Order {
     order(&runs, manual.as_ref())
@@ -185,6 +190,32 @@ async fn with_an_optional_key() {
         assert_ran(&call().await, "4 201 3 nothing");
         let invalid = server.post("/orders").key("a,b").send().await;
         assert_eq!(invalid.problem().as_deref(), Some("invalid-key"));
+    }
+}
+
+/// Without a key nothing is recorded, so each request is a first one.
+#[tokio::test]
+async fn bare_with_an_optional_key() {
+    for server in in_both_modes(bare_optional).await {
+        for text in ["1 nothing", "2 nothing"] {
+            assert_ran(&server.post("/orders").send().await, text);
+        }
+        let call = || server.post("/orders").key("abc").send();
+        assert_ran(&call().await, "3 nothing");
+        assert_ran(&call().await, "4 201 3 nothing");
+        assert_ran(&server.post("/orders").send().await, "5 nothing");
+    }
+}
+
+/// The outer policy decides that a key is optional, whatever the inner one says.
+#[tokio::test]
+async fn bare_under_an_optional_policy() {
+    let policy = KeyPolicy::optional().manual();
+    for server in in_both_modes(by_an_extractor.idempotency_key(policy)).await {
+        assert_ran(&server.post("/orders").send().await, "1 nothing");
+        let call = || server.post("/orders").key("abc").send();
+        assert_ran(&call().await, "2 nothing");
+        assert_ran(&call().await, "3 201 2 nothing");
     }
 }
 

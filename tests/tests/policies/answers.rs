@@ -126,6 +126,29 @@ async fn a_redirect_that_is_not_recorded_is_warned_of_once() {
 }
 
 #[tokio::test]
+async fn a_failure_replayed_as_a_success_is_warned_of_once() {
+    let (logs, _guard) = Logs::install();
+    async fn declined() -> StatusCode {
+        StatusCode::PAYMENT_REQUIRED
+    }
+    let router = Router::new().route("/charges", post(declined));
+    let config = Config::stripe().conflict_status(Some(StatusCode::OK));
+    let server = Server::start(router.clone().layer(enforce().config(config))).await;
+    for code in [402, 200, 200] {
+        assert_eq!(server.post("/charges").key("abc").send().await.code(), code);
+    }
+    let warned = logs.with(&["WARN", "/charges", "402", "conflict_status(None)"]);
+    assert_eq!(warned.len(), 1, "{:?}", logs.lines());
+
+    let config = Config::stripe().conflict_status(Some(StatusCode::CONFLICT));
+    let server = Server::start(router.layer(enforce().config(config))).await;
+    for code in [402, 409] {
+        assert_eq!(server.post("/charges").key("abc").send().await.code(), code);
+    }
+    assert_eq!(logs.with(&["WARN", "conflict_status(None)"]).len(), 1);
+}
+
+#[tokio::test]
 async fn an_operator_finds_and_removes_a_record() {
     let layer = IdempotencyLayer::enforce(MemoryStorage::new())
         .config(Config::ietf().scope(Scope::header("x-tenant")));
