@@ -1,8 +1,8 @@
 //! Bodies in memory: how their bytes are joined, limited and counted.
 //!
-//! A [`Buffer`] holds what was read of a body, of a request ([`request`]) or of an answer that is being recorded. It takes at
-//! most twice the size of the body, however small the frames in which that came, also while it grows and while it is joined,
-//! and its bytes are reserved from [`Config::max_buffered`](crate::Config::max_buffered).
+//! A [`Buffer`] holds the bytes read so far of a request's body ([`request`]) or of an answer that is being recorded. It takes at
+//! most twice the size of the body, however small its frames, also while it grows and while it is joined. Its bytes are reserved
+//! from [`Config::max_buffered`](crate::Config::max_buffered).
 
 use std::{collections::VecDeque, mem};
 
@@ -13,9 +13,9 @@ pub(crate) mod request;
 
 /// The bytes that were read so far, `limit` at most.
 ///
-/// A single frame is kept as it is. From the second on they are copied into chunks: many small frames take much more memory than
-/// their bytes, and one may be a part of something much larger. A chunk is as large as all before it, so they are few, and none
-/// is moved when the next one is needed.
+/// A single frame is kept as it is. From the second on frames are copied into chunks: many small frames take much more memory than
+/// their bytes, and a frame may keep a much larger allocation alive. Each chunk is as large as all before it, so chunks are few,
+/// and none is moved when the next one is needed.
 #[derive(Debug)]
 pub(crate) struct Buffer {
     bytes: Read,
@@ -50,7 +50,7 @@ impl Buffer {
         Some(Self::new(limit, budget.reserve(0)?))
     }
 
-    /// A buffer of at most `limit` bytes, for what is in memory in any case.
+    /// A buffer of at most `limit` bytes for bytes that are already in memory: they are counted, and not refused.
     pub(crate) fn counted(limit: usize, budget: &Budget) -> Self {
         Self::new(limit, budget.count(0))
     }
@@ -70,7 +70,7 @@ impl Buffer {
         }
     }
 
-    /// Takes a frame if there is room for it. If not, nothing has changed.
+    /// Takes a frame if there is room for it. If not, nothing changes.
     pub(crate) fn push(&mut self, frame: &Bytes) -> Result<(), Overflow> {
         self.check_limit(frame)?;
         if !self.reservation.grow(frame.len()) {
@@ -80,7 +80,7 @@ impl Buffer {
         Ok(())
     }
 
-    /// Takes a frame that is in memory in any case, be there room or not.
+    /// Takes a frame that is already in memory, whether there is room or not.
     pub(crate) fn hold(&mut self, frame: &Bytes) -> Result<(), Overflow> {
         self.check_limit(frame)?;
         self.reservation.count(frame.len());
@@ -114,7 +114,7 @@ impl Buffer {
         }
     }
 
-    /// Some of the bytes between `from` and `to`, which are there and not none.
+    /// A first contiguous part of the bytes from `from` to `to`; the range is not empty and within the buffer.
     pub(crate) fn chunk(&self, from: usize, to: usize) -> Bytes {
         let chunks = match &self.bytes {
             Read::One(frame) => return frame.slice(from..to),
@@ -132,7 +132,7 @@ impl Buffer {
         Bytes::new()
     }
 
-    /// Takes the first bytes out, as many as are in one place.
+    /// Takes out the first contiguous bytes.
     pub(crate) fn pop(&mut self) -> Option<Bytes> {
         let bytes = match &mut self.bytes {
             Read::One(frame) => mem::take(frame),
@@ -145,14 +145,14 @@ impl Buffer {
         (!bytes.is_empty()).then_some(bytes)
     }
 
-    /// Copies a frame that is the only one, and so perhaps a part of something larger.
+    /// Copies a single frame, which may keep a larger allocation alive.
     pub(crate) fn detach(&mut self) {
         if let Read::One(frame) = &mut self.bytes {
             *frame = Bytes::copy_from_slice(frame);
         }
     }
 
-    /// Puts the bytes in one place. To do so again copies nothing.
+    /// Joins the bytes. A second call copies nothing.
     pub(crate) fn join(&mut self) -> Bytes {
         let joined = match mem::replace(&mut self.bytes, Read::One(Bytes::new())) {
             Read::One(frame) => frame,
@@ -162,16 +162,16 @@ impl Buffer {
         joined
     }
 
-    /// All the bytes in one place, and what is reserved for them.
+    /// All the bytes joined, and their reservation.
     pub(crate) fn into_parts(mut self) -> (Bytes, Reservation) {
         (self.join(), self.reservation)
     }
 }
 
-/// Fills the last chunk, and puts what is left in a new one. That takes no more than all before it or what has to go in, so both
-/// together with the frame are twice the body at most.
+/// Fills the last chunk, and puts the rest in a new one. The new chunk is no larger than all before it or than the rest, so buffer
+/// and frame together take at most twice the body.
 fn extend(chunks: &mut VecDeque<Vec<u8>>, len: usize, frame: &[u8], limit: usize) {
-    /// So that the first chunks of small frames are not smaller than what it takes to know of them.
+    /// The first chunks of small frames should not be smaller than their own bookkeeping.
     const SMALLEST: usize = 64;
 
     let mut rest = frame;

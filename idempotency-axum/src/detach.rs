@@ -1,12 +1,10 @@
 //! A handler survives its client.
 //!
-//! hyper drops a request's future when its connection is gone. From the moment that a claim may have been taken the future is
-//! then adopted by a task of its own, so neither a disconnect during the claim nor one before the record leaves an orphan. The
-//! common path pays no spawn for it.
+//! hyper drops a request's future when its connection closes. Once a claim may have been taken, a dropped future is adopted by a
+//! task, so a disconnect during `begin` or `complete` leaves no orphaned claim. The common path spawns nothing.
 //!
-//! After [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) the engine gives the claim up: its key has a tombstone. What still
-//! runs then and has no client, or loses it later, is of use to nobody, and might run for ever. It is dropped, and a [`Route`]
-//! says so in the log.
+//! After [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) the engine gives the claim up: its key has a tombstone. An operation
+//! that still runs then without a client, or loses its client later, might run for ever. It is dropped, and [`Route`] logs it.
 
 use std::{
     future::Future,
@@ -22,9 +20,9 @@ use tracing::{Instrument, Span};
 
 use crate::Engine;
 
-/// A future that goes on in a task when it is dropped after `progress` says that it is committed, until its claim is given up.
+/// A future that continues in a task when it is dropped after `progress` is committed, until its claim is given up.
 ///
-/// Not if the drop comes from a panic in its own poll: then what it holds is dropped, and its claim released.
+/// A drop caused by a panic in its own poll does not continue it: its claim is released.
 pub(crate) struct Detachable<T: 'static> {
     future: Option<BoxFuture<'static, T>>,
     progress: Progress,
@@ -34,7 +32,7 @@ pub(crate) struct Detachable<T: 'static> {
     in_poll: bool,
 }
 
-/// Where the future was first polled: a drop may come from anywhere.
+/// The runtime and span of the first poll: a drop may happen anywhere.
 struct Home {
     spawner: Option<Spawner>,
     span: Span,
@@ -99,7 +97,7 @@ impl<T: 'static> Drop for Detachable<T> {
         match home.spawner {
             Some(spawner) => {
                 self.engine.config().emit(&Event::Adopted);
-                // The span is the request's, so what the handler still logs can be found under it.
+                // In the request's span, so that the handler's log lines stay under it.
                 let carried = carry(future, self.progress.clone(), self.route.clone());
                 spawner.spawn(carried.instrument(home.span));
             }
@@ -111,7 +109,7 @@ impl<T: 'static> Drop for Detachable<T> {
     }
 }
 
-/// Runs a future to its end, if that comes before its claim is given up. The output has no reader.
+/// Runs a future to its end, or until its claim is given up. The output is dropped.
 async fn carry<T>(future: BoxFuture<'static, T>, progress: Progress, route: Route) {
     let given_up = pin!(progress.given_up());
     if let Either::Right(((), future)) = select(future, given_up).await {
@@ -120,7 +118,7 @@ async fn carry<T>(future: BoxFuture<'static, T>, progress: Progress, route: Rout
     }
 }
 
-/// Where an operation came from, for the log: as few names as there are routes.
+/// The route of an operation, for the log: as few names as there are routes.
 #[derive(Clone, Debug)]
 pub(crate) struct Route {
     method: Method,
@@ -140,7 +138,7 @@ impl Route {
         self.path.as_ref().map_or("", MatchedPath::as_str)
     }
 
-    /// The operation had no client any more and was dropped before its end, since its claim was given up.
+    /// Logs that the operation was dropped before its end: it has no client, and its claim was given up.
     pub(crate) fn report_dropped(&self) {
         tracing::error!(
             target: "idempotency",

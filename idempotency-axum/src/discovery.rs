@@ -1,15 +1,13 @@
 //! How the layer learns a handler's policy.
 //!
-//! axum hands a layer an opaque route, before any request. One thing can be done with it there and then: cloning it, which
-//! clones the handler inside. The handlers that our attributes and combinators make announce their policy when they are
+//! axum gives a layer an opaque route, before any request. The layer can clone it, which clones the handler inside. The handlers that our attributes and combinators make announce their policy when they are
 //! cloned while a *probe* is open on the thread; at any other time that costs one read of a thread-local flag.
 //!
-//! The clone that was made under the probe is the one that the layer keeps. Its handler knows from then on that a layer has
-//! seen it (its [`Seat`] is taken), so an optional handler that meets a request without any mark can tell "the layer saw that
-//! there is no key" from "there is no layer", and no request pays for a mark.
+//! The layer keeps the clone that was made under the probe. Its handler then knows that a layer has seen it (its [`Seat`] is
+//! taken). So an optional handler that gets a request without a mark can tell "the layer found no key" from "there is no layer",
+//! and requests need no mark.
 //!
-//! What a clone can hide is said in the crate docs, and what is done about it in [`handler`](crate::handler) and
-//! [`service`](crate::service).
+//! The crate docs say what a clone can hide; [`handler`](crate::handler) and [`handshake`](crate::handshake) deal with it.
 
 use std::cell::{Cell, RefCell};
 
@@ -21,12 +19,12 @@ thread_local! {
     static OUTSIDE: RefCell<Option<Outside>> = const { RefCell::new(None) };
 }
 
-/// What cloning a service told.
+/// The result of cloning a service under a probe.
 #[derive(Debug)]
 pub(crate) enum Discovery {
-    /// No handler of ours, or one that a clone can't show.
+    /// No handler with a policy, or one that the clone does not reach.
     Nothing,
-    /// One policy, of this handler (or of several that agree).
+    /// One policy, of this handler or of several that agree.
     Policy(Announced),
     /// The route has an idempotency layer nearer to the handler.
     Layered,
@@ -55,10 +53,10 @@ impl Discovery {
     }
 }
 
-/// Clones `service` with a probe open, and says what the handlers in it announced.
+/// Clones `service` with a probe open, and returns what its handlers announced.
 ///
-/// Where several differ the layer can't know which one will answer, so none of them may believe that the layer knows it: the
-/// clone is then given back unseated.
+/// If policies differ the layer can't know which handler will answer, so no seat may be taken: the original is returned instead
+/// of the clone.
 pub(crate) fn probe<S: Clone>(service: S) -> (S, Discovery) {
     let opened = Probe::open();
     let clone = service.clone();
@@ -68,7 +66,7 @@ pub(crate) fn probe<S: Clone>(service: S) -> (S, Discovery) {
     }
 }
 
-/// The handlers that are cloned outside of any layer.
+/// The handlers that were cloned outside of any layer.
 #[derive(Default)]
 struct Outside {
     handlers: Vec<Announced>,
@@ -76,7 +74,7 @@ struct Outside {
     has_layer: bool,
 }
 
-/// Clones `service`, and gives the handlers that announced themselves outside of any layer, as far as a clone can see.
+/// Calls `clone`, and returns the handlers that announced themselves outside of any layer, as far as a clone reaches.
 pub(crate) fn outside_of_layers<S: Clone>(clone: impl FnOnce() -> S) -> Vec<Announced> {
     let probe = Probe::open();
     let outer = OUTSIDE.replace(Some(Outside::default()));
@@ -88,7 +86,7 @@ pub(crate) fn outside_of_layers<S: Clone>(clone: impl FnOnce() -> S) -> Vec<Anno
     outside.map(|outside| outside.handlers).unwrap_or_default()
 }
 
-/// Puts back what was there before, also when a `Clone` panics.
+/// Restores the outer value, also when a `Clone` panics.
 struct Restore(Option<Outside>);
 
 impl Drop for Restore {
@@ -97,7 +95,7 @@ impl Drop for Restore {
     }
 }
 
-/// A layer was cloned, and the handler that it is on may come next.
+/// A layer was cloned; its handler may be cloned next.
 pub(crate) fn announce_layer() {
     OUTSIDE.with_borrow_mut(|outside| {
         if let Some(outside) = outside {
@@ -106,7 +104,7 @@ pub(crate) fn announce_layer() {
     });
 }
 
-/// Sets the thread's probe and puts back what was there before, also when a `Clone` panics. Probes nest.
+/// Opens the thread's probe, and restores the outer one when dropped, also when a `Clone` panics. Probes nest.
 struct Probe {
     was_open: bool,
     outer: Discovery,
@@ -132,7 +130,7 @@ impl Drop for Probe {
     }
 }
 
-/// Keeps the probe shut while something inside is cloned that must not announce.
+/// Closes the probe while something is cloned that must not announce.
 pub(crate) struct Suspended {
     was_open: bool,
 }
@@ -152,7 +150,7 @@ impl Drop for Suspended {
     }
 }
 
-/// Tells the open probe, if there is one, that a layer is nearer to the handler.
+/// Announces to the open probe, if there is one, that a layer is nearer to the handler.
 pub(crate) fn announce_layered() {
     if OPEN.get() {
         FOUND.with_borrow_mut(|found| found.add(Discovery::Layered));
@@ -161,7 +159,7 @@ pub(crate) fn announce_layered() {
 
 /// Part of every handler of ours: whether a layer has learnt its policy.
 ///
-/// Not `Copy` and cloned by [`Seat::announce`] only, so that a handler can't be cloned without announcing itself.
+/// Not `Copy`, and cloned only by [`Seat::announce`], so that a handler can't be cloned without announcing itself.
 #[derive(Debug)]
 pub struct Seat {
     taken: bool,

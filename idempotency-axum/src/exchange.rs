@@ -23,7 +23,7 @@ use crate::{
     plan::Shared,
     policy::Terms,
     problem::Problem,
-    record::record,
+    recording::record,
     request::encode,
     response::{self, DoNotRecord},
     run::Run,
@@ -45,7 +45,7 @@ pub(crate) struct Caller {
 }
 
 impl Caller {
-    /// An error is why the request is refused.
+    /// An error is the refusal of the request.
     pub(crate) fn of(
         key: Key,
         parts: &Parts,
@@ -65,24 +65,24 @@ impl Caller {
     }
 }
 
-/// A request whose body was read as far as it has to be.
+/// A request whose body was read as far as key and encoder need it.
 struct Encoding {
-    /// `None` if the body has no key, as it may.
+    /// `None` if an optional key was not found in the body.
     named: Option<(Key, Encoded)>,
     body: Body,
     reservation: Option<Reservation>,
 }
 
-/// One request that has a key, or may have one in its body, from its body to its answer.
+/// One request that has a key, or may have one in its body: from reading the body to the answer.
 pub(crate) struct Exchange {
     pub(crate) shared: Arc<Shared>,
     pub(crate) engine: crate::Engine,
     pub(crate) terms: Arc<Terms>,
     pub(crate) is_optional: bool,
     pub(crate) is_fixed: bool,
-    /// Whether a route matched, as far as this layer sees.
+    /// Whether a route matched, as far as this layer can see.
     pub(crate) is_routed: bool,
-    /// Of a request that may turn out to have no key.
+    /// Checked if the request turns out to have no key.
     pub(crate) receipt: Option<Box<Receipt>>,
     pub(crate) progress: Progress,
     pub(crate) route: Route,
@@ -104,7 +104,7 @@ impl Exchange {
         let Encoding {
             named,
             body,
-            // For the whole exchange: a request that waits or runs holds its body.
+            // Held for the whole exchange: a request that waits or runs holds its body.
             reservation: _reservation,
         } = match self.encode(caller, &parts, body).await {
             Ok(encoding) => encoding,
@@ -178,9 +178,9 @@ impl Exchange {
         self.terms.store_on.as_ref().unwrap_or(&config.store_on)
     }
 
-    /// Reads the body if the encoder wants it, and encodes. An error is the answer to the client.
+    /// Reads the body if the encoder needs it, and encodes. An error is the answer to the client.
     ///
-    /// Without a `caller` the key is looked for in the body. If it is missing, and may be, nothing is encoded.
+    /// Without a `caller` the key is looked for in the body. If it is optional and missing, nothing is encoded.
     async fn encode(
         &self,
         caller: Option<Caller>,
@@ -253,7 +253,7 @@ impl Exchange {
         Request::from_parts(parts, body)
     }
 
-    /// The request for the handler, if its body has no key, as it may.
+    /// The request for the handler, if an optional key was not found in the body.
     fn request_without_key(&self, mut parts: Parts, body: Body) -> Request {
         if self.is_fixed {
             parts.extensions.insert(WithoutKey);
@@ -261,7 +261,7 @@ impl Exchange {
         Request::from_parts(parts, body)
     }
 
-    /// Runs the handler and records what it answers.
+    /// Runs the handler and records its answer.
     async fn execute<S, R>(
         &self,
         mut inner: S,
@@ -274,7 +274,7 @@ impl Exchange {
         R: http_body::Body<Data = Bytes> + Send + 'static,
         R::Error: Into<BoxError>,
     {
-        // A panic goes on to whoever catches it outside, once the run is ended.
+        // A panic is resumed once the run has ended.
         let ready = AssertUnwindSafe(poll_fn(|cx| inner.poll_ready(cx))).catch_unwind();
         match ready.await {
             Ok(Ok(())) => {}
@@ -288,7 +288,7 @@ impl Exchange {
                 resume_unwind(panic);
             }
         }
-        // In a block of its own, so that a panic of `call` itself is one of the handler.
+        // In an async block, so that a panic of `call` itself counts as one of the handler.
         let answered = AssertUnwindSafe(async { inner.call(request).await })
             .catch_unwind()
             .await;
@@ -296,7 +296,7 @@ impl Exchange {
             Ok(Ok(response)) => (response.status(), !DoNotRecord::is_part_of(response)),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, true),
         };
-        // A user's function may say which statuses are stored, and panic. What the handler did must not be done again then.
+        // A user's `StoreOn::from_fn` may panic. The handler has run then, and must not run again.
         let stores = catch_unwind(AssertUnwindSafe(|| {
             is_kept && self.stores(status, protection)
         }));
@@ -368,7 +368,7 @@ impl Exchange {
             && (store_on.stores_rejections() || !protection.was_rejected())
     }
 
-    /// Whether an answer of `status` may come from a router that has no handler for the request. Another release may have one.
+    /// Whether an answer of `status` may come from a router without a handler for the request. The next release may have one.
     fn is_of_the_router(&self, status: StatusCode) -> bool {
         match status {
             StatusCode::METHOD_NOT_ALLOWED => true,
@@ -389,9 +389,9 @@ where
     Ok(inner.call(request).await?.map(Body::new))
 }
 
-/// What came of asking the engine.
+/// The engine's decision, as far as the exchange acts on it.
 enum Begun {
-    /// The handler is to run, on a conflict with what stands recorded.
+    /// The handler runs; on a conflict with the recorded outcome.
     Run(Run, Conflict),
     Answered(Response),
     Unprotected,

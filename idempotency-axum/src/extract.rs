@@ -1,4 +1,4 @@
-//! What handlers take: the key, and on a conflict the stored answer.
+//! The extractors: the key, and on a conflict the stored answer.
 
 use std::{convert::Infallible, fmt};
 
@@ -74,13 +74,13 @@ impl IdempotencyKey {
         self.key.as_str()
     }
 
-    /// What names the operation at the storage, safe to log.
+    /// The operation's name in the storage, safe to log.
     #[must_use]
     pub fn encoded(&self) -> EncodedKey {
         self.encoded
     }
 
-    /// A stable key for a call that this operation makes to somebody else, another one for each `label`.
+    /// A stable key for a call to another service, a different one for each `label`.
     ///
     /// Pass it to a payment provider as *its* idempotency key. When the provider has charged, and then this process dies before
     /// the answer is recorded, the retry runs the handler again; the provider gets the same key again, and charges once.
@@ -161,7 +161,7 @@ impl ExtractorNeeds for IdempotencyKey {
     const NEEDS: Needs = Needs::KEY;
 }
 
-/// What stands recorded, for a handler that answers conflicts itself.
+/// The recorded outcome, for a handler that answers conflicts itself.
 ///
 /// A handler with an attribute and this parameter, `Option` or alias or not, is *manual*: it runs on a retry too, and its answer
 /// is what the client gets, as it is, without the conflict status or the replay header.
@@ -340,10 +340,10 @@ impl IntoResponse for ReplayedResponse {
     }
 }
 
-/// An extractor was used where the request is not protected, or not as the extractor needs it: 500, since the client can't help it.
+/// An extractor was used where the request is not protected, or not as the extractor needs it. 500: the client can't mend it.
 ///
-/// The answer says nothing of what is inside, and is never recorded. The log names the handler, if it has a policy, the path of the
-/// route, and the cure.
+/// The answer reveals no internals, and is never recorded. The log names the handler, if it has a policy, the route's path, and the
+/// cure.
 #[derive(Clone, Debug)]
 pub struct NotProtected {
     extractor: &'static str,

@@ -47,13 +47,13 @@ struct Protected {
     entry: AtomicU8,
 }
 
-/// What stands recorded when a manual handler runs.
+/// The recorded outcome on a conflict, for a manual handler.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Conflict(pub(crate) Option<Record>);
 
-/// The handler is not one of ours, so nobody says when it is entered.
+/// No handler with a policy was called, so it is unknown whether one was entered.
 const ENTRY_UNKNOWN: u8 = 0;
-/// A handler with a combinator was called, and does not say whether its extractors are done: it counts as entered.
+/// A handler with a combinator was called. It can't report when its extractors are done, so it counts as entered.
 const CALLED: u8 = 1;
 const ENTRY_EXPECTED: u8 = 2;
 const ENTERED: u8 = 3;
@@ -88,7 +88,7 @@ impl Protection {
         self.0.terms.manual.then_some(&self.0.conflict)
     }
 
-    /// Whether the layer did what `policy` asks. A key that is there protects alike, required or optional.
+    /// Whether the layer applied the terms of `policy`. A key that is present protects alike, required or optional.
     pub(crate) fn is_on_terms_of(&self, policy: &KeyPolicy) -> bool {
         policy.requirement != Requirement::Exempt && self.0.terms == policy.terms
     }
@@ -109,17 +109,17 @@ impl Protection {
         self.0.entry.store(REFUSED, Ordering::Relaxed);
     }
 
-    /// Whether nothing may be recorded: the answer is our own 500, or that of a handler which wants no key.
+    /// Whether nothing may be recorded: the answer is the 500 of this library, or that of an exempt handler.
     pub(crate) fn was_refused(&self) -> bool {
         self.0.entry.load(Ordering::Relaxed) == REFUSED
     }
 
-    /// Whether a handler of ours was entered, as far as it says so.
+    /// Whether a handler with a policy was entered, as far as it reports.
     pub(crate) fn was_entered(&self) -> bool {
         matches!(self.0.entry.load(Ordering::Relaxed), CALLED | ENTERED)
     }
 
-    /// Whether extractors answered for a handler that was never entered. The answer itself orders this after `enter`.
+    /// Whether an extractor's rejection is the answer. The answer itself orders this read after `enter`.
     pub(crate) fn was_rejected(&self) -> bool {
         self.0.entry.load(Ordering::Relaxed) == ENTRY_EXPECTED
     }
@@ -134,16 +134,16 @@ impl fmt::Debug for Protection {
     }
 }
 
-/// Request extension: a policy nearer to the client has decided, or the layer has, and inner policies accept it.
+/// Request extension: an outer policy or a layer with a fixed policy has decided, and inner policies accept it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Decided;
 
-/// Request extension: a layer with a fixed policy has seen that there is no key, which optional handlers accept.
+/// Request extension: a layer with a fixed policy found no key, which optional handlers accept.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WithoutKey;
 
-/// Request extension: the layer relies on the policy that a handler announced, and waits for a handler with that policy to say
-/// that it is the one that answers.
+/// Request extension: the layer relies on the policy that a handler announced, until a handler with that policy confirms that it
+/// answers.
 #[derive(Clone)]
 pub(crate) struct Acknowledgement {
     trust: Arc<Trust>,
@@ -151,7 +151,7 @@ pub(crate) struct Acknowledgement {
     policy: KeyPolicy,
     path: Option<MatchedPath>,
     has_fallen_back: bool,
-    /// That of a layer outside, which could not see this one.
+    /// The acknowledgement of an outer layer that could not see this one.
     outer: Option<Box<Self>>,
 }
 
@@ -172,16 +172,16 @@ impl Acknowledgement {
         }
     }
 
-    /// For a request to which the mode's default is applied, because the route is distrusted.
+    /// For a request with the mode's default policy, because the route is distrusted.
     pub(crate) fn fallen_back(mut self) -> Self {
         self.has_fallen_back = true;
         self
     }
 
-    /// A handler with `policy` answers this request. Says whether the layer was wrong to fall back to the mode's default.
+    /// Called when a handler with `policy` answers this request. Returns whether the layer was wrong to fall back to the mode's
+    /// default.
     ///
-    /// A handler that another router has matched speaks for a path that the layer did not see, and not for all others that lie
-    /// behind that router.
+    /// A handler behind another router confirms only the path that the layer saw, not the other paths behind that router.
     pub(crate) fn give(
         &self,
         policy: &KeyPolicy,
@@ -202,7 +202,7 @@ impl Acknowledgement {
     }
 }
 
-/// What to check when the answer to a request comes that was let through unprotected.
+/// The check of the answer to a request that passed unprotected.
 pub(crate) struct Receipt {
     acknowledgement: Acknowledgement,
     method: Method,
@@ -216,8 +216,8 @@ impl Receipt {
         }
     }
 
-    /// A refusal, an error or a redirect may come from a middleware between us and the handler, and a client may provoke it. A
-    /// success without any acknowledgement is another handler's, which never said that it may run without a key.
+    /// A refusal, an error or a redirect may come from a middleware between layer and handler, and a client may provoke it. A success
+    /// without an acknowledgement came from another handler, whose policy did not allow a run without a key.
     pub(crate) fn check(&self, response: &Response) {
         let Self {
             acknowledgement,
@@ -242,10 +242,10 @@ impl Receipt {
     }
 }
 
-/// All routes of a layer that have a policy more lenient than the mode's default.
+/// The trust in all routes of a layer whose policy is more lenient than the mode's default.
 ///
-/// They are named by the handler that announced the policy and the pattern that they are matched by, so there are as many as the
-/// program has, whatever clients send. So few names are compared sooner than hashed.
+/// A route is named by its handler and its pattern, so there are as many as the program has, whatever clients send. So few names
+/// are compared faster than hashed.
 #[derive(Default)]
 pub(crate) struct TrustTable(RwLock<BTreeMap<&'static str, Paths>>);
 
@@ -268,10 +268,10 @@ impl TrustTable {
     }
 }
 
-/// What is known of one route, a bit for each method.
+/// What is known of one route, with a bit for each method.
 #[derive(Debug, Default)]
 pub(crate) struct Trust {
-    // Relaxed everywhere: the answer orders its acknowledgement before the layer's look, and other requests may see it late.
+    // Relaxed everywhere: the answer orders its acknowledgement before the layer's read, and other requests may see it late.
     acknowledged: AtomicU8,
     distrusted: AtomicU8,
 }
@@ -281,7 +281,7 @@ impl Trust {
         self.acknowledged.load(Ordering::Relaxed) & bit(method) != 0
     }
 
-    /// Whether a success came without acknowledgement, and no acknowledgement since.
+    /// Whether a success came without an acknowledgement, and none came since.
     pub(crate) fn is_distrusted(&self, method: &Method) -> bool {
         self.distrusted.load(Ordering::Relaxed) & bit(method) != 0 && !self.is_acknowledged(method)
     }
@@ -290,13 +290,13 @@ impl Trust {
         self.acknowledged.fetch_or(bit(method), Ordering::Relaxed);
     }
 
-    /// Says whether it was trusted until now.
+    /// Returns whether it was trusted until now.
     fn distrust(&self, method: &Method) -> bool {
         self.distrusted.fetch_or(bit(method), Ordering::Relaxed) & bit(method) == 0
     }
 }
 
-/// axum can route these only; all others go to one handler.
+/// axum routes only these methods; all others share a handler.
 fn bit(method: &Method) -> u8 {
     match *method {
         Method::POST => 1,

@@ -172,7 +172,7 @@ mod misuse;
 mod plan;
 mod policy;
 pub mod problem;
-mod record;
+mod recording;
 mod request;
 mod response;
 mod run;

@@ -1,4 +1,4 @@
-//! What is done with the requests of each route, and what all services of a layer share.
+//! The plan for the requests of each route, and the state that all services of a layer share.
 
 use std::{
     borrow::Cow,
@@ -24,12 +24,12 @@ use crate::{
 
 pub(crate) type ProblemResponse = dyn Fn(Problem) -> Response + Send + Sync;
 
-/// What the user has set; the rest of [`Shared`] follows from it.
+/// The user's settings; the rest of [`Shared`] is derived from them.
 #[derive(Clone)]
 pub(crate) struct Choices {
     pub(crate) mode: Mode,
     pub(crate) storage: AnyStorage,
-    /// What handlers may call `storage`, unless a cache of `caches` is called so.
+    /// A second name for `storage`, unless a cache of `caches` has that name.
     pub(crate) default_cache: Option<String>,
     pub(crate) caches: BTreeMap<String, AnyStorage>,
     pub(crate) config: Config,
@@ -49,7 +49,7 @@ pub(crate) struct Shared {
     notices: Mutex<HashMap<Notice, HashSet<String>>>,
 }
 
-/// What is logged once per route.
+/// Messages that are logged once per route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Notice {
     UnknownCaller,
@@ -58,7 +58,7 @@ enum Notice {
     HiddenFailure,
 }
 
-/// What is done with the requests of one route.
+/// How the requests of one route are handled.
 #[derive(Debug)]
 pub(crate) enum Plan {
     /// A layer nearer to the handler decides.
@@ -92,7 +92,7 @@ impl Shared {
     pub(crate) fn new(choices: Choices) -> Self {
         let engine = |storage: &AnyStorage| Engine::new(storage.clone(), choices.config.clone());
         let default = engine(&choices.storage);
-        // One engine under both names: what it knows of running operations holds for all its handlers.
+        // One engine under both names, so that limits and drain cover all its handlers.
         let alias = choices.default_cache.iter();
         let alias = alias.map(|name| (name.clone(), default.clone()));
         let caches = choices.caches.iter();
@@ -130,7 +130,7 @@ impl Shared {
         response
     }
 
-    /// The layer wraps something.
+    /// Called when the layer wraps a service.
     pub(crate) fn set_layered(&self) {
         self.has_layered.store(true, Ordering::Relaxed);
     }
@@ -175,7 +175,7 @@ impl Shared {
         })
     }
 
-    /// What is applied where a handler's announcement can't be relied on.
+    /// The mode's default, for a handler whose announcement can't be relied on.
     pub(crate) fn default_applied(&self) -> Applied {
         Applied {
             policy: self.default_policy.clone(),
@@ -186,7 +186,7 @@ impl Shared {
         }
     }
 
-    /// What is known of the route `path` of a handler that announced a policy.
+    /// The trust in the route `path` of a handler that announced a policy.
     pub(crate) fn trust<'a>(&self, announcer: &'a Announcer, path: &str) -> Cow<'a, Arc<Trust>> {
         let find = || self.trust.find(announcer.handler, path);
         let (first, trust) = announcer.first_route.get_or_init(|| (path.into(), find()));

@@ -1,11 +1,11 @@
-//! What a handler wants of the middleware.
+//! Policies: what a handler asks of the layer.
 
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderName, Method, request::Parts};
 use idempotency_core::{Config, InvalidKey, Key, Scope, StoreOn};
 
-/// What a handler wants of the middleware: whether a key is required, and what differs from the layer's
+/// A handler's policy: whether a key is required, and where it differs from the layer's
 /// [`Config`](crate::Config).
 ///
 /// The attributes make one from their arguments; the combinators of [`IdempotencyHandler`](crate::IdempotencyHandler) take
@@ -23,8 +23,8 @@ use idempotency_core::{Config, InvalidKey, Key, Scope, StoreOn};
 /// # let _ = app;
 /// ```
 ///
-/// Around a handler with an attribute a policy counts as a whole: nothing of the attribute's is left, so it has to be
-/// [`manual`](Self::manual) again if that was.
+/// A policy around a handler with an attribute replaces the attribute's as a whole: set [`manual`](Self::manual) again if the
+/// handler is manual.
 #[derive(Clone, Debug, PartialEq)]
 #[must_use]
 pub struct KeyPolicy {
@@ -170,7 +170,7 @@ impl KeyPolicy {
     /// Which answers are recorded; after any other the key is free, and a retry runs. Default:
     /// [`Config::store_on`](crate::Config::store_on).
     ///
-    /// For the handler whose refusal is as final as its success, and for the one that answers a form with a redirect:
+    /// For a handler whose refusals are final too, or that answers a form with a redirect:
     ///
     /// ```
     /// use axum::{Router, body::Body, http::{Request, StatusCode, header::LOCATION}, routing::post};
@@ -203,7 +203,7 @@ impl KeyPolicy {
 
     /// Whose key it is. Default: [`Config::scope`](crate::Config::scope).
     ///
-    /// For a route whose callers are known by something else than those of the others, say a webhook of a partner among the
+    /// For a route whose callers are identified in another way than those of the other routes, say a partner's webhook among the
     /// routes of users. A request in which a header is not found is refused with 403:
     ///
     /// ```
@@ -242,8 +242,9 @@ impl KeyPolicy {
     /// The longest request body that is buffered, in bytes; a longer one is refused with 413 before anything is claimed.
     /// Default: [`Config::max_request_body`](crate::Config::max_request_body).
     ///
-    /// For the one route that takes uploads, so that the limit of all the others can stay low. It concerns only requests with a
-    /// key, and only encoders that read the body; with [`key_from`](Self::key_from) all requests, since their body has the key. axum's own `DefaultBodyLimit` is asked besides.
+    /// For a route that takes uploads, so that the limit of the other routes can stay low. It applies only to requests with a key,
+    /// and only if the encoder reads the body; with [`key_from`](Self::key_from) to all requests, because the key is in the body.
+    /// axum's own `DefaultBodyLimit` applies as well.
     ///
     /// ```
     /// use axum::{Router, body::Body, http::{Request, StatusCode}, routing::post};
@@ -365,7 +366,7 @@ impl KeyPolicy {
     }
 }
 
-/// What an extractor asks of the policy of the handler that takes it.
+/// What an extractor needs from the policy of its handler.
 ///
 /// The attributes collect the needs of all parameters by their types, so an alias or an `Option` is found too.
 ///

@@ -1,4 +1,4 @@
-//! What of an answer is recorded, and how a recorded one is given again.
+//! Which parts of an answer are recorded, and how a recorded answer is replayed.
 
 use std::{collections::HashSet, convert::Infallible};
 
@@ -67,7 +67,7 @@ const HOP_BY_HOP: [HeaderName; 9] = [
     header::UPGRADE,
 ];
 
-/// What is kept of an answer.
+/// The stored form of an answer.
 pub(crate) fn stored(
     status: StatusCode,
     headers: &HeaderMap,

@@ -2,12 +2,12 @@
 
 use idempotency_core::{Claim, StoredResponse, TombstoneReason, Turn};
 
-/// The first run of a key, under its claim, or one on a conflict, in its turn.
+/// The first run of a key, under its claim, or a manual handler's run on a conflict, in its turn.
 ///
-/// The engine tells its observers what became of the outcome, and the client gets its answer in any case; so no end returns
-/// anything.
+/// The engine reports to its observers whether the outcome was stored, and the client gets its answer in any case. So these methods
+/// return nothing.
 ///
-/// The future of a request is as large as the largest thing that it awaits, so what is rare is boxed.
+/// A request's future is as large as the largest future that it awaits, so rare ones are boxed.
 #[derive(Debug)]
 #[must_use = "a run that is dropped is as good as one that never was"]
 pub(crate) enum Run {
@@ -16,7 +16,7 @@ pub(crate) enum Run {
 }
 
 impl Run {
-    /// Keeps the answer for retries.
+    /// Stores the answer for retries.
     pub(crate) async fn store(self, response: StoredResponse) {
         match self {
             Self::First(claim) => {
@@ -28,7 +28,7 @@ impl Run {
         }
     }
 
-    /// The handler is done, and left no answer that could be kept: it must not run again. On a conflict the record stays.
+    /// Stores a tombstone: the handler ran, and its answer can't be stored. On a conflict the record stays.
     pub(crate) async fn store_none(self, reason: TombstoneReason) {
         match self {
             Self::First(claim) => {
@@ -38,7 +38,7 @@ impl Run {
         }
     }
 
-    /// The answer is one that is not kept: a retry runs. On a conflict the record stays.
+    /// Releases the key, so that a retry runs. On a conflict the record stays.
     pub(crate) async fn release(self) {
         match self {
             Self::First(claim) => claim.release().await,

@@ -48,7 +48,7 @@ impl<S> Idempotency<S> {
     }
 }
 
-/// Tells a probe that a layer is here already, and nothing of what is inside: of two layers the inner one decides.
+/// Announces to a probe that a layer is nearer to the handler, and hides the handlers inside: of two layers the inner one decides.
 impl<S: Clone> Clone for Idempotency<S> {
     fn clone(&self) -> Self {
         discovery::announce_layered();
@@ -84,8 +84,8 @@ where
     type Error = S::Error;
     type Future = ResponseFuture<S>;
 
-    /// Always ready. The inner service is asked once it is known that the request goes there, and after the key is claimed: a
-    /// replay or a refusal must not wait for a place among those that run.
+    /// Always ready. The inner service's readiness is checked only once the request goes there, after the key is claimed: a replay or
+    /// a refusal must not wait for a concurrency permit.
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         Poll::Ready(Ok(()))
     }
@@ -115,7 +115,7 @@ where
     }
 }
 
-/// One request: what it is called with, beside its plan.
+/// The call of one request: the inner service and the layer's shared state.
 struct Call<'a, S> {
     inner: &'a mut S,
     shared: &'a Arc<Shared>,
@@ -129,16 +129,16 @@ where
     R: http_body::Body<Data = Bytes> + Send + 'static,
     R::Error: Into<BoxError>,
 {
-    /// Lets a request through as it is.
+    /// Passes a request on unchanged.
     fn pass(self, request: Request) -> ResponseFuture<S> {
         self.call_when_ready(request, None)
     }
 
     /// Calls the inner service, at once if it is ready.
     ///
-    /// A service on which nothing waits is ready when it is asked, so it is asked here, without anybody to wake, and called without
-    /// a clone: that of a route is an allocation. Any other goes with the request, with the place that it may have in a queue, and
-    /// is asked again by whoever polls the future; a clone of it takes the next request.
+    /// Most services are always ready, so readiness is checked here with a waker that does nothing, and a ready service is called
+    /// without a clone: cloning a route allocates. A service that is not ready moves into the future, with its place in a queue, and
+    /// is polled there; a clone stays for the next request.
     fn call_when_ready(self, request: Request, receipt: Option<Box<Receipt>>) -> ResponseFuture<S> {
         let asked = self
             .inner
@@ -187,7 +187,7 @@ where
         self.apply(applied, request, Some(receipt))
     }
 
-    /// Lets a request with an unsafe method through without protection.
+    /// Passes a request with an unsafe method on without protection.
     fn pass_unprotected(
         self,
         applied: &Applied,
@@ -200,7 +200,7 @@ where
         self.call_when_ready(request, receipt)
     }
 
-    /// Applies a policy. `receipt` is for a request that it lets through unprotected.
+    /// Applies a policy. `receipt` is checked if the request passes unprotected.
     fn apply(
         self,
         applied: &Applied,
@@ -211,7 +211,7 @@ where
         if applied.policy.requirement == Requirement::Exempt {
             return self.pass_unprotected(applied, request, receipt);
         }
-        // A layer outside could not see this one and has taken the key already.
+        // An outer layer that could not see this one has already claimed the key.
         if request.extensions().get::<Protection>().is_some() {
             return self.pass(request);
         }

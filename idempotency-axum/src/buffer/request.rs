@@ -24,9 +24,9 @@ use crate::problem::Problem;
 #[derive(Debug)]
 pub(crate) struct Buffered {
     pub(crate) bytes: Bytes,
-    /// The same to read again, trailers included.
+    /// The same body for the handler, with its trailers.
     pub(crate) body: Body,
-    /// To be held for as long as the request is.
+    /// Held for as long as the request.
     pub(crate) reservation: Reservation,
 }
 
@@ -35,7 +35,7 @@ pub(crate) struct Buffered {
 pub(crate) enum Unbuffered {
     TooLong,
     NoRoom,
-    /// Nothing of it came for [`Config::body_timeout`].
+    /// No bytes came for [`Config::body_timeout`].
     Silent,
     Broken(BoxError),
 }
@@ -91,7 +91,7 @@ fn add_trailers(trailers: &mut Option<HeaderMap>, frame: Frame<Bytes>) {
 struct Arriving<'a> {
     body: Body,
     config: &'a Config,
-    /// `None` as long as there is nothing to wait for: what is there at once needs no timer.
+    /// `None` until the body is pending: a body that is ready needs no timer.
     silence: Option<BoxFuture<'static, ()>>,
 }
 
@@ -118,7 +118,7 @@ impl<'a> Arriving<'a> {
             silence.as_mut().poll(cx).map(|()| Err(Unbuffered::Silent))
         })
         .await?;
-        // A frame without a byte breaks no silence: it costs its sender nothing.
+        // An empty frame does not reset the timer, because it costs its sender nothing.
         let is_data = |frame: &Frame<Bytes>| frame.data_ref().is_some_and(|data| !data.is_empty());
         if next.as_ref().is_some_and(is_data) {
             self.silence = None;
@@ -143,7 +143,7 @@ impl From<axum::Error> for Unbuffered {
 }
 
 impl Unbuffered {
-    /// The answer's problem, for a body that may have `limit` bytes.
+    /// The refusal, for a limit of `limit` bytes.
     pub(crate) fn into_problem(self, limit: usize, config: &Config) -> Problem {
         match self {
             Self::TooLong => Problem::body_too_large(limit, config),
@@ -152,7 +152,7 @@ impl Unbuffered {
             Self::Broken(error) => {
                 tracing::debug!(target: "idempotency", %error, "the request's body could not be read; nothing was run");
                 match status_of(&*error) {
-                    // The limit of a layer outside, which is lower, and which nobody tells us.
+                    // A lower limit of an outer layer, whose value is unknown here.
                     StatusCode::PAYLOAD_TOO_LARGE => Problem::new(Refusal::BodyTooLarge, config),
                     status => Problem::body_unreadable(status, config),
                 }
@@ -183,7 +183,7 @@ fn is_timeout(error: &(dyn Error + 'static)) -> bool {
             .is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
-/// What is inside an error. An [`io::Error`] leaves the error that it was made of out of its sources.
+/// The source of an error. An [`io::Error`] does not report the error that it wraps as its source.
 fn cause<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a (dyn Error + 'static)> {
     let inner = error
         .downcast_ref::<io::Error>()

@@ -1,4 +1,4 @@
-//! How long a claim is held, how long a duplicate waits for it, and locks to make claims of.
+//! The lock policy (how long a claim is held and waited for), and the `Lock` trait that a `LockedStorage` builds claims on.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -96,16 +96,17 @@ impl Default for LockPolicy {
     }
 }
 
-/// Locks keys, each for a while: what a [`LockedStorage`](crate::LockedStorage) makes its claims of. [`ProcessLock`] is one.
+/// Locks keys, each for a limited time. A [`LockedStorage`](crate::LockedStorage) builds its claims on one; [`ProcessLock`] is an
+/// implementation.
 ///
 /// # Rules
 ///
 /// 1. Every call is atomic. Of any number of concurrent [`acquire`](Self::acquire)s of a free key exactly one gets a token.
-/// 2. A lock ends by itself when its time is over and it was not renewed. Then, and not before, the key can be had again.
-/// 3. Tokens are random: one names this lock of this key, and no other ever. `renew` and `release` change nothing, and are
+/// 2. A lock expires when its `ttl` is over and it was not renewed. Then, and not before, the key can be acquired again.
+/// 3. Tokens are random: each names one lock of one key. `renew` and `release` change nothing, and are
 ///    [`Held::Lost`], unless it is the token that holds the key.
-/// 4. Any of the futures may be dropped at any point. One of `acquire` that is dropped may leave the key locked, with a token
-///    that nobody knows, until `ttl` is over; not for longer.
+/// 4. Any of the futures may be dropped at any point. A dropped `acquire` may leave the key locked, under a token that nobody
+///    knows, until `ttl` is over; not for longer.
 ///
 /// A lock of several servers that loses locks when one of them fails (a Redis without persistence, a replica that is promoted)
 /// breaks rule 2, and two executions may hold one key: see [`LockedStorage`](crate::LockedStorage#what-it-cant-promise).
@@ -114,18 +115,18 @@ pub trait Lock: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// If the lock can't tell. Whether the key was locked is then unknown.
+    /// If the lock fails. Whether the key was locked is then unknown.
     fn acquire(
         &self,
         key: &EncodedKey,
         ttl: Duration,
     ) -> impl Future<Output = Result<Option<Token>, StorageError>> + Send;
 
-    /// Lets the lock of `token` live for another `ttl` from now.
+    /// Extends the lock of `token`: it expires `ttl` from now.
     ///
     /// # Errors
     ///
-    /// If the lock can't tell.
+    /// If the lock fails.
     fn renew(
         &self,
         key: &EncodedKey,
@@ -137,21 +138,21 @@ pub trait Lock: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// If the lock can't tell. Repeating the call is safe.
+    /// If the lock fails. Repeating the call is safe.
     fn release(
         &self,
         key: &EncodedKey,
         token: Token,
     ) -> impl Future<Output = Result<Held, StorageError>> + Send;
 
-    /// Returns when it is worth trying [`acquire`](Self::acquire) again, or when `timeout` is over: a hint, for a key that somebody
-    /// holds of whom the caller knows nothing, say another process.
+    /// Returns when another [`acquire`](Self::acquire) is worth a try, or when `timeout` is over. A hint, for a key that another
+    /// process holds.
     ///
-    /// The default returns after 50 ms, so who waits tries again at that pace. A lock that can push, or look cheaply, should.
+    /// The default returns after 50 ms, so a waiter tries again at that pace. A lock that can notify, or check cheaply, should.
     ///
     /// # Errors
     ///
-    /// If the lock can't tell.
+    /// If the lock fails.
     fn wait(
         &self,
         key: &EncodedKey,

@@ -14,7 +14,7 @@ use crate::{
 
 /// Locks keys within this process. Clones share the locks.
 ///
-/// Another process knows nothing of them: where a second one serves the same cache, use a lock that both ask.
+/// Other processes do not see them: where several share a cache, use a lock that all of them share.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -69,7 +69,7 @@ impl ProcessLock {
         lease::lock(&self.leases)
     }
 
-    /// The leases, after the one of `key` was removed if it is over.
+    /// The leases, after the one of `key` was removed if it has expired.
     fn leases_of(
         &self,
         key: &EncodedKey,
@@ -87,7 +87,7 @@ impl Lock for ProcessLock {
         key: &EncodedKey,
         ttl: Duration,
     ) -> Result<Option<Token>, StorageError> {
-        // Made before the table is locked: an environment of a user's may panic.
+        // Made before the table is locked: a user's environment may panic.
         let token = Token::random_from(&self.env);
         let (mut leases, now) = self.leases_of(key);
         leases.sweep(now);

@@ -1,9 +1,8 @@
-//! A storage out of two parts that know nothing of each other: a cache for the records, a lock for the claims.
+//! A storage made of two independent parts: a cache for the records, a lock for the claims.
 //!
-//! That is how `django-idempotency-key` composes them, except that here the lock is one per key and is held until the record is
-//! there, not only while it is looked for. What a claim says besides being one (its token and fingerprint) fits into neither
-//! part, so it is kept in this process: [`claims`]. What lies in the cache is a record and the token that completed it:
-//! [`envelope`].
+//! `django-idempotency-key` composes them the same way. Here, however, each key has a lock of its own, and the lock is held until
+//! the record is stored, not only during the look-up. Neither part can hold a claim's token and fingerprint, so [`claims`] keeps
+//! them in this process. The cache holds each record with the token that completed it: [`envelope`].
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -22,16 +21,16 @@ mod envelope;
 #[cfg(all(test, feature = "memory", feature = "conformance"))]
 mod tests;
 
-/// For how long a key is locked to store a record of which no claim is known here; `LockPolicy`'s default lease.
+/// How long a key is locked to store a record whose claim is not known here; `LockPolicy`'s default lease.
 const COMPLETING: Duration = Duration::from_secs(30);
 
-/// For how long a key is locked to replace its record.
+/// How long a key is locked to replace its record.
 const REPLACING: Duration = Duration::from_secs(5);
 
 /// A [`Storage`] of any [`Cache`] and any [`Lock`]. Clones share both.
 ///
-/// For what you have already: a key-value cache of three functions, and a lock. Where one of our own storages fits, it keeps
-/// more promises in fewer round trips.
+/// Use it with a cache and a lock that you already have. A storage of this library, where one fits, guarantees more and needs
+/// fewer round trips.
 ///
 /// ```
 /// # #[cfg(feature = "memory")]
@@ -59,44 +58,45 @@ const REPLACING: Duration = Duration::from_secs(5);
 ///
 /// | call | what it does |
 /// |---|---|
-/// | `begin` | looks at the cache, locks the key, looks again: a holder may have completed in between, and then it unlocks. Starts anew if a `remove` has unlocked it meanwhile |
-/// | `complete` | looks at the cache, renews the lock or, where it is over, takes it again, sets the record, unlocks. Repeated it locks the key, looks again, sets the record that is there with the new TTL, unlocks |
+/// | `begin` | reads the cache, locks the key, reads again: if a holder completed in between, it unlocks. Starts over if a `remove` unlocked the key meanwhile |
+/// | `complete` | reads the cache, renews the lock or takes it again if it has expired, sets the record, unlocks. A repeated call locks the key, reads again, sets the stored record with the new TTL, unlocks |
 /// | `renew`, `release` | those of the lock |
-/// | `replace` | looks at the cache, locks the key, looks again, sets the record, unlocks |
-/// | `remove` | unlocks the key if it was locked here, removes what is in the cache |
+/// | `replace` | reads the cache, locks the key, reads again, sets the record, unlocks |
+/// | `remove` | unlocks the key if it was locked here, removes the record from the cache |
 ///
-/// A first execution takes seven calls, a retry one. What lies in the cache is a byte of version, the token that completed the
-/// key, a checksum of both, and the record ([`Record::encode`]).
+/// A first execution takes seven calls, a retry one. A cache entry is a version byte, the token that completed the key, a
+/// checksum of both, and the record ([`Record::encode`]).
 ///
 /// # What it can't promise
 ///
 /// Cache and lock are two systems, so no step is atomic over both. As long as every lock holds for its whole lease all rules of
 /// [`Storage`] are kept for the claims of one process, by this storage and its clones. Beyond that:
 ///
-/// * **No fencing.** `complete` asks for the lock right before it sets the record. A process that stops between the two for
-///   longer than the lease overwrites what its successor recorded; both ran, as is so with any lease, but here the late answer
-///   is the one that stays. A `set` that was given up (a timeout, a dropped future) and arrives late does the same.
-/// * **The lock is as good as it is.** One that is lost early (a server that restarts empty) lets a second execution in.
-/// * **Claims of other processes are not seen**, only bumped into. For those `get` finds nothing, `begin` answers
-///   [`Begin::InFlight`] without a fingerprint, so that another request under the key is told to wait, not that the key is taken
-///   (until the record is there), and `remove` leaves the claim to its holder or its lease. `wait` is told at once of the end of
-///   a claim of this process; of one elsewhere as soon as [`Lock::wait`] can. A conformance suite that looks at one process's
-///   claims from another leaves out `begin_tells_of_the_running_claim`, `complete_when_absent`, `dropped_calls_are_safe`,
+/// * **No fencing.** `complete` renews the lock right before it sets the record. If the process pauses between the two for longer
+///   than the lease, it overwrites its successor's record. Both ran, as with any lease, but here the late answer remains. A `set`
+///   that was abandoned (a timeout, a dropped future) and arrives late does the same.
+/// * **The guarantees are no stronger than the lock's.** A lock that is lost early (a server that restarts empty) allows a second
+///   execution.
+/// * **Claims of other processes are visible only through the lock.** `get` finds nothing. `begin` returns [`Begin::InFlight`]
+///   without a fingerprint, so a request with another body waits, and is a mismatch only once the record exists. `remove` leaves
+///   the claim to its holder or its lease. `wait` returns at once when a claim of this process ends; for a claim elsewhere, as
+///   soon as [`Lock::wait`] can. A conformance suite that checks one process's claims from another leaves out
+///   `begin_tells_of_the_running_claim`, `complete_when_absent`, `dropped_calls_are_safe`,
 ///   `get_changes_nothing`, `keys_are_independent`, `remove_takes_records_and_claims` and `wait_sees_removal`, and no other rule.
-/// * **A `begin` that is dropped, or that fails, while the lock answers** may leave the key locked for one lease, by a lock that
-///   nobody can name. Repeated with the same token it is then in flight until that lease is over: with such a lock a suite leaves
-///   out `dropped_calls_are_safe`. In the same way a `complete`
-///   whose claim was over may fail for 30 s until it succeeds, and a `replace` may block the key for 5 s, should its record go.
-/// * **A `complete` that is repeated while another call holds the lock** of the key fails: the record is there, with the TTL that
-///   it had. Call it again.
-/// * **A `remove` beside a `complete` or `replace`** that has looked already is undone by it, and so is a `replace` beside a
-///   repeated `complete` if it found the key locked.
+/// * **A `begin` that is dropped, or fails, while it waits for the lock** may leave the key locked for one lease under a token that
+///   nobody knows. A `begin` repeated with the same token is in flight until that lease expires; with such a lock a suite leaves
+///   out `dropped_calls_are_safe`. For the same reason a `complete` after the claim expired may fail for up to 30 s, and a
+///   `replace` may block the key for 5 s if its record disappears.
+/// * **A `complete` that is repeated while another call holds the lock** of the key fails. The record exists, with its earlier TTL.
+///   Call it again.
+/// * **A `remove` concurrent with a `complete` or `replace`** that has already read the cache is undone by it. So is a `replace`
+///   concurrent with a repeated `complete`, if it found the key locked.
 /// * **An evicted record runs again**, if the cache evicts.
 ///
-/// What a claim is called is known here from its [`begin`](Storage::begin) until its lease is over, so the clock of
+/// A claim's token is known here from its [`begin`](Storage::begin) until its lease is over, so the clock of
 /// [`env`](Self::env) should run at the lock's pace.
 ///
-/// A record that the cache has no room for ([`StorageErrorKind::Full`]) is stored as a tombstone
+/// If the cache has no room for a record ([`StorageErrorKind::Full`]), a tombstone is stored instead
 /// ([`NoRoom`](crate::TombstoneReason::NoRoom)), with a warning in the log.
 #[must_use]
 pub struct LockedStorage<C, L> {
@@ -123,7 +123,7 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         }
     }
 
-    /// The clock that tells when the lease of a claim is over, and the sleep of those who wait for that. Set it before the storage
+    /// The clock for the leases, and the sleep of waiters. Set it before the storage
     /// is used. Default: [`Env::system`].
     pub fn env(mut self, env: Env) -> Self {
         self.env = env;
@@ -191,14 +191,14 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
             };
             match self.look(key).await {
                 Ok(None) if self.is_known(key, claim.token, locked) => return Ok(Begin::Acquired),
-                // A `remove` took the lock, and then the record that it was meant for.
+                // A `remove` released the lock, and then removed the record that it was meant for.
                 Ok(None) => {}
                 Ok(Some(found)) => {
                     self.let_go(key, locked).await;
                     return Ok(Begin::Completed(found.record));
                 }
                 Err(error) => {
-                    // Where something lies there, nothing was claimed. Where it is not known, the claim is left to be released.
+                    // A record exists, so nothing was claimed. If the read failed, the engine releases the claim.
                     if error.kind() == StorageErrorKind::Unreadable {
                         self.let_go(key, locked).await;
                     }
@@ -219,14 +219,14 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
             return self.complete_again(key, token, &found, record, ttl).await;
         }
         let locked = match self.hold(key, token, None).await? {
-            // Locked since before the look, so nothing can have come in between.
+            // The key was locked before the read, so nothing can have changed in between.
             Some(locked) => locked,
             None => {
                 let taken = self.take(key, token, record.fingerprint, COMPLETING);
                 let locked = match taken.await? {
                     Taken::Yes(locked) => locked,
                     Taken::ByAnother => return Ok(Held::Lost),
-                    // To be told that it is lost would cost the answer, and nobody else may have one.
+                    // `Lost` would discard the answer, and nobody else may have one.
                     Taken::Perhaps => {
                         return Err(StorageError::unavailable(
                             "the key is locked, perhaps by an earlier call of this claim that was given up",
@@ -284,9 +284,9 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
         if self.look(key).await?.is_none() {
             return Ok(());
         }
-        // Known here under a name of its own, so that `remove` can end what is left of a call that was dropped.
+        // Registered under a token of its own, so that `remove` can end the lock of a call that was dropped.
         let name = Token::random_from(&self.env);
-        // Another may hold it where a record is: who completed or found it, has not let go yet, and changes nothing any more.
+        // Another caller that completed or found the record may still hold the lock; it changes nothing any more.
         let taken = self.take(key, name, None, REPLACING).await?;
         let replaced = match self.look(key).await {
             Ok(Some(found)) => self.set(key, found.completed_by, record, ttl).await,
@@ -314,7 +314,7 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         let now = self.env.now();
         let deadline = now.saturating_add(timeout);
-        // Subscribed before the look, so that an end in between is not missed.
+        // Subscribes before it reads, so that an end in between is not missed.
         let waiter = self.known().subscribe(key, now);
         if timeout.is_zero() || self.parts.cache.get(key).await?.is_some() {
             return Ok(());
@@ -331,11 +331,11 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
     }
 }
 
-/// What came of locking a key.
+/// The result of locking a key.
 enum Taken {
     Yes(Token),
     ByAnother,
-    /// By another, or by an earlier call of the same claim, to which the lock never answered.
+    /// By another caller, or by an earlier call of the same claim to which the lock never responded.
     Perhaps,
 }
 
@@ -414,10 +414,10 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         fingerprint: Option<Fingerprint>,
         lease: Duration,
     ) -> Result<Taken, StorageError> {
-        // The lease counts from before it was asked for: it is over here no later than there.
+        // The lease is counted from before the request, so it ends here no later than at the lock.
         let since = self.env.now();
         let earlier = self.known().doubt(key, token, since, lease);
-        // Dropped here, or failed, it leaves the doubt.
+        // If this call fails or is dropped here, the entry in `doubts` remains.
         let Some(locked) = self.parts.lock.acquire(key, lease).await? else {
             self.known().answered(key, token, earlier);
             return Ok(match earlier {
@@ -461,7 +461,7 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         Ok(held)
     }
 
-    /// Unlocks `key` after all was done that counts.
+    /// Unlocks `key` after the result is stored.
     async fn let_go(&self, key: &EncodedKey, locked: Token) {
         if let Err(error) = self.unlock(key, locked).await {
             let source = std::error::Error::source(&error).map(ToString::to_string);
@@ -469,7 +469,7 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         }
     }
 
-    /// `complete` where a record is. One that `token` stored stays and gets the new TTL.
+    /// `complete` of a key that has a record. A record that `token` stored stays and gets the new TTL.
     async fn complete_again(
         &self,
         key: &EncodedKey,
@@ -485,7 +485,7 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
             }
             return Ok(Held::Lost);
         }
-        // Locked, so that a `replace` that comes in between is not undone. An earlier `complete` that was dropped, or failed,
+        // The lock keeps a concurrent `replace` from being undone. An earlier `complete` that was dropped or failed
         // may have left its lock.
         let locked = match self.hold(key, token, None).await? {
             Some(locked) => locked,
@@ -504,7 +504,7 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
                 .await
                 .map(|()| Held::Yes),
             Ok(Some(_)) => Ok(Held::Lost),
-            // Its TTL was over, or it was removed.
+            // It expired or was removed.
             Ok(None) => self.set(key, token, record, ttl).await.map(|()| Held::Yes),
             Err(error) => Err(error),
         };

@@ -1,4 +1,4 @@
-//! A first level in this process, over any storage.
+//! A cache level in this process, in front of any storage.
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -10,15 +10,14 @@ use crate::{
 #[cfg(all(test, feature = "conformance"))]
 mod tests;
 
-/// The longest that a record may be answered from here.
+/// The maximum near TTL.
 const MAX_TTL: Duration = Duration::from_secs(60);
 
-/// Answers retries of what was recorded a moment ago from this process, without a round trip to the storage behind it. Clones
-/// share what is near.
+/// Replays recent records from this process, without a round trip to the storage behind it. Clones share the cached records.
 ///
-/// Most retries come within seconds of the first answer. A record that went through here, an answer stored by `complete` or
-/// whatever `begin` or `get` found, answers `begin` and `get` here for at most 60 s ([`ttl`](Self::ttl)). All else is asked of the storage: who
-/// runs an operation is decided there alone, and claims are never kept here.
+/// Most retries come within seconds of the first answer. A record that passes through here, stored by `complete` or found by
+/// `begin` or `get`, is kept for at most 60 s ([`ttl`](Self::ttl)), and `begin` and `get` return it from here. Every other call goes to the
+/// storage: it alone decides who runs an operation, and claims are never kept here.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -26,7 +25,7 @@ const MAX_TTL: Duration = Duration::from_secs(60);
 /// use std::time::Duration;
 /// use idempotency_core::{EncodedKey, MemoryStorage, NearCache, Storage};
 ///
-/// // Over a storage that is far away, it would be worth something.
+/// // It pays in front of a remote storage.
 /// let storage = NearCache::new(MemoryStorage::new())
 ///     .ttl(Duration::from_secs(10))
 ///     .max_bytes(16 << 20);
@@ -35,16 +34,16 @@ const MAX_TTL: Duration = Duration::from_secs(60);
 /// # }
 /// ```
 ///
-/// # What is seen when
+/// # When changes are seen
 ///
-/// * `remove` and `replace` through this handle and its clones are seen here at once. Done by another process, or past this
-///   level, they are seen here when the near TTL is over. So is the record that a storage lost.
-/// * A record stored here is answered no longer than its TTL. Of one that was found, the storage does not say what is left: it may
-///   be answered here for up to the near TTL after its own is over. No operation runs because of that; one that could run again
-///   is refused a little longer.
-/// * A `remove` or `replace` that is dropped or fails may take effect behind it later, and is then seen as one of another process
-///   is.
-/// * `complete` that is repeated with one token, because the first call failed, is taken to bring the same answer again or a
+/// * `remove` and `replace` through this handle and its clones are seen here at once. Those of another process, or those that
+///   bypass this level, are seen when the near TTL is over. So is the loss of a record in the storage.
+/// * A record stored by `complete` is returned no longer than its TTL. For a record that was found, the storage does not report
+///   the remaining TTL, so it may be returned for up to the near TTL after its own. No operation runs because of that; one that
+///   could run again is refused a little longer.
+/// * A `remove` or `replace` that is dropped or fails may take effect in the storage later, and is then seen like one of another
+///   process.
+/// * A `complete` that is repeated with one token, because the first call failed, is expected to carry the same answer or a
 ///   tombstone, as drivers and the engine do.
 #[must_use]
 pub struct NearCache<S> {
@@ -52,7 +51,7 @@ pub struct NearCache<S> {
     near: Arc<Near>,
 }
 
-/// Records, and what keeps stale ones out.
+/// The cached records, and the counters that keep stale ones out.
 struct Near {
     shelf: Shelf<Changes, Kept>,
     ttl: Duration,
@@ -60,15 +59,15 @@ struct Near {
     env: Env,
 }
 
-/// A record that is near.
+/// A cached record.
 #[derive(Clone)]
 struct Kept {
     record: Record,
-    /// When it has been near for long enough, whatever its TTL.
+    /// When the near TTL is over, whatever its own TTL.
     near_end: Duration,
 }
 
-/// What happened to the keys of a shard. One that shares it with a key that changes is not kept near once, and no more.
+/// Counts the changes of a shard's keys. A change of one key may keep another key of its shard from being cached once.
 #[derive(Default)]
 struct Changes {
     begun: u64,
@@ -76,7 +75,7 @@ struct Changes {
 }
 
 impl<S: Storage> NearCache<S> {
-    /// A first level over `storage`, of 32 MiB.
+    /// A cache level of 32 MiB in front of `storage`.
     pub fn new(storage: S) -> Self {
         Self {
             storage: Arc::new(storage),
@@ -84,15 +83,15 @@ impl<S: Storage> NearCache<S> {
         }
     }
 
-    /// How long a record is answered from here; at most 60 s, which is also the default. Zero keeps none.
+    /// How long a record is returned from here; at most 60 s, which is also the default. Zero caches nothing.
     ///
-    /// Like the other setters it starts with nothing near, and shares nothing with earlier clones.
+    /// Like the other setters it starts empty, and shares nothing with earlier clones.
     pub fn ttl(self, ttl: Duration) -> Self {
         let near = Near::new(ttl.min(MAX_TTL), self.near.max_bytes, self.env_of());
         self.with(near)
     }
 
-    /// How much the near records may weigh, in bytes; the ones that were not used for longest leave. Default: 32 MiB.
+    /// The byte limit of the cached records; the least recently used are evicted. Default: 32 MiB.
     pub fn max_bytes(self, bytes: usize) -> Self {
         let near = Near::new(self.near.ttl, bytes, self.env_of());
         self.with(near)
@@ -215,7 +214,7 @@ impl<S: Storage> Storage for NearCache<S> {
     }
 }
 
-/// When the storage was asked: what it answered is kept only if nothing changed since.
+/// Taken before the storage is called: its response is cached only if nothing changed since.
 #[derive(Clone, Copy)]
 struct Asked {
     at: Duration,
@@ -245,39 +244,39 @@ impl Near {
         }
     }
 
-    /// Keeps `record`, which the storage took when it was `asked`, for `ttl` from then on at most.
+    /// Caches `record`, which the storage has stored, for at most `ttl` after the call was `asked`.
     fn completed(&self, key: &EncodedKey, asked: Asked, record: &Record, ttl: Duration) {
         {
             let shard = self.shelf.lock(key);
             if let Some(kept) = shard.get() {
-                // Repeated: the storage kept the first record, and restarted its TTL. That says nothing of what others did to it
-                // since, so it is near no longer than it would have been.
+                // A repeated call: the storage kept the first record and restarted its TTL. Others may have changed it since, so
+                // the near TTL is not extended.
                 let end = asked.at.saturating_add(ttl).min(kept.near_end);
                 let bytes = kept.record.weight();
                 shard.insert(kept, bytes, end);
                 return;
             }
         }
-        // A tombstone may have come in the place of a record that is there already, unknown to who sent it.
+        // The caller may send a tombstone although the storage already has the answer.
         if matches!(record.outcome, Outcome::Response(_)) {
             self.keep(key, asked, record, Some(ttl));
         }
     }
 
-    /// Keeps `record`, which the storage gave or took when it was `asked`, and keeps for `ttl` from then on if that is known.
+    /// Caches `record`, which the storage returned or stored. `ttl` counts from when the call was `asked`, if it is known.
     fn keep(&self, key: &EncodedKey, asked: Asked, record: &Record, ttl: Option<Duration>) {
         if self.ttl.is_zero() || !self.shelf.fits(record.weight()) {
             return;
         }
-        // Copied before the lock is taken: nobody should wait for that.
+        // Copied before the lock is taken, so that nobody waits for the copy.
         let record = own(record);
         {
             let shard = self.shelf.lock(key);
-            // A change that is under way may be done already, or not yet.
+            // The response may be from before or after a change that is under way.
             if shard.beside.begun != asked.changes_begun || shard.beside.under_way > 0 {
                 return;
             }
-            // The first one stays: it may know when its TTL is over, and nothing prolongs it.
+            // The first one stays: it may know its TTL, and nothing extends it.
             if shard.get().is_some() {
                 return;
             }
@@ -289,7 +288,7 @@ impl Near {
         self.shelf.settle();
     }
 
-    /// What is near of `key` is gone, and nothing is kept until the result is dropped, nor by who asked before.
+    /// Drops the cached record of `key`. Until the result is dropped nothing is cached for it, nor by calls that began before.
     fn change<'a>(&'a self, key: &'a EncodedKey) -> Change<'a> {
         let mut shard = self.shelf.lock(key);
         shard.beside.begun += 1;
@@ -308,7 +307,7 @@ struct Change<'a> {
 impl Drop for Change<'_> {
     fn drop(&mut self) {
         let mut shard = self.near.shelf.lock(self.key);
-        // Who asked meanwhile may have been answered with either.
+        // Calls made meanwhile may have got the old or the new record.
         shard.beside.begun += 1;
         shard.beside.under_way -= 1;
         shard.remove();

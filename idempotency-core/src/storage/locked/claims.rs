@@ -1,4 +1,4 @@
-//! What this process knows of its claims: which lock each holds, and what the lock can't keep.
+//! The claims of this process: the lock that each holds, and the data that a lock can't store.
 
 use std::{sync::Mutex, time::Duration};
 
@@ -7,16 +7,16 @@ use crate::{
     storage::lease::{self, Lease, LeaseTable, Waiter, Wake},
 };
 
-/// For how long a claim is remembered after its lease is over: by the lock's clock it may not be over yet, and until then only
-/// the lock's token can end it.
+/// How long a claim is remembered after its lease is over. By the lock's clock it may still run, and then only the lock's token
+/// can end it.
 const GRACE: Duration = Duration::from_secs(60);
 
-/// The claims of this process, and the calls that the lock has not answered.
+/// The claims of this process, and the calls to which the lock has not responded.
 #[derive(Default)]
 pub(super) struct Claims {
     /// Leases by the token of their lock.
     leases: Mutex<LeaseTable<EncodedKey, LockedClaim>>,
-    /// Claims for which the lock was asked and has not answered (yet): it may hold the key for them. And until when at most.
+    /// Claims whose `acquire` got no response (yet), and until when the lock may hold the key for them.
     doubts: Mutex<LeaseTable<(EncodedKey, Token), ()>>,
 }
 
@@ -25,17 +25,17 @@ pub(super) struct Claims {
 pub(super) struct LockedClaim {
     pub(super) token: Token,
     pub(super) fingerprint: Option<Fingerprint>,
-    /// The duration for which the key was locked, or the lock renewed, last.
+    /// The lease of the last lock or renewal.
     pub(super) lease: Duration,
 }
 
 impl Claims {
-    /// The claim of `token`, which may be over.
+    /// The claim of `token`, which may have expired.
     pub(super) fn get(&self, key: &EncodedKey, token: Token) -> Option<Lease<LockedClaim>> {
         self.last(key).filter(|lease| lease.of.token == token)
     }
 
-    /// The claim that is known of `key`, which may be over.
+    /// The last known claim of `key`, which may have expired.
     pub(super) fn last(&self, key: &EncodedKey) -> Option<Lease<LockedClaim>> {
         lease::lock(&self.leases).get(key).copied()
     }
@@ -51,11 +51,11 @@ impl Claims {
         leases.iter().filter(|lease| lease.end > now).count()
     }
 
-    /// Remembers a claim that the lock has granted. An earlier claim of the key is over then.
+    /// Remembers a claim that the lock has granted. An earlier claim of the key has then ended.
     pub(super) fn start(&self, key: &EncodedKey, lease: Lease<LockedClaim>, now: Duration) {
         let mut leases = lease::lock(&self.leases);
         leases.sweep(now.saturating_sub(GRACE));
-        // If the lock answered so late that the key was granted again, the later claim stays.
+        // If the response came so late that the key was granted again, the later claim stays.
         if leases.get(key).is_none_or(|known| known.end <= lease.end) {
             leases.start(key, lease);
         }
@@ -82,7 +82,7 @@ impl Claims {
         Waiter::subscribe(&self.leases, key, now)
     }
 
-    /// The lock is going to be asked for a `lease`. Returns the end of an earlier doubt about this claim, if there is one.
+    /// Called before `acquire` with this `lease`. Returns the end of an earlier unanswered call for this claim, if there is one.
     pub(super) fn doubt(
         &self,
         key: &EncodedKey,
@@ -99,7 +99,7 @@ impl Claims {
         earlier
     }
 
-    /// The lock has answered: what is left is the `earlier` doubt.
+    /// The lock has responded: only the `earlier` unanswered call is left.
     pub(super) fn answered(&self, key: &EncodedKey, token: Token, earlier: Option<Duration>) {
         let mut doubts = lease::lock(&self.doubts);
         let name = (*key, token);
@@ -109,7 +109,7 @@ impl Claims {
         }
     }
 
-    /// How many claims and doubts are remembered.
+    /// How many claims and unanswered calls are remembered.
     #[cfg(all(test, feature = "memory", feature = "conformance"))]
     pub(super) fn len(&self) -> (usize, usize) {
         let claims = lease::lock(&self.leases).slots();

@@ -1,4 +1,4 @@
-//! What lies in the cache: a record, and the token that completed its key.
+//! The layout of a cache entry: a record, and the token that completed its key.
 //!
 //! | bytes | what |
 //! |---|---|
@@ -30,7 +30,7 @@ pub(super) fn seal(completed_by: Token, record: &Record) -> Bytes {
     bytes.into()
 }
 
-/// The record is a part of `bytes`, not a copy.
+/// The record shares `bytes`; nothing is copied.
 pub(super) fn open(bytes: Bytes) -> Result<Envelope, StorageError> {
     let unreadable = |reason: &'static str| Err(StorageError::unreadable(reason));
     let Some((head, _)) = bytes.split_first_chunk::<HEAD>() else {

@@ -1,4 +1,4 @@
-//! What a recorder writes and the first client reads.
+//! The buffer that the recorder writes and the first client reads.
 
 use std::{
     mem,
@@ -14,7 +14,7 @@ use idempotency_core::TombstoneReason;
 
 use super::{Buffer, Client, End, Next, Source, take};
 
-/// Holds what was read of a body until the client has read it too, and its end back until the recorder is done.
+/// Holds the bytes of a body until the client has read them too, and holds the end back until the recorder is done.
 ///
 /// A `std` mutex guards it: every section is a copy of one frame at most, and none spans an await or runs code that is not ours.
 pub(super) struct Tape {
@@ -22,15 +22,15 @@ pub(super) struct Tape {
 }
 
 struct State {
-    /// `None` while it is being joined, and once it is in the tail.
+    /// `None` while it is joined, and once it has moved into the tail.
     buffer: Option<Buffer>,
-    /// What the client gets once the recorder is done.
+    /// The rest for the client, once the recorder is done.
     tail: Option<Tail>,
-    /// The last byte of a known length may be given though the recorder is not done.
+    /// The client may have the last byte of a known length before the recorder is done.
     has_all: bool,
     client: Option<Waker>,
     client_is: Client,
-    /// How much the client had got when it left.
+    /// How many bytes the client had when it left.
     taken: usize,
     recorder: Option<Waker>,
 }
@@ -50,7 +50,7 @@ impl Tape {
         }
     }
 
-    /// What the client reads.
+    /// The client's end.
     pub(super) fn reader(self: Arc<Self>, source: &Source) -> Reader {
         let hint = source.body.size_hint().exact();
         Reader {
@@ -62,7 +62,7 @@ impl Tape {
         }
     }
 
-    /// Writes what the body gave.
+    /// Writes the next frame of the body.
     pub(super) fn take(&self, next: Option<Next>) -> Option<End> {
         let mut state = self.lock();
         let end = match &mut state.buffer {
@@ -75,8 +75,8 @@ impl Tape {
         end
     }
 
-    /// All the bytes that were announced are written, and the body has not ended: lets the client have the last one. Ready once it
-    /// took all of them and left.
+    /// Called when all announced bytes are written and the body has not ended: releases the last byte to the client. Ready once the
+    /// client has all bytes and has left.
     pub(super) fn poll_taken(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut state = self.lock();
         let written = state.buffer.as_ref().map_or(0, Buffer::len);
@@ -91,10 +91,10 @@ impl Tape {
         Poll::Pending
     }
 
-    /// All that was written, if the recorder is not done.
+    /// All written bytes joined, if the recorder is not done.
     pub(super) fn recorded(&self) -> Option<Bytes> {
         let mut buffer = self.lock().buffer.take()?;
-        // Not under the lock: this may be a long copy.
+        // Outside of the lock, because the copy may be long.
         let bytes = buffer.join();
         let mut state = self.lock();
         state.buffer = Some(buffer);
@@ -104,7 +104,7 @@ impl Tape {
         Some(bytes)
     }
 
-    /// The recorder is done: the client, if it is still there, gets what is on the tape, then `next`, then `rest`.
+    /// Called when the recorder is done: the client, if it still reads, gets the tape, then `next`, then `rest`.
     pub(super) fn end(&self, next: Option<Next>, rest: Option<Body>) -> Client {
         let buffer = self.lock().buffer.take();
         let tail = buffer.map(|buffer| Tail::new(buffer, next, rest));
@@ -116,7 +116,7 @@ impl Tape {
         };
         let client = state.client.take();
         drop(state);
-        // A body is the handler's code, which is not run under the lock.
+        // Dropping a body runs the handler's code, so not under the lock.
         drop(unread);
         wake(client);
         client_is
@@ -138,16 +138,16 @@ fn wake(waker: Option<Waker>) {
 pub(super) struct Reader {
     tape: Arc<Tape>,
     given: usize,
-    /// How long the body says that it is.
+    /// The exact length by the body's size hint.
     exact: Option<u64>,
-    /// How long the client is told that it is, after which it reads no further.
+    /// The length that the client is told; it reads no further.
     length: Option<u64>,
     tail: Option<Tail>,
 }
 
 impl Reader {
-    /// How much may be given before the recorder is done. Of a known length the last byte is the end, unless the body, which
-    /// `has_all` its bytes, has none yet.
+    /// How many bytes the client may have before the recorder is done. With a known length the last byte is the end, so it is held
+    /// back, unless the body `has_all` its bytes and has not ended.
     fn readable(&self, written: usize, has_all: bool) -> usize {
         match self.length {
             Some(length) if !has_all => {
@@ -200,7 +200,7 @@ impl http_body::Body for Reader {
     }
 }
 
-/// A client that leaves takes nothing with it but what only it would have read.
+/// A client that leaves drops only the bytes that nobody else reads.
 impl Drop for Reader {
     fn drop(&mut self) {
         let mut state = self.tape.lock();
@@ -214,11 +214,11 @@ impl Drop for Reader {
     }
 }
 
-/// A body that was read in part: what was read, what it went on with, and the rest.
+/// A partly read body: the bytes read, the next frame or error, and the rest.
 pub(super) struct Tail {
-    /// `None` once the client has it.
+    /// `None` once the client has all of it.
     read: Option<Buffer>,
-    /// How much of `read` the client had before.
+    /// How many bytes of `read` the client had before.
     given: usize,
     next: Option<Next>,
     rest: Option<Body>,
@@ -235,7 +235,7 @@ impl Tail {
         }
     }
 
-    /// Leaves out the first `given` bytes, which the client has.
+    /// Skips the first `given` bytes, which the client has.
     fn skip(&mut self, given: usize) {
         let has_all = self.read.take_if(|read| read.len() == given).is_some();
         self.given = if has_all { 0 } else { given };

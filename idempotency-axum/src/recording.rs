@@ -1,8 +1,8 @@
-//! Recording: an answer is kept for retries, and its first client gets it in full, always.
+//! Recording: an answer is stored for retries, and its first client always gets it in full.
 //!
 //! An answer that is complete at once is stored before its head goes out. One that streams is read by a recorder task, at the
-//! pace of what produces it, onto a *tape*; its client reads from the tape, at its own pace, and gets the end once the record
-//! is stored. So a client that is slow, or leaves, holds nothing up, and a retry that follows the end finds the record.
+//! producer's pace, onto a *tape*. The client reads from the tape, at its own pace, and gets the end once the record is stored. So
+//! a client that is slow, or leaves, delays nothing, and a retry after the end finds the record.
 //!
 //! ```text
 //! handler's body ──► recorder ──► tape ──► client
@@ -10,32 +10,33 @@
 //!                        └─ over the limit, no room, broken, trailers, given up: tombstone; then the client reads the body itself
 //! ```
 //!
-//! What can't be recorded whatever its body says (an event stream, announced trailers or length) has its tombstone before its
-//! head goes out, and is not touched. Past the tombstone an answer ends with its client, as it would without us.
+//! An answer that its head shows to be unrecordable (an event stream, announced trailers, a length over the limit) gets its
+//! tombstone before its head goes out, and passes unchanged. After the tombstone an answer ends with its client, as it would
+//! without this layer.
 //!
 //! # Where an answer ends
 //!
-//! At what its body says is the end: [`is_end_stream`](http_body::Body::is_end_stream), or no more frames. Trailers may follow
-//! the last byte, also where the length is known. But a client that was told a length reads no further, so it has its end with
-//! the last byte, which is why the tape keeps that back until the record is stored. The two meet in a body that has given all
-//! its bytes, has not ended, and has nothing more yet. Then
+//! An answer ends where its body says so: [`is_end_stream`](http_body::Body::is_end_stream), or no more frames. Trailers may follow
+//! the last byte, also where the length is known. A client that knows the length stops at the last byte, so the tape holds the last
+//! byte back until the record is stored. A body may, however, have produced all announced bytes, not have ended, and be pending.
+//! Then
 //!
-//! * the client gets the last byte at once: it is not held back for an end that may never come;
-//! * the body is read on, until its end (the answer is recorded), until trailers (they are passed on, and are a tombstone), or
-//!   until the run is given up;
-//! * a client that has taken all bytes and lets go of the body, as a server of HTTP/1 does at the announced length, can't be
-//!   given more: this is the end, and the answer is recorded as that client got it.
+//! * the client gets the last byte at once, because the end may never come;
+//! * the body is read further, until its end (the answer is recorded), until trailers (they are passed on, and the record is a
+//!   tombstone), or until the run is given up;
+//! * if the client has all bytes and drops the body, as an HTTP/1 server does at the announced length, that is the end, and the
+//!   answer is recorded as that client got it.
 //!
 //! # What holds memory
 //!
-//! What is on a tape is reserved from [`Config::max_buffered`](crate::Config::max_buffered) until the client has it too. An answer
-//! for which there is no room gets a tombstone, and goes on as one over the limit does. What comes before the first pause is in
-//! memory anyway: it is counted, and not refused.
+//! The bytes on a tape are reserved from [`Config::max_buffered`](crate::Config::max_buffered) until the client has them too. An
+//! answer for which there is no room gets a tombstone, and passes on as one over the limit does. Bytes before the first pause are
+//! in memory anyway: they are counted, and not refused.
 //!
 //! # A run that is given up
 //!
-//! After [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) the engine has put a tombstone in the place of the record to come.
-//! Recording stops: the client gets what is on the tape and then the body itself; if it is gone, the body is dropped.
+//! After [`LockPolicy::max_hold`](crate::LockPolicy::max_hold) the engine has stored a tombstone. Recording stops: the client gets
+//! the rest of the tape and then the body itself; without a client the body is dropped.
 
 use std::{
     fmt,
@@ -68,10 +69,10 @@ use crate::{
 
 mod tape;
 
-/// A frame of a body, or what it broke with.
+/// A frame of a body, or its error.
 type Next = Result<Frame<Bytes>, axum::Error>;
 
-/// Ends `run` with this answer, now or when it has been read to its end, and gives the client what it is to get.
+/// Ends `run` with this answer, now or once the body was read to its end. Returns the response for the client.
 pub(crate) async fn record(
     run: Run,
     response: Response,
@@ -120,10 +121,10 @@ pub(crate) async fn record(
                     spawner.spawn(recorder.run().instrument(Span::current()));
                     return Response::from_parts(parts, Body::new(reader));
                 }
-                // Nobody could read on.
+                // Without a runtime there is no recorder task.
                 None => break End::Unrecorded(TombstoneReason::Streaming, None),
             },
-            // It goes on to whoever catches it outside.
+            // The panic is resumed once the run has ended.
             Err(panic) => {
                 run.store_none(TombstoneReason::StreamBroken).await;
                 resume_unwind(panic);
@@ -132,7 +133,7 @@ pub(crate) async fn record(
     };
     let body = match end {
         End::Whole => {
-            // Given back once it is stored.
+            // Released once the record is stored.
             let (bytes, _reservation) = buffer.into_parts();
             run.store(stored(bytes.clone())).await;
             Body::from(bytes)
@@ -145,15 +146,15 @@ pub(crate) async fn record(
     Response::from_parts(parts, body)
 }
 
-/// How a body ended, as far as recording goes.
+/// The result of reading a body.
 enum End {
-    /// All of it is here.
+    /// The whole body was read.
     Whole,
-    /// It can't be recorded; and what it went on with.
+    /// The body can't be recorded; with the frame or error after the buffered part.
     Unrecorded(TombstoneReason, Option<Next>),
 }
 
-/// Puts what a body gave into `buffer`, by `push` or `hold`, if it is not the end.
+/// Puts the next frame of a body into `buffer`, by `push` or `hold`, unless it is the end.
 fn take(
     buffer: &mut Buffer,
     next: Option<Next>,
@@ -175,12 +176,12 @@ fn take(
     Some(End::Unrecorded(reason, Some(Ok(frame))))
 }
 
-/// HTTP has no body with these, so whatever one there is will not be read.
+/// HTTP sends no body with these, so a body is ignored.
 fn is_sent_without_body(status: StatusCode) -> bool {
     matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
 }
 
-/// Why an answer can't be recorded, as far as its head tells.
+/// Why an answer can't be recorded, if its head shows it.
 fn unrecordable(headers: &HeaderMap, source: &Source, limit: usize) -> Option<TombstoneReason> {
     let at_least = source.body.size_hint().lower();
     if is_event_stream(headers) {
@@ -202,10 +203,10 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
         .is_some_and(|essence| essence.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
-/// A handler's body, and how long it was announced to be.
+/// A handler's body, and its announced length.
 struct Source {
     body: Body,
-    /// As the client will be told.
+    /// The length that the client is told.
     length: Option<u64>,
     read: u64,
 }
@@ -233,12 +234,12 @@ impl Source {
         polled
     }
 
-    /// Whether all the bytes that were announced are here.
+    /// Whether all announced bytes were read.
     fn is_all_read(&self) -> bool {
         self.length == Some(self.read)
     }
 
-    /// An end at another place than was announced is none: the body broke off.
+    /// A body that ends at another length than announced is broken.
     fn judge(&self, end: End) -> End {
         match end {
             End::Whole if self.length.is_some() && !self.is_all_read() => {
@@ -254,7 +255,7 @@ impl Source {
 struct Recorder {
     run: Option<Run>,
     source: Option<Source>,
-    /// What the body went on with when recording ended before it.
+    /// The frame or error at which recording ended.
     next: Option<Next>,
     tape: Arc<Tape>,
     status: StatusCode,
@@ -301,7 +302,7 @@ impl Recorder {
         loop {
             let polled = poll_fn(|cx| {
                 let polled = source.poll_next(cx);
-                // What still comes, nobody could take.
+                // The client has all bytes and has left: nobody could get more.
                 let is_over = polled.is_pending()
                     && source.is_all_read()
                     && self.tape.poll_taken(cx).is_ready();
@@ -316,11 +317,11 @@ impl Recorder {
     }
 }
 
-/// Lets the client have the rest, also where the recorder is dropped before its end because its runtime is.
+/// Hands the rest to the client, also if the recorder is dropped early with its runtime.
 impl Drop for Recorder {
     fn drop(&mut self) {
         if let Some(run) = self.run.take() {
-            // An outcome that is handed over will be stored, whatever becomes of this future.
+            // The first poll hands the outcome to the engine, which stores it even if this future is dropped.
             let _ = run.store_none(TombstoneReason::StreamBroken).now_or_never();
         }
         let rest = self.source.take().map(|source| source.body);
@@ -339,10 +340,10 @@ enum Client {
     Gone,
 }
 
-/// What is wrong with a body that gave no error of its own.
+/// The error of a body that returned none itself.
 #[derive(Debug)]
 enum Fault {
-    /// Which was logged where it did.
+    /// Logged by the panic hook.
     Panicked,
     WrongLength,
 }
