@@ -6,13 +6,15 @@ use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 
 use crate::{
     BasicKeyEncoder, Budget, Env, Event, FingerprintKeyEncoder, KeyEncoder, KeyFormat,
-    KeyOnlyEncoder, LockPolicy, Observer, event::Observers,
+    KeyOnlyEncoder, Observer, event::Observers,
 };
 
+mod lock_policy;
 mod scope;
 mod store_on;
 
 pub use self::{
+    lock_policy::LockPolicy,
     scope::{Scope, UnknownCaller},
     store_on::StoreOn,
 };

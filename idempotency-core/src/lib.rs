@@ -66,7 +66,6 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod budget;
-mod codec;
 mod config;
 mod encoder;
 mod engine;
@@ -74,15 +73,13 @@ mod env;
 mod error;
 mod event;
 mod key;
-mod lock;
 mod record;
 mod settings;
 pub mod storage;
 
 pub use self::{
     budget::{Budget, Reservation},
-    codec::{DecodeError, DecodeErrorKind},
-    config::{Config, OnStorageError, OnUnreadable, Scope, StoreOn, UnknownCaller},
+    config::{Config, LockPolicy, OnStorageError, OnUnreadable, Scope, StoreOn, UnknownCaller},
     encoder::{
         BasicKeyEncoder, Encoded, Fingerprint, FingerprintFieldsEncoder, FingerprintKeyEncoder,
         KeyEncoder, KeyOnlyEncoder, RequestView,
@@ -94,10 +91,12 @@ pub use self::{
     error::{BoxError, StorageError, StorageErrorKind},
     event::{Event, Observer, Operation, Refusal, TracingObserver},
     key::{EncodedKey, InvalidKey, InvalidKeyKind, Key, KeyFormat, ParseEncodedKeyError},
-    lock::{Lock, LockPolicy, ProcessLock},
-    record::{Outcome, Record, StoredResponse, TombstoneReason},
+    record::{DecodeError, DecodeErrorKind, Outcome, Record, StoredResponse, TombstoneReason},
     settings::{Mode, Opened, Settings, SettingsError, SettingsErrorKind},
-    storage::{AnyStorage, Begin, Cache, Entry, Held, LockedStorage, NewClaim, Storage, Token},
+    storage::{
+        AnyStorage, Begin, Cache, Entry, Held, Lock, LockedStorage, NewClaim, ProcessLock, Storage,
+        Token,
+    },
 };
 
 /// The driver, for its connections and clients.
@@ -112,13 +111,10 @@ pub use self::storage::{
     memory::{MemoryStorage, MemoryStorageBuilder, WhenFull},
 };
 #[cfg(feature = "redis")]
-pub use self::{
-    lock::RedisLock,
-    storage::{
-        RedisCache,
-        redis::{
-            RedisStorage,
-            connect::{RedisConnect, RedisConnectError, RedisConnectErrorKind},
-        },
+pub use self::storage::{
+    RedisCache, RedisLock,
+    redis::{
+        RedisStorage,
+        connect::{RedisConnect, RedisConnectError, RedisConnectErrorKind},
     },
 };

@@ -7,6 +7,11 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::encoder::Fingerprint;
 
+mod codec;
+pub(crate) mod envelope;
+
+pub use self::codec::{DecodeError, DecodeErrorKind};
+
 /// What a storage keeps under a key once its operation is over.
 ///
 /// ```

@@ -188,7 +188,7 @@ const DEFECTS: &[(&str, &str, Ours)] = &[
     (
         "django-idempotency-key",
         "records are pickles, which run code when they are read",
-        Tests(&["idempotency-core/src/codec.rs::garbage_is_an_error"]),
+        Tests(&["idempotency-core/src/record/codec.rs::garbage_is_an_error"]),
     ),
     (
         "django-idempotency-key",

@@ -6,20 +6,29 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use self::{
-    claims::{Claims, LockedClaim},
-    envelope::Envelope,
-};
+use self::claims::{Claims, LockedClaim};
 use super::lease::Lease;
 use crate::{
-    Begin, Cache, EncodedKey, Entry, Env, Fingerprint, Held, Lock, NewClaim, Outcome, Record,
-    Storage, StorageError, StorageErrorKind, Token,
+    Begin, EncodedKey, Entry, Env, Fingerprint, Held, NewClaim, Outcome, Record, Storage,
+    StorageError, StorageErrorKind, Token,
+    record::envelope::{self, Envelope},
 };
 
+mod cache;
 mod claims;
-mod envelope;
+mod lock;
 #[cfg(all(test, feature = "memory", feature = "conformance"))]
 mod tests;
+
+pub use self::{
+    cache::Cache,
+    lock::{Lock, ProcessLock},
+};
+
+#[cfg(feature = "memory")]
+pub use self::cache::moka::MokaCache;
+#[cfg(feature = "redis")]
+pub use self::{cache::redis::RedisCache, lock::RedisLock};
 
 /// How long a key is locked to store a record whose claim is not known here; `LockPolicy`'s default lease.
 const COMPLETING: Duration = Duration::from_secs(30);

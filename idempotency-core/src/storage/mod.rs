@@ -10,7 +10,6 @@ use std::{future::Future, time::Duration};
 use crate::{EncodedKey, Env, Record, StorageError};
 
 mod any;
-mod cache;
 mod claim;
 #[cfg(feature = "conformance")]
 pub mod conformance;
@@ -25,16 +24,15 @@ pub(crate) mod redis;
 
 pub use self::{
     any::AnyStorage,
-    cache::Cache,
     claim::{Begin, Entry, Held, NewClaim, Token},
-    locked::LockedStorage,
+    locked::{Cache, Lock, LockedStorage, ProcessLock},
 };
 
 #[cfg(feature = "memory")]
-pub use self::{cache::moka::MokaCache, near::NearCache};
+pub use self::{locked::MokaCache, near::NearCache};
 
 #[cfg(feature = "redis")]
-pub use self::cache::redis::RedisCache;
+pub use self::locked::{RedisCache, RedisLock};
 
 /// Keeps claims and records.
 ///

@@ -261,8 +261,8 @@ pub const SEED: &[Behaviour] = &[
         // The seed's bytes are a pickle, which runs code when it is read. Ours are checked before they are believed.
         Tests(&[
             "policies/caches::records_lie_in_the_named_cache_alone",
-            "idempotency-core/src/codec.rs::samples_come_back",
-            "idempotency-core/src/codec.rs::garbage_is_an_error",
+            "idempotency-core/src/record/codec.rs::samples_come_back",
+            "idempotency-core/src/record/codec.rs::garbage_is_an_error",
         ]),
     ),
     row(

@@ -15,12 +15,12 @@ const VERSION: u8 = 1;
 const TOKEN_END: usize = 1 + 16;
 const HEAD: usize = TOKEN_END + 4;
 
-pub(super) struct Envelope {
-    pub(super) completed_by: Token,
-    pub(super) record: Record,
+pub(crate) struct Envelope {
+    pub(crate) completed_by: Token,
+    pub(crate) record: Record,
 }
 
-pub(super) fn seal(completed_by: Token, record: &Record) -> Bytes {
+pub(crate) fn seal(completed_by: Token, record: &Record) -> Bytes {
     let record = record.encode();
     let mut bytes = Vec::with_capacity(HEAD + record.len());
     bytes.push(VERSION);
@@ -31,7 +31,7 @@ pub(super) fn seal(completed_by: Token, record: &Record) -> Bytes {
 }
 
 /// The record shares `bytes`; nothing is copied.
-pub(super) fn open(bytes: Bytes) -> Result<Envelope, StorageError> {
+pub(crate) fn open(bytes: Bytes) -> Result<Envelope, StorageError> {
     let unreadable = |reason: &'static str| Err(StorageError::unreadable(reason));
     let Some((head, _)) = bytes.split_first_chunk::<HEAD>() else {
         return unreadable("it is cut off within its first bytes");

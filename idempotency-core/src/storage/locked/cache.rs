@@ -7,9 +7,9 @@ use bytes::Bytes;
 use crate::{EncodedKey, StorageError};
 
 #[cfg(feature = "memory")]
-pub(crate) mod moka;
+pub(super) mod moka;
 #[cfg(feature = "redis")]
-pub(crate) mod redis;
+pub(super) mod redis;
 
 /// Any key-value cache that can keep bytes for a while: three functions, and a [`LockedStorage`](crate::LockedStorage) makes a
 /// [`Storage`](crate::Storage) of it.

@@ -1,0 +1,239 @@
+//! The hash of a key: [`EncodedKey`], and the length-prefixed fields that hashes are made of.
+
+use std::{error::Error, fmt, str::FromStr};
+
+use sha2::{Digest, Sha256};
+
+/// Names the recipe of [`EncodedKey::derive`]; part of what is hashed.
+const DERIVE_FROM_ENCODED: &str = "idempotency/derive-from-encoded-key/1";
+
+/// Names the recipe of [`EncodedKey::turn`]; part of what is hashed.
+const TURN: &str = "idempotency/turn/1";
+
+/// Hashes keys and tokens for tables in this process. Seeded for each table, because clients can search for keys that collide under a
+/// seed that they know.
+pub(crate) type HashKeys = ahash::RandomState;
+
+/// The key under which a storage keeps a record: the SHA-256 that a
+/// [`KeyEncoder`](crate::KeyEncoder) makes of the client's key and of what else identifies the
+/// operation.
+///
+/// It is shown as 64 lower-case hex digits, and parsed from 64 of either case.
+///
+/// ```
+/// use idempotency_core::EncodedKey;
+///
+/// let key = EncodedKey::from_bytes([0xab; 32]);
+/// assert_eq!(key.to_string(), "ab".repeat(32));
+/// assert_eq!(key.to_string().parse(), Ok(key));
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EncodedKey([u8; 32]);
+
+impl EncodedKey {
+    /// Wraps 32 bytes. They should be a hash: what a client sends must not reach a storage as it
+    /// is, and `Debug` and `Display` show them.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 32 bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// A key for a call that the handler makes to another service, like [`Key::derive`], but of
+    /// everything that the encoder put into this storage key.
+    ///
+    /// With the encoders of this crate two callers (two scopes) never derive the same result.
+    /// On the other hand the result changes when what the encoder covers does: under
+    /// [`BasicKeyEncoder`](crate::BasicKeyEncoder) with every byte of the request's body.
+    ///
+    /// A timestamp in the body is then another charge at every attempt; see
+    /// [`FingerprintKeyEncoder`](crate::FingerprintKeyEncoder), which leaves the body out.
+    ///
+    /// A handler that charges a card and then fails is run again by the retry. It must not charge
+    /// again, and need not remember that it did: the provider does, under the derived key.
+    ///
+    /// ```
+    /// use std::collections::HashMap;
+    ///
+    /// use idempotency_core::EncodedKey;
+    ///
+    /// /// A provider that takes idempotency keys.
+    /// #[derive(Default)]
+    /// struct Provider(HashMap<String, u32>);
+    ///
+    /// impl Provider {
+    ///     /// Charges once for each key.
+    ///     fn charge(&mut self, key: String, cents: u32) -> u32 {
+    ///         *self.0.entry(key).or_insert(cents)
+    ///     }
+    /// }
+    ///
+    /// let mut provider = Provider::default();
+    /// let mut attempt = |operation: EncodedKey| provider.charge(operation.derive("psp-charge"), 450);
+    ///
+    /// let alice = EncodedKey::from_bytes([1; 32]);
+    /// attempt(alice); // charged, but the answer never reached the client
+    /// attempt(alice); // the retry, perhaps in another process
+    /// attempt(EncodedKey::from_bytes([2; 32])); // bob, who sent the same client's key
+    /// assert_eq!(provider.0.len(), 2);
+    ///
+    /// // Each kind of call has its own label: a refund must not be taken for the charge.
+    /// assert_ne!(alice.derive("psp-charge"), alice.derive("psp-refund"));
+    /// ```
+    #[must_use]
+    pub fn derive(&self, label: &str) -> String {
+        derive(DERIVE_FROM_ENCODED, &self.0, label)
+    }
+
+    /// What the runs of a manual handler on this key's conflicts claim, one at a time.
+    pub(crate) fn turn(&self) -> Self {
+        Self(FieldHasher::new(TURN).field(&self.0).finish())
+    }
+}
+
+impl fmt::Display for EncodedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt_hex(&self.0, f)
+    }
+}
+
+impl fmt::Debug for EncodedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt_hex(&self.0, f)
+    }
+}
+
+impl FromStr for EncodedKey {
+    type Err = ParseEncodedKeyError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match parse_hex(text) {
+            Some(bytes) => Ok(Self(bytes)),
+            None => Err(ParseEncodedKeyError { len: text.len() }),
+        }
+    }
+}
+
+/// A text is not an [`EncodedKey`]: it does not consist of 64 hex digits.
+///
+/// ```
+/// use idempotency_core::EncodedKey;
+///
+/// let error = "order-7".parse::<EncodedKey>().unwrap_err();
+/// assert!(error.to_string().contains("7 bytes"));
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParseEncodedKeyError {
+    len: usize,
+}
+
+impl fmt::Display for ParseEncodedKeyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Not the text: a caller who mixes the two up passes the client's key.
+        if self.len == 64 {
+            f.write_str("a storage key has hex digits only, and this text has another character")?;
+        } else {
+            write!(
+                f,
+                "a storage key has 64 hex digits, and this text has {} bytes",
+                self.len
+            )?;
+        }
+        f.write_str(": pass what `EncodedKey` displays, not the client's key")
+    }
+}
+
+impl Error for ParseEncodedKeyError {}
+
+/// SHA-256 over fields, each behind its length, so that no two lists of fields hash the same bytes
+/// (`["ab", "c"]` and `["a", "bc"]` would, one after the other).
+pub(crate) struct FieldHasher(Sha256);
+
+impl FieldHasher {
+    /// `domain` names the recipe and its version. Hashes of different domains can't meet.
+    pub(crate) fn new(domain: &str) -> Self {
+        Self(Sha256::new()).field(domain.as_bytes())
+    }
+
+    /// 8 bytes of length, big-endian, then the bytes.
+    pub(crate) fn field(mut self, bytes: &[u8]) -> Self {
+        self.0.update((bytes.len() as u64).to_be_bytes());
+        self.0.update(bytes);
+        self
+    }
+
+    /// A byte 0, or a byte 1 and the field: absent is not empty.
+    pub(crate) fn optional(mut self, bytes: Option<&[u8]>) -> Self {
+        match bytes {
+            None => {
+                self.0.update([0]);
+                self
+            }
+            Some(bytes) => {
+                self.0.update([1]);
+                self.field(bytes)
+            }
+        }
+    }
+
+    pub(crate) fn finish(self) -> [u8; 32] {
+        self.0.finalize().into()
+    }
+}
+
+/// The first 16 bytes of the hash as a UUID of version 8, variant 10 (RFC 9562 §5.8).
+pub(super) fn derive(domain: &str, secret: &[u8], label: &str) -> String {
+    let hash = FieldHasher::new(domain)
+        .field(secret)
+        .field(label.as_bytes())
+        .finish();
+    let mut uuid = String::with_capacity(36);
+    for (at, byte) in hash.into_iter().take(16).enumerate() {
+        let byte = match at {
+            6 => byte & 0x0f | 0x80,
+            8 => byte & 0x3f | 0x80,
+            _ => byte,
+        };
+        if matches!(at, 4 | 6 | 8 | 10) {
+            uuid.push('-');
+        }
+        uuid.extend(hex_digits(byte).map(char::from));
+    }
+    uuid
+}
+
+fn hex_digits(byte: u8) -> [u8; 2] {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    [
+        DIGITS[usize::from(byte >> 4)],
+        DIGITS[usize::from(byte & 0x0f)],
+    ]
+}
+
+/// Writes 64 lower-case hex digits.
+pub(crate) fn fmt_hex(bytes: &[u8; 32], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let mut digits = [0; 64];
+    for (pair, byte) in digits.chunks_exact_mut(2).zip(bytes) {
+        pair.copy_from_slice(&hex_digits(*byte));
+    }
+    f.pad(std::str::from_utf8(&digits).map_err(|_| fmt::Error)?)
+}
+
+/// Reads 64 hex digits of either case.
+pub(crate) fn parse_hex(text: &str) -> Option<[u8; 32]> {
+    if text.len() != 64 {
+        return None;
+    }
+    let mut bytes = [0; 32];
+    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+        let high = char::from(pair[0]).to_digit(16)?;
+        let low = char::from(pair[1]).to_digit(16)?;
+        *byte = u8::try_from(high << 4 | low).ok()?;
+    }
+    Some(bytes)
+}
