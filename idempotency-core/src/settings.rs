@@ -27,6 +27,15 @@ use crate::{
 mod error;
 mod scalar;
 mod secret;
+#[cfg_attr(
+    not(all(feature = "memory", feature = "redis")),
+    allow(
+        dead_code,
+        unused_imports,
+        unused_variables,
+        reason = "some of it is only for storages that this build does not have"
+    )
+)]
 mod storage;
 mod table;
 mod units;
@@ -36,9 +45,9 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 
 /// All that can be set in a file or in the environment: a [`Config`], the mode, and the storages.
 ///
-/// It is deserialized with serde from JSON, TOML or any other self-describing format. Every field may be left out, and an
-/// empty document is [`Config::default`] with a [`MemoryStorage`](crate::MemoryStorage) in mode `enforce`. A field that does
-/// not exist is refused by its name.
+/// [`Settings::read`] and `Deserialize` read them from JSON, TOML or any other self-describing format of serde. Every field has a
+/// default: an empty document is [`Config::default`] with a [`MemoryStorage`](crate::MemoryStorage) in mode `enforce`. An unknown
+/// field is an error.
 ///
 /// ```
 /// use std::time::Duration;
@@ -62,46 +71,46 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 ///
 /// # Files and the environment
 ///
-/// The crate [`config`](https://docs.rs/config) lays one over the other. Here `IDEMPOTENCY__LOCK__TIMEOUT=5s` overrides what
-/// `[lock]` in `idempotency.toml` says:
+/// The crate [`config`](https://docs.rs/config) merges them. Here `IDEMPOTENCY__LOCK__TIMEOUT=5s` overrides the `timeout` under
+/// `[lock]` in `idempotency.toml`:
 ///
 /// ```
 /// use idempotency_core::Settings;
 ///
-/// # fn main() -> Result<(), config::ConfigError> {
-/// let settings: Settings = config::Config::builder()
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let document = config::Config::builder()
 ///     .add_source(config::File::with_name("idempotency").required(false))
 ///     .add_source(config::Environment::with_prefix("IDEMPOTENCY").separator("__"))
-///     .build()?
-///     .try_deserialize()?;
+///     .build()?;
+/// let settings = Settings::read(document)?;
 /// # assert_eq!(settings, Settings::default());
 /// # Ok(())
 /// # }
 /// ```
 ///
 /// The environment has only text, so every value may be text: `"true"`, `"409"`, `"0.1"`, a list as `"200,201"`. A loader that
-/// gives the environment as one flat table works too: `lock__timeout` is `lock.timeout`.
+/// gives the environment as one flat table also works: `lock__timeout` is `lock.timeout`.
 ///
 /// # Fields
 ///
 /// | field | value | default | in django-idempotency-key |
 /// |---|---|---|---|
 /// | `mode` | `enforce`, `exempt`, `optional` | `enforce` | the class of the middleware |
-/// | `preset` | `default` or `django`, `ietf`, `stripe`: where the defaults of all below come from | `default` | |
+/// | `preset` | `default` or `django`, `ietf`, `stripe`: sets the defaults of all fields below | `default` | |
 /// | `encoder` | `basic`, `fingerprint`, `key_only`, or the name of the type | `basic` | `ENCODER_CLASS` |
 /// | `conflict_status` | a status; null or `original` for that of the recorded answer | 409 | `CONFLICT_STATUS_CODE` |
 /// | `in_flight_status`, `mismatch_status` | a status from 400 | 423, 422 | |
 /// | `header` | name of a header | `Idempotency-Key` | `HEADER` |
 /// | `methods` | list of unsafe methods on which `enforce` asks for a key | all; `ietf`: POST, PATCH; `stripe`: POST | |
 /// | `key_format` | `any`, `uuid` | `any` | |
-/// | `scope` | `default`, `authorization`, `none`, `{ cookie = "…" }`, `{ header = "…" }`, with `required` perhaps: see [`Scope`] | `default` | |
+/// | `scope` | `default`, `authorization`, `none`, `{ cookie = "…" }`, `{ header = "…" }`, optionally with `required`: see [`Scope`] | `default` | |
 /// | `scope_required` | whether a request in which the scope finds no caller is refused; if false, such requests share their keys | true for a cookie and a header; `default` refuses a cookie alone | |
 /// | `store_on` | see below | `success` | `STORAGE.STORE_ON_STATUSES` |
 /// | `ttl` | duration: how long a record is kept; not zero | 24 h | |
 /// | `lock.enable` | whether there are claims | true | `LOCK.ENABLE` |
 /// | `lock.timeout` | duration: how long a duplicate waits | 100 ms | `LOCK.TIMEOUT` |
 /// | `lock.ttl` | duration: the lease, at least 10 ms | 30 s | `LOCK.TTL` |
-/// | `lock.max_hold` | duration: when a running operation is given up | 10 min | |
+/// | `lock.max_hold` | duration: after how long a running operation is given up | 10 min | |
 /// | `lock.class` | `storage`: claims of the storage; `process`: a [`ProcessLock`](crate::ProcessLock); `redis`: a lock in Redis | `storage` | `LOCK.CLASS` |
 /// | `lock.location` | `host[:port]` or a URL, for class `redis` | | `LOCK.LOCATION` |
 /// | `lock.name` | prefix of the lock's keys, for class `redis` | `idempotency` | `LOCK.NAME` |
@@ -117,35 +126,37 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `documentation` | an http or https URL, or a path | | |
 /// | `storage` | a class, or a table with the fields below | `memory` | |
 /// | `storage.class` | `memory`, `redis` | `memory` | `STORAGE.CLASS` |
-/// | `storage.cache_name` | what `cache_name` calls the default cache | `default` | `STORAGE.CACHE_NAME` |
-/// | `storage.store_on` | `store_on`, here as in the original | | `STORAGE.STORE_ON_STATUSES` |
+/// | `storage.cache_name` | the name of the default cache for `cache_name` | `default` | `STORAGE.CACHE_NAME` |
+/// | `storage.store_on` | `store_on`, at its place in the original | | `STORAGE.STORE_ON_STATUSES` |
 /// | `storage.location` | `host[:port]` or a URL, for class `redis` | | |
-/// | `storage.name` | prefix of the storage's keys, for these classes | `idempotency` | |
+/// | `storage.name` | prefix of the storage's keys, for class `redis` | `idempotency` | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
-/// | `storage.require_noeviction` | whether a Redis that may evict is refused, for class `redis` and for its lock | false: warned of | |
+/// | `storage.require_noeviction` | whether a Redis that may evict is refused, for class `redis` and for a Redis lock | false: a warning | |
 /// | `storages.<name>` | a cache for `cache_name = "<name>"`: as `storage`, without `cache_name` and `store_on` | | |
 ///
 /// * A **duration** is text with units (`"30s"`, `"100ms"`, `"1h30m"`; `ms`, `s`, `m`, `h`, `d`) or a number of seconds.
 /// * **Bytes** are a number, or text with a unit (`"64KiB"`, `"2MB"`).
-/// * **`store_on`** is `success` (200 to 207), `all`, a list of statuses and ranges (`[201, "400-499"]`), or a table:
-///   `statuses` is one of these, or `below` all statuses below a number; `except` is a list to leave out; with
-///   `except_rejections` what extractors answer is not recorded. A table without `statuses` and `below` changes the preset's.
-/// * The default cache may also be one of **`storages`**, if `storage` says nothing but `cache_name`: the one of that name.
-/// * Of a cache in **`storages`** the prefixes of storage and lock are followed by a colon and its name, so caches in one Redis
+/// * **`store_on`** is `success` (200 to 207), `all`, a list of statuses and ranges (`[201, "400-499"]`), or a table. In the table
+///   `statuses` is one of these, or `below` is a number and stands for all statuses below it; `except` is a list of statuses that are
+///   not recorded; with `except_rejections` the answers of extractors are not recorded. A table without `statuses` and `below` changes
+///   the preset's statuses.
+/// * The default cache may also be one of **`storages`**: the one named `storage.cache_name`, if `storage` has no other field.
+/// * For a cache in **`storages`** the prefixes of storage and lock are followed by a colon and its name, so caches in one Redis
 ///   share nothing.
 /// * With `lock.class = "redis"` the storage is a plain cache under that lock, as in the original, and takes more round trips than
-///   a `redis` storage with its own claims. Where the cache is `memory`, each process has records of its own.
-/// * What only another **class** uses may stay in the file. So the environment can set `storage.class` to `memory` for a
-///   test, over a file with a `location`.
+///   a `redis` storage with its own claims. If the cache is `memory`, each process has records of its own.
+/// * Fields that only another **class** uses are ignored. So the environment can set `storage.class` to `memory` for a test, over a
+///   file with a `location`.
 /// * Names of the original's settings are understood in lower case: `encoder_class`, `conflict_status_code`,
-///   `storage.store_on_statuses`; and so are the names of its classes, with their module or without.
+///   `storage.store_on_statuses`; and so are the names of its classes, with or without their module.
 ///
 /// # Secrets
 ///
-/// Neither `Debug` nor an error shows a password. But a document that is no JSON or TOML at all is refused by its parser, whose
-/// own message may quote it; so may `toml`'s when settings are part of a larger document and stand there on one line. A
-/// password is best given by the environment.
+/// Neither `Debug` nor an error of ours shows a password. An error quotes a value only if its field holds no secret, and masks what
+/// looks like a URL with a password even there. But a parser refuses a document that is not valid JSON or TOML with a message of its
+/// own, which may quote the document. The crate `toml` also quotes the line if settings are part of a larger document and are on one
+/// line there. A password is best given by the environment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Settings(Document);
 
@@ -443,10 +454,8 @@ impl Document {
             let message = "nobody has the scope \"none\", so every request would be refused; choose another scope, or false here";
             return Err(SettingsError::new(Conflict, "scope_required", message));
         }
-        if self
-            .methods
-            .as_ref()
-            .is_some_and(|Methods(methods)| methods.is_empty())
+        if let Some(Methods(methods)) = &self.methods
+            && methods.is_empty()
         {
             let message =
                 "is empty, so nothing would be protected; leave it out for all unsafe methods";
@@ -456,11 +465,8 @@ impl Document {
         let mut kept = self.keep_headers.0.iter().enumerate();
         if let Some((index, Header(name))) = kept.find(|(_, kept)| stripped.contains(kept)) {
             let message = format_args!("{name} is in `strip_headers` too; keep it in one of them");
-            return Err(SettingsError::new(
-                Conflict,
-                format_args!("keep_headers[{index}]"),
-                message,
-            ));
+            let field = format_args!("keep_headers[{index}]");
+            return Err(SettingsError::new(Conflict, field, message));
         }
         Ok(self)
     }

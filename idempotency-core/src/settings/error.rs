@@ -5,7 +5,10 @@ use std::{error::Error, fmt};
 use serde::de::{self, Error as _, Expected, Unexpected};
 use serde_path_to_error::Segment;
 
-use super::{secret::Shown, value::BRIEF};
+use super::{
+    secret::{Shown, may_hold_a_secret},
+    value::BRIEF,
+};
 use crate::BoxError;
 
 /// Settings that can't be used. The message names the field, what is wrong with it and what is allowed.
@@ -38,7 +41,7 @@ pub struct SettingsError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SettingsErrorKind {
-    /// The format of the document can't be read, for example because it is no JSON.
+    /// The document can't be read, for example because it is not valid JSON.
     Unreadable,
     /// There is no such field.
     UnknownField,
@@ -77,7 +80,8 @@ impl SettingsError {
     /// An error of a format. Its first line has the position; in the next ones some formats quote the document.
     pub(super) fn unreadable(error: &impl fmt::Display) -> Self {
         let error = error.to_string();
-        let message = Shown(error.lines().next().unwrap_or_default());
+        let first = error.lines().next().filter(|line| !may_hold_a_secret(line));
+        let message = first.unwrap_or("its format is not valid");
         Self::new(
             SettingsErrorKind::Unreadable,
             "",
@@ -104,6 +108,7 @@ impl SettingsError {
     }
 
     /// Keeps the error that caused this one. It must not show secrets.
+    #[cfg(feature = "redis")]
     pub(super) fn because_of(mut self, source: impl Into<BoxError>) -> Self {
         self.source = Some(source.into());
         self
@@ -143,33 +148,17 @@ fn push_field(path: &mut String, name: impl fmt::Display) {
     *path += &format!("{dot}{name}");
 }
 
-/// For our own deserializer. A value is told only by its type, unless our code gives the text that is shown.
+/// For our own deserializer.
 impl de::Error for SettingsError {
     fn custom<T: fmt::Display>(message: T) -> Self {
         Self::new(SettingsErrorKind::Invalid, "", message)
     }
 
-    fn invalid_type(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
-        let found = match found {
-            Unexpected::Other(shown) => shown,
-            Unexpected::Unit => "null",
-            Unexpected::Seq => "a list",
-            Unexpected::Map => "a table",
-            Unexpected::Str(_) => "text",
-            _ => "a boolean or a number",
-        };
-        match expected.to_string().as_str() {
-            // Our only map is `storages`.
-            "a map" => Self::expected(
-                &"a table of storages, such as { \"orders\": \"memory\" }",
-                found,
-            ),
-            _ => Self::expected(expected, found),
-        }
-    }
-
-    fn invalid_value(found: Unexpected<'_>, expected: &dyn Expected) -> Self {
-        Self::invalid_type(found, expected)
+    /// Only for `storages`: any other type checks the kind of value itself. The value may be a secret.
+    fn invalid_type(_: Unexpected<'_>, _: &dyn Expected) -> Self {
+        Self::custom(
+            "expected a table of storages, such as { \"orders\": \"memory\" }, found another value",
+        )
     }
 
     fn unknown_field(_: &str, known: &'static [&'static str]) -> Self {

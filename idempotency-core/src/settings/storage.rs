@@ -1,14 +1,13 @@
 //! From a class and its location to an open storage.
 
-use std::time::Duration;
+use std::{net::Ipv6Addr, time::Duration};
 
-use http::uri::Authority;
 use serde::Deserialize;
 
 use super::{
     error::{
         SettingsError,
-        SettingsErrorKind::{Conflict, Invalid, Missing},
+        SettingsErrorKind::{Conflict, Invalid, Missing, Unavailable},
     },
     scalar::{Flag, Lease, MaxHold, Name, Period, Room},
     secret::Location,
@@ -173,20 +172,20 @@ impl StorageSettings {
             }
             #[cfg(feature = "redis")]
             (StorageKind::Redis, LockKind::Storage) => {
-                let location = redis_location(self.location.as_ref(), &place.table)?;
-                let prefix = prefix(self.name.as_ref(), &place.table, place.cache);
-                let connecting = crate::RedisStorage::connect(location).prefix(prefix);
-                let storage = self
-                    .connect(connecting, &place.table, place.time_limit)
-                    .await?;
-                Ok(AnyStorage::new(storage))
+                let make =
+                    |location: &str, name| crate::RedisStorage::connect(location).prefix(name);
+                Ok(AnyStorage::new(self.connect(&place, make).await?))
             }
             #[cfg(feature = "redis")]
             (_, LockKind::Redis) => {
-                let location = redis_location(place.lock.location.as_ref(), "lock")?;
-                let name = prefix(place.lock.name.as_ref(), "lock", place.cache);
-                let connecting = crate::RedisLock::connect(location).name(name);
-                let lock = self.connect(connecting, "lock", place.time_limit).await?;
+                let server = Self {
+                    location: place.lock.location.clone(),
+                    name: place.lock.name.clone(),
+                    ..self.clone()
+                };
+                let table = "lock".to_owned();
+                let make = |location: &str, name| crate::RedisLock::connect(location).name(name);
+                let lock = server.connect(&Place { table, ..place }, make).await?;
                 if class == StorageKind::Memory {
                     tracing::warn!(
                         target: "idempotency",
@@ -230,12 +229,8 @@ impl StorageSettings {
             }
             #[cfg(feature = "redis")]
             StorageKind::Redis => {
-                let location = redis_location(self.location.as_ref(), &place.table)?;
-                let prefix = prefix(self.name.as_ref(), &place.table, place.cache);
-                let connecting = crate::RedisCache::connect(location).prefix(prefix);
-                let cache = self
-                    .connect(connecting, &place.table, place.time_limit)
-                    .await?;
+                let make = |location: &str, name| crate::RedisCache::connect(location).prefix(name);
+                let cache = self.connect(place, make).await?;
                 Ok(AnyStorage::new(crate::LockedStorage::new(cache, lock)))
             }
             #[cfg(not(feature = "memory"))]
@@ -245,18 +240,32 @@ impl StorageSettings {
         }
     }
 
+    /// Connects to the location, with a prefix for the keys. Each cache has its own, so caches in one Redis share nothing.
     #[cfg(feature = "redis")]
     async fn connect<T: 'static>(
         &self,
-        connecting: crate::RedisConnect<T>,
-        table: &str,
-        time_limit: Duration,
+        place: &Place<'_>,
+        make: impl FnOnce(&str, String) -> crate::RedisConnect<T>,
     ) -> Result<T> {
-        let connected = self.terms(connecting, time_limit).await;
+        let table = &place.table;
+        let location = redis_location(self.location.as_ref(), table)?;
+        if self.name.is_none() {
+            tracing::warn!(
+                target: "idempotency",
+                setting = %format_args!("{table}.name"),
+                "the keys in Redis begin with the default name: two services that share a Redis and keep it share their keys; set one for each"
+            );
+        }
+        let name = self.name.as_ref().map_or("idempotency", |Name(name)| name);
+        let name = match place.cache {
+            None => name.to_owned(),
+            Some(cache) => format!("{name}:{cache}"),
+        };
+        let connected = self.terms(make(location, name), place.time_limit).await;
         connected.map_err(|error| {
             let kind = match error.kind() {
                 crate::RedisConnectErrorKind::Url => Invalid,
-                _ => super::SettingsErrorKind::Unavailable,
+                _ => Unavailable,
             };
             SettingsError::new(kind, format_args!("{table}.location"), &error).because_of(error)
         })
@@ -276,27 +285,10 @@ impl StorageSettings {
     }
 }
 
-/// The prefix of the keys in Redis. Each cache has its own, so caches in one Redis share nothing.
-#[cfg(feature = "redis")]
-fn prefix(name: Option<&Name>, table: &str, cache: Option<&str>) -> String {
-    if name.is_none() {
-        tracing::warn!(
-            target: "idempotency",
-            setting = %format_args!("{table}.name"),
-            "the keys in Redis begin with the default name: two services that share a Redis and keep it share their keys; set one for each"
-        );
-    }
-    let name = name.map_or("idempotency", |Name(name)| name);
-    match cache {
-        None => name.to_owned(),
-        Some(cache) => format!("{name}:{cache}"),
-    }
-}
-
 #[cfg(not(all(feature = "memory", feature = "redis")))]
 fn not_built(feature: &str, table: &str) -> SettingsError {
     let message = format_args!(
-        "this build has no \"{feature}\"; turn the feature `{feature}` on, or choose another class"
+        "needs the feature `{feature}`, which is off; turn it on, or choose another class"
     );
     SettingsError::new(
         super::SettingsErrorKind::Unsupported,
@@ -354,24 +346,19 @@ fn redis_location<'a>(location: Option<&'a Location>, table: &str) -> Result<&'a
 
 /// `host`, `host:port`, `[::1]:port`.
 pub(super) fn is_host_and_port(text: &str) -> bool {
-    let Ok(authority) = text.parse::<Authority>() else {
-        return false;
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, port),
+        _ => (text, "0"),
     };
-    let host = authority.host();
     let address = host
         .strip_prefix('[')
         .and_then(|host| host.strip_suffix(']'));
+    let is_host_byte = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
     let is_host = match address {
-        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
-        None => host
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte)),
+        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(is_host_byte),
     };
-    let port = text
-        .strip_prefix(host)
-        .and_then(|port| port.strip_prefix(':'));
-    let is_port = text == host || port.is_some_and(|port| port.parse::<u16>().is_ok());
-    !host.is_empty() && is_host && is_port
+    is_host && port.parse::<u16>().is_ok()
 }
 
 #[cfg(all(test, feature = "redis"))]

@@ -8,7 +8,7 @@ use std::{fmt, str::FromStr};
 use serde::{
     Deserialize, Deserializer,
     de::{
-        IntoDeserializer, MapAccess, SeqAccess, Visitor,
+        IntoDeserializer, MapAccess, Visitor,
         value::{MapDeserializer, SeqDeserializer},
     },
     forward_to_deserialize_any,
@@ -20,15 +20,17 @@ use super::{
 };
 
 /// What JSON, TOML and the environment have in common. A table keeps names that are repeated.
-#[derive(Clone)]
+#[derive(Clone, Deserialize)]
+#[serde(untagged)]
 pub(super) enum Value {
     Null,
     Bool(bool),
-    Integer(i128),
+    Unsigned(u64),
+    Signed(i64),
     Float(f64),
     Text(String),
     List(Vec<Value>),
-    Table(Vec<(String, Value)>),
+    Table(#[serde(deserialize_with = "table")] Vec<(String, Value)>),
 }
 
 impl Value {
@@ -80,7 +82,8 @@ impl Value {
         /// Up to here every whole number is exact.
         const EXACT: f64 = 9_007_199_254_740_992.0;
         match self {
-            Self::Integer(number) => N::try_from(*number).ok(),
+            Self::Unsigned(number) => N::try_from(i128::from(*number)).ok(),
+            Self::Signed(number) => N::try_from(i128::from(*number)).ok(),
             #[expect(clippy::cast_possible_truncation, reason = "it is whole and in range")]
             Self::Float(number) if number.fract() == 0.0 && number.abs() <= EXACT => {
                 N::try_from(*number as i128).ok()
@@ -95,7 +98,7 @@ impl Value {
         match self {
             Self::Null => "null",
             Self::Bool(_) => "a boolean",
-            Self::Integer(_) | Self::Float(_) => "a number",
+            Self::Unsigned(_) | Self::Signed(_) | Self::Float(_) => "a number",
             Self::Text(text) if text.trim().is_empty() => "empty text",
             Self::Text(_) => "text",
             Self::List(_) => "a list",
@@ -131,7 +134,8 @@ impl fmt::Display for Value {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bool(value) => value.fmt(f),
-            Self::Integer(value) => value.fmt(f),
+            Self::Unsigned(value) => value.fmt(f),
+            Self::Signed(value) => value.fmt(f),
             Self::Float(value) => write!(f, "{value:?}"),
             Self::Text(text) => write!(f, "\"{}\"", Shown(text)),
             Self::Null | Self::List(_) | Self::Table(_) => f.write_str(self.kind()),
@@ -139,72 +143,31 @@ impl fmt::Display for Value {
     }
 }
 
-impl<'de> Deserialize<'de> for Value {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(ValueVisitor)
-    }
-}
+/// Like a map, but it keeps all fields and their order.
+fn table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, Value)>, D::Error> {
+    struct TableVisitor;
 
-struct ValueVisitor;
+    impl<'de> Visitor<'de> for TableVisitor {
+        type Value = Vec<(String, Value)>;
 
-macro_rules! visit {
-    ($($visit:ident($value:ident: $type:ty) => $result:expr;)*) => {
-        $(fn $visit<E>(self, $value: $type) -> Result<Value, E> {
-            Ok($result)
-        })*
-    };
-}
-
-impl<'de> Visitor<'de> for ValueVisitor {
-    type Value = Value;
-
-    visit! {
-        visit_bool(value: bool) => Value::Bool(value);
-        visit_i64(value: i64) => Value::Integer(value.into());
-        visit_u64(value: u64) => Value::Integer(value.into());
-        visit_i128(value: i128) => Value::Integer(value);
-        // No setting is that large, so any value that does not fit is refused anyway.
-        visit_u128(value: u128) => Value::Integer(i128::try_from(value).unwrap_or(i128::MAX));
-        visit_f64(value: f64) => Value::Float(value);
-        visit_str(text: &str) => Value::Text(text.to_owned());
-    }
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("null, a boolean, a number, text, a list or a table")
-    }
-
-    fn visit_unit<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_none<E>(self) -> Result<Value, E> {
-        Ok(Value::Null)
-    }
-
-    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
-        Value::deserialize(deserializer)
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
-        let mut list = Vec::new();
-        while let Some(item) = items.next_element()? {
-            list.push(item);
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a table")
         }
-        Ok(Value::List(list))
+
+        fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Self::Value, A::Error> {
+            let mut table = Vec::new();
+            while let Some((name, value)) = fields.next_entry()? {
+                table.push(match name {
+                    Value::Text(name) => (name, value),
+                    // No field has such a name, so it is refused as unknown.
+                    other => (other.to_string(), value),
+                });
+            }
+            Ok(table)
+        }
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
-        let mut table = Vec::new();
-        while let Some((name, value)) = fields.next_entry()? {
-            let name = match name {
-                Value::Text(name) => name,
-                // No field has such a name, so it is refused as unknown.
-                other => other.to_string(),
-            };
-            table.push((name, value));
-        }
-        Ok(Value::Table(table))
-    }
+    deserializer.deserialize_map(TableVisitor)
 }
 
 impl<'de> IntoDeserializer<'de, SettingsError> for Value {
@@ -232,7 +195,8 @@ impl<'de> Deserializer<'de> for Value {
         match self {
             Self::Null => visitor.visit_unit(),
             Self::Bool(value) => visitor.visit_bool(value),
-            Self::Integer(value) => visitor.visit_i128(value),
+            Self::Unsigned(value) => visitor.visit_u64(value),
+            Self::Signed(value) => visitor.visit_i64(value),
             Self::Float(value) => visitor.visit_f64(value),
             Self::Text(text) => visitor.visit_string(text),
             Self::List(items) => visitor.visit_seq(SeqDeserializer::new(items.into_iter())),
@@ -293,8 +257,10 @@ impl<'de> Deserializer<'de> for Value {
                 let items = text.split([',', ' ']).filter(|item| !item.is_empty());
                 items.map(|item| Self::Text(item.to_owned())).collect()
             }
-            Self::Text(_) | Self::Integer(_) | Self::Float(_) => vec![self],
-            _ => return Err(SettingsError::expected(&visitor, self.kind())),
+            Self::Null | Self::Bool(_) | Self::Table(_) => {
+                return Err(SettingsError::expected(&visitor, self.kind()));
+            }
+            _ => vec![self],
         };
         visitor.visit_newtype_struct(Self::List(items))
     }
