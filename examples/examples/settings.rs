@@ -14,7 +14,7 @@ use std::{
 };
 
 use axum::{Router, routing::post};
-use config::{Config, ConfigError, Environment, File};
+use config::{Config, Environment, File};
 use idempotency_axum::{IdempotencyLayer, Settings, idempotency_exempt, idempotency_key};
 
 /// Counts executions, so that an answer shows whether its handler ran.
@@ -42,8 +42,8 @@ async fn search() -> String {
     format!("run {}: searched\n", run_number())
 }
 
-/// What the file says, with what the environment says over it.
-fn read_settings() -> Result<Settings, ConfigError> {
+/// The file, overridden by the environment.
+fn read_settings() -> Result<Settings, Box<dyn Error>> {
     let file = match env::var_os("SETTINGS") {
         Some(file) => PathBuf::from(file),
         None => PathBuf::from(concat!(
@@ -51,22 +51,22 @@ fn read_settings() -> Result<Settings, ConfigError> {
             "/examples/settings.toml"
         )),
     };
-    Config::builder()
+    let document = Config::builder()
         .add_source(File::from(file))
         .add_source(Environment::with_prefix("IDEMPOTENCY").separator("__"))
-        .build()?
-        .try_deserialize()
+        .build()?;
+    Ok(Settings::read(document)?)
 }
 
 async fn run() -> Result<(), Box<dyn Error>> {
-    // A mistake in the settings ends the program here, with the field and what it can be.
+    // A mistake in the settings ends the program here, with the name of the field and its allowed values.
     let layer = IdempotencyLayer::from_settings(read_settings()?).await?;
     let router = Router::new()
         .route("/payments", post(pay))
         .route("/mails", post(mail))
         .route("/search", post(search))
         .route_layer(layer.clone());
-    // Would the file have no `[storages.mails]`, this is where it comes out.
+    // If the file has no `[storages.mails]`, this is an error.
     let router = layer.check(router)?;
 
     let listener = idempotency_examples::listen().await?;

@@ -259,6 +259,7 @@ impl IdempotencyLayer {
     }
 
     /// Lets handlers call the default cache by this name too.
+    #[cfg(feature = "settings")]
     pub(crate) fn default_cache(self, name: String) -> Self {
         self.with(|choices| choices.default_cache = Some(name))
     }

@@ -153,6 +153,7 @@
 //! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
 //! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
+//! | `settings` | yes | [`Settings`] and [`IdempotencyLayer::from_settings`]: the layer from a file or the environment |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -177,6 +178,7 @@ mod request;
 mod response;
 mod run;
 mod service;
+#[cfg(feature = "settings")]
 mod settings;
 
 #[doc(hidden)]
@@ -192,7 +194,9 @@ pub use idempotency_macros::{idempotency_exempt, idempotency_key};
 pub use idempotency_core::MemoryStorage;
 #[cfg(feature = "redis")]
 pub use idempotency_core::RedisStorage;
-pub use idempotency_core::{Config, Scope, Settings, StoreOn};
+#[cfg(feature = "settings")]
+pub use idempotency_core::Settings;
+pub use idempotency_core::{Config, Scope, StoreOn};
 
 pub use self::{
     extract::{IdempotencyKey, ManualIdempotency},
@@ -210,9 +214,12 @@ pub use self::middleware::*;
 pub mod config {
     #[doc(inline)]
     pub use idempotency_core::{
-        Budget, KeyFormat, LockPolicy, Mode, OnStorageError, OnUnreadable, Opened, Reservation,
-        SettingsError, SettingsErrorKind, UnknownCaller,
+        Budget, KeyFormat, LockPolicy, Mode, OnStorageError, OnUnreadable, Reservation,
+        UnknownCaller,
     };
+    #[cfg(feature = "settings")]
+    #[doc(inline)]
+    pub use idempotency_core::{Opened, SettingsError, SettingsErrorKind};
 }
 
 /// How a request becomes a storage key: the key of its client, and the encoders. All of it can be imported from the root too.

@@ -92,8 +92,31 @@ pub struct Config {
     observers: Observers,
 }
 
+// Not `#[non_exhaustive]`: a middleware does one of these.
+/// What happens to a request whose handler has no policy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "settings",
+    derive(serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
+pub enum Mode {
+    /// It needs a key, if its method is one of [`Config::methods`].
+    #[default]
+    Enforce,
+    /// It runs unprotected.
+    Exempt,
+    /// It is protected if it has a key, and runs unprotected if it has none.
+    Optional,
+}
+
 /// What happens to a request when the storage fails before its operation ran.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "settings",
+    derive(serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
 #[non_exhaustive]
 pub enum OnStorageError {
     /// It is refused with 503 and its handler does not run.
@@ -105,6 +128,11 @@ pub enum OnStorageError {
 
 /// What happens to a request whose key holds a record that can't be read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "settings",
+    derive(serde::Deserialize),
+    serde(rename_all = "snake_case")
+)]
 #[non_exhaustive]
 pub enum OnUnreadable {
     /// It is treated as any storage error.

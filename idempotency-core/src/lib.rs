@@ -60,6 +60,7 @@
 //! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
 //! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
+//! | `settings` | yes | [`Settings`]: [`Config`] and the storages from a file or the environment |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -74,12 +75,15 @@ mod error;
 mod event;
 mod key;
 mod record;
+#[cfg(feature = "settings")]
 mod settings;
 pub mod storage;
 
 pub use self::{
     budget::{Budget, Reservation},
-    config::{Config, LockPolicy, OnStorageError, OnUnreadable, Scope, StoreOn, UnknownCaller},
+    config::{
+        Config, LockPolicy, Mode, OnStorageError, OnUnreadable, Scope, StoreOn, UnknownCaller,
+    },
     encoder::{
         BasicKeyEncoder, Encoded, Fingerprint, FingerprintFieldsEncoder, FingerprintKeyEncoder,
         KeyEncoder, KeyOnlyEncoder, RequestView,
@@ -92,7 +96,6 @@ pub use self::{
     event::{Event, Observer, Operation, Refusal, TracingObserver},
     key::{EncodedKey, InvalidKey, InvalidKeyKind, Key, KeyFormat, ParseEncodedKeyError},
     record::{DecodeError, DecodeErrorKind, Outcome, Record, StoredResponse, TombstoneReason},
-    settings::{Mode, Opened, Settings, SettingsError, SettingsErrorKind},
     storage::{
         AnyStorage, Begin, Cache, Entry, Held, Lock, LockedStorage, NewClaim, ProcessLock, Storage,
         Token,
@@ -105,6 +108,8 @@ pub use redis;
 
 #[cfg(any(test, feature = "conformance"))]
 pub use self::env::SimulatedClock;
+#[cfg(feature = "settings")]
+pub use self::settings::{Opened, Settings, SettingsError, SettingsErrorKind};
 #[cfg(feature = "memory")]
 pub use self::storage::{
     MokaCache, NearCache,

@@ -1,32 +1,43 @@
 //! Settings from a file or the environment.
 //!
-//! A document becomes [`Settings`] in two steps. It is read as a tree of values ([`value`]), which any self-describing format
-//! gives, and the tree is then taken apart field by field ([`read`]): so every error names the whole path of its field,
-//! what was found and what is allowed, the same in all formats. [`Settings::config`] and [`Settings::open`] make of them what
-//! a middleware needs.
+//! A document becomes [`Settings`] in three steps. It is read as a tree of values ([`value`]), which any self-describing format
+//! gives. The derives of serde then read the fields from the tree, with the path of each. Last, [`Document::checked`] refuses
+//! settings that contradict each other or would not protect. So an error is the same in all formats.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 
-use http::{HeaderName, Method, StatusCode};
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use self::{
-    error::Path,
-    field::Field,
-    secret::Location,
-    storage::{LockKind, Place, StorageKind, WhatWhenFull},
+    error::SettingsErrorKind::{Conflict, Invalid},
+    scalar::{
+        BodyTimeout, Bytes, CacheName, ConflictStatus, Count, Documentation, Flag, Header,
+        MaxBuffered, MaxRunning, Name, RefusalStatus, ReplayHeader, StorageTimeout, Ttl,
+    },
+    secret::Shown,
+    storage::{DefaultStorage, LockSettings, Place, StorageSettings},
+    table::{Headers, Methods, ScopeSettings, StoreOnSettings},
     value::Value,
 };
 use crate::{
-    AnyStorage, BasicKeyEncoder, Budget, Config, FingerprintKeyEncoder, KeyFormat, KeyOnlyEncoder,
-    LockPolicy, OnStorageError, OnUnreadable, Scope, StoreOn,
+    AnyStorage, BasicKeyEncoder, Config, FingerprintKeyEncoder, KeyEncoder, KeyFormat,
+    KeyOnlyEncoder, Mode, OnStorageError, OnUnreadable, Scope,
 };
 
 mod error;
-mod field;
-mod read;
+mod scalar;
 mod secret;
+#[cfg_attr(
+    not(all(feature = "memory", feature = "redis")),
+    allow(
+        dead_code,
+        unused_imports,
+        unused_variables,
+        reason = "some of it is only for storages that this build does not have"
+    )
+)]
 mod storage;
+mod table;
 mod units;
 mod value;
 
@@ -34,9 +45,9 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 
 /// All that can be set in a file or in the environment: a [`Config`], the mode, and the storages.
 ///
-/// It is deserialized with serde from JSON, TOML or any other self-describing format. Every field may be left out, and an
-/// empty document is [`Config::default`] with a [`MemoryStorage`](crate::MemoryStorage) in mode `enforce`. A field that does
-/// not exist is refused by its name.
+/// [`Settings::read`] and `Deserialize` read them from JSON, TOML or any other self-describing format of serde. Every field has a
+/// default: an empty document is [`Config::default`] with a [`MemoryStorage`](crate::MemoryStorage) in mode `enforce`. An unknown
+/// field is an error.
 ///
 /// ```
 /// use std::time::Duration;
@@ -60,46 +71,46 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 ///
 /// # Files and the environment
 ///
-/// The crate [`config`](https://docs.rs/config) lays one over the other. Here `IDEMPOTENCY__LOCK__TIMEOUT=5s` overrides what
-/// `[lock]` in `idempotency.toml` says:
+/// The crate [`config`](https://docs.rs/config) merges them. Here `IDEMPOTENCY__LOCK__TIMEOUT=5s` overrides the `timeout` under
+/// `[lock]` in `idempotency.toml`:
 ///
 /// ```
 /// use idempotency_core::Settings;
 ///
-/// # fn main() -> Result<(), config::ConfigError> {
-/// let settings: Settings = config::Config::builder()
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let document = config::Config::builder()
 ///     .add_source(config::File::with_name("idempotency").required(false))
 ///     .add_source(config::Environment::with_prefix("IDEMPOTENCY").separator("__"))
-///     .build()?
-///     .try_deserialize()?;
+///     .build()?;
+/// let settings = Settings::read(document)?;
 /// # assert_eq!(settings, Settings::default());
 /// # Ok(())
 /// # }
 /// ```
 ///
 /// The environment has only text, so every value may be text: `"true"`, `"409"`, `"0.1"`, a list as `"200,201"`. A loader that
-/// gives the environment as one flat table works too: `lock__timeout` is `lock.timeout`.
+/// gives the environment as one flat table also works: `lock__timeout` is `lock.timeout`.
 ///
 /// # Fields
 ///
 /// | field | value | default | in django-idempotency-key |
 /// |---|---|---|---|
 /// | `mode` | `enforce`, `exempt`, `optional` | `enforce` | the class of the middleware |
-/// | `preset` | `default` or `django`, `ietf`, `stripe`: where the defaults of all below come from | `default` | |
+/// | `preset` | `default` or `django`, `ietf`, `stripe`: sets the defaults of all fields below | `default` | |
 /// | `encoder` | `basic`, `fingerprint`, `key_only`, or the name of the type | `basic` | `ENCODER_CLASS` |
 /// | `conflict_status` | a status; null or `original` for that of the recorded answer | 409 | `CONFLICT_STATUS_CODE` |
 /// | `in_flight_status`, `mismatch_status` | a status from 400 | 423, 422 | |
 /// | `header` | name of a header | `Idempotency-Key` | `HEADER` |
 /// | `methods` | list of unsafe methods on which `enforce` asks for a key | all; `ietf`: POST, PATCH; `stripe`: POST | |
 /// | `key_format` | `any`, `uuid` | `any` | |
-/// | `scope` | `default`, `authorization`, `none`, `{ cookie = "…" }`, `{ header = "…" }`, with `required` perhaps: see [`Scope`] | `default` | |
+/// | `scope` | `default`, `authorization`, `none`, `{ cookie = "…" }`, `{ header = "…" }`, optionally with `required`: see [`Scope`] | `default` | |
 /// | `scope_required` | whether a request in which the scope finds no caller is refused; if false, such requests share their keys | true for a cookie and a header; `default` refuses a cookie alone | |
 /// | `store_on` | see below | `success` | `STORAGE.STORE_ON_STATUSES` |
 /// | `ttl` | duration: how long a record is kept; not zero | 24 h | |
 /// | `lock.enable` | whether there are claims | true | `LOCK.ENABLE` |
 /// | `lock.timeout` | duration: how long a duplicate waits | 100 ms | `LOCK.TIMEOUT` |
 /// | `lock.ttl` | duration: the lease, at least 10 ms | 30 s | `LOCK.TTL` |
-/// | `lock.max_hold` | duration: when a running operation is given up | 10 min | |
+/// | `lock.max_hold` | duration: after how long a running operation is given up | 10 min | |
 /// | `lock.class` | `storage`: claims of the storage; `process`: a [`ProcessLock`](crate::ProcessLock); `redis`: a lock in Redis | `storage` | `LOCK.CLASS` |
 /// | `lock.location` | `host[:port]` or a URL, for class `redis` | | `LOCK.LOCATION` |
 /// | `lock.name` | prefix of the lock's keys, for class `redis` | `idempotency` | `LOCK.NAME` |
@@ -115,317 +126,348 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `documentation` | an http or https URL, or a path | | |
 /// | `storage` | a class, or a table with the fields below | `memory` | |
 /// | `storage.class` | `memory`, `redis` | `memory` | `STORAGE.CLASS` |
-/// | `storage.cache_name` | what `cache_name` calls the default cache | `default` | `STORAGE.CACHE_NAME` |
-/// | `storage.store_on` | `store_on`, here as in the original | | `STORAGE.STORE_ON_STATUSES` |
+/// | `storage.cache_name` | the name of the default cache for `cache_name` | `default` | `STORAGE.CACHE_NAME` |
+/// | `storage.store_on` | `store_on`, at its place in the original | | `STORAGE.STORE_ON_STATUSES` |
 /// | `storage.location` | `host[:port]` or a URL, for class `redis` | | |
-/// | `storage.name` | prefix of the storage's keys, for these classes | `idempotency` | |
+/// | `storage.name` | prefix of the storage's keys, for class `redis` | `idempotency` | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
-/// | `storage.require_noeviction` | whether a Redis that may evict is refused, for class `redis` and for its lock | false: warned of | |
+/// | `storage.require_noeviction` | whether a Redis that may evict is refused, for class `redis` and for a Redis lock | false: a warning | |
 /// | `storages.<name>` | a cache for `cache_name = "<name>"`: as `storage`, without `cache_name` and `store_on` | | |
 ///
 /// * A **duration** is text with units (`"30s"`, `"100ms"`, `"1h30m"`; `ms`, `s`, `m`, `h`, `d`) or a number of seconds.
 /// * **Bytes** are a number, or text with a unit (`"64KiB"`, `"2MB"`).
-/// * **`store_on`** is `success` (200 to 207), `all`, a list of statuses and ranges (`[201, "400-499"]`), or a table:
-///   `statuses` is one of these, or `below` all statuses below a number; `except` is a list to leave out; with
-///   `except_rejections` what extractors answer is not recorded. A table without `statuses` and `below` changes the preset's.
-/// * The default cache may also be one of **`storages`**, if `storage` says nothing but `cache_name`: the one of that name.
-/// * Of a cache in **`storages`** the prefixes of storage and lock are followed by a colon and its name, so caches in one Redis
+/// * **`store_on`** is `success` (200 to 207), `all`, a list of statuses and ranges (`[201, "400-499"]`), or a table. In the table
+///   `statuses` is one of these, or `below` is a number and stands for all statuses below it; `except` is a list of statuses that are
+///   not recorded; with `except_rejections` the answers of extractors are not recorded. A table without `statuses` and `below` changes
+///   the preset's statuses.
+/// * The default cache may also be one of **`storages`**: the one named `storage.cache_name`, if `storage` has no other field.
+/// * For a cache in **`storages`** the prefixes of storage and lock are followed by a colon and its name, so caches in one Redis
 ///   share nothing.
 /// * With `lock.class = "redis"` the storage is a plain cache under that lock, as in the original, and takes more round trips than
-///   a `redis` storage with its own claims. Where the cache is `memory`, each process has records of its own.
-/// * What only another **class** uses may stay in the file. So the environment can set `storage.class` to `memory` for a
-///   test, over a file with a `location`.
+///   a `redis` storage with its own claims. If the cache is `memory`, each process has records of its own.
+/// * Fields that only another **class** uses are ignored. So the environment can set `storage.class` to `memory` for a test, over a
+///   file with a `location`.
 /// * Names of the original's settings are understood in lower case: `encoder_class`, `conflict_status_code`,
-///   `storage.store_on_statuses`; and so are the names of its classes, with their module or without.
+///   `storage.store_on_statuses`; and so are the names of its classes, with or without their module.
 ///
 /// # Secrets
 ///
-/// Neither `Debug` nor an error shows a password. But a document that is no JSON or TOML at all is refused by its parser, whose
-/// own message may quote it; so may `toml`'s when settings are part of a larger document and stand there on one line. A
-/// password is best given by the environment.
+/// Neither `Debug` nor an error of ours shows a password. An error quotes a value only if its field holds no secret, and masks what
+/// looks like a URL with a password even there. But a parser refuses a document that is not valid JSON or TOML with a message of its
+/// own, which may quote the document. The crate `toml` also quotes the line if settings are part of a larger document and are on one
+/// line there. A password is best given by the environment.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Settings {
-    mode: Mode,
-    terms: Terms,
-    lock: LockSettings,
-    default_cache: Option<String>,
-    storage: StorageSettings,
-    storages: BTreeMap<String, StorageSettings>,
-}
+pub struct Settings(Document);
 
-// Not `#[non_exhaustive]`: a middleware does one of these.
-/// What becomes of a request whose handler says nothing about keys.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
-    /// It needs a key, if its method is one of [`Config::methods`](crate::Config::methods).
-    #[default]
-    Enforce,
-    /// It runs unprotected.
-    Exempt,
-    /// It is protected if it has a key, and runs unprotected if it has none.
-    Optional,
-}
-
-/// What differs from the preset.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Terms {
-    preset: Preset,
-    header: Option<HeaderName>,
-    methods: Option<Vec<Method>>,
-    key_format: Option<KeyFormatName>,
-    encoder: Option<EncoderName>,
-    scope: Option<Scope>,
-    conflict_status: Option<Option<StatusCode>>,
-    in_flight_status: Option<StatusCode>,
-    mismatch_status: Option<StatusCode>,
-    store_on: Option<StoreOn>,
-    ttl: Option<Duration>,
-    on_storage_error: Option<OnStorageError>,
-    on_unreadable: Option<OnUnreadable>,
-    storage_timeout: Option<Duration>,
-    max_request_body: Option<usize>,
-    max_response_body: Option<usize>,
-    max_running: Option<usize>,
-    max_waiting: Option<usize>,
-    max_buffered: Option<usize>,
-    body_timeout: Option<Duration>,
-    replay_header: Option<Option<HeaderName>>,
-    strip_headers: Vec<HeaderName>,
-    keep_headers: Vec<HeaderName>,
-    documentation: Option<String>,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-enum Preset {
-    #[default]
-    Default,
-    Ietf,
-    Stripe,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum KeyFormatName {
-    Any,
-    Uuid,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum EncoderName {
-    Basic,
-    Fingerprint,
-    KeyOnly,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct LockSettings {
-    enable: Option<bool>,
-    timeout: Option<Duration>,
-    ttl: Option<Duration>,
-    max_hold: Option<Duration>,
-    class: Option<LockKind>,
-    location: Option<Location>,
-    name: Option<String>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq)]
-struct StorageSettings {
-    class: Option<StorageKind>,
-    location: Option<Location>,
-    name: Option<String>,
-    max_bytes: Option<usize>,
-    when_full: Option<WhatWhenFull>,
-    require_noeviction: Option<bool>,
-}
-
-/// What [`Settings::open`] gives: all that a middleware is made of.
+/// What [`Settings::open`] returns: all that a middleware is made of.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Opened {
-    /// What becomes of a request whose handler says nothing about keys.
+    /// What happens to a request whose handler has no policy.
     pub mode: Mode,
     /// The configuration.
     pub config: Config,
     /// The default cache.
     pub storage: AnyStorage,
-    /// What a handler's `cache_name` may call the default cache.
+    /// The name that a handler's `cache_name` may use for the default cache.
     pub default_cache: String,
     /// The named caches, without the default one.
     pub caches: BTreeMap<String, AnyStorage>,
 }
 
 impl Settings {
+    /// Reads settings as `Deserialize` does, but with an error that tells what is wrong by its kind and its field. Its message has no
+    /// additions of the format, such as the blank line in which an error of the crate `toml` ends.
+    ///
+    /// ```
+    /// use idempotency_core::{Settings, SettingsErrorKind};
+    ///
+    /// let mut document = serde_json::Deserializer::from_str(r#"{ "lock": { "timeout": "soon" } }"#);
+    /// let error = Settings::read(&mut document).unwrap_err();
+    /// assert_eq!(error.kind(), SettingsErrorKind::Invalid);
+    /// assert_eq!(error.field(), "lock.timeout");
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If the document can't be read, or if it has a field or a value that is not allowed, or values that contradict each other.
+    pub fn read<'de, D: Deserializer<'de>>(document: D) -> Result<Self, SettingsError> {
+        Self::from_value(
+            Value::deserialize(document).map_err(|error| SettingsError::unreadable(&error))?,
+        )
+    }
+
+    fn from_value(document: Value) -> Result<Self, SettingsError> {
+        let document = document.nested();
+        for same in SAME {
+            let mut there = same.iter().filter(|field| document.has(field));
+            if let (Some(field), Some(other)) = (there.next(), there.next()) {
+                let message = format_args!("says the same as `{other}`; keep one of them");
+                return Err(SettingsError::new(Conflict, field, message));
+            }
+        }
+        let store_on = STORE_ON.iter().find(|field| document.has(field));
+        let document: Document = serde_path_to_error::deserialize(document).map_err(|error| {
+            let place = error.path().clone();
+            error.into_inner().at(&place)
+        })?;
+        document.checked(store_on.unwrap_or(&"store_on")).map(Self)
+    }
+
     /// The configuration that they describe.
     pub fn config(&self) -> Config {
-        let Terms {
-            preset,
-            header,
-            methods,
-            key_format,
-            encoder,
-            scope,
-            conflict_status,
-            in_flight_status,
-            mismatch_status,
-            store_on,
-            ttl,
-            on_storage_error,
-            on_unreadable,
-            storage_timeout,
-            max_request_body,
-            max_response_body,
-            max_running,
-            max_waiting,
-            max_buffered,
-            body_timeout,
-            replay_header,
-            strip_headers,
-            keep_headers,
-            documentation,
-        } = self.terms.clone();
-        let mut config = preset.config();
-        set(&mut config.header, header);
-        set(&mut config.methods, methods.map(Some));
-        set(
-            &mut config.key_format,
-            key_format.map(KeyFormatName::format),
-        );
-        config = match encoder {
-            None => config,
-            Some(EncoderName::Basic) => config.encoder(BasicKeyEncoder),
-            Some(EncoderName::Fingerprint) => config.encoder(FingerprintKeyEncoder),
-            Some(EncoderName::KeyOnly) => config.encoder(KeyOnlyEncoder),
-        };
-        set(&mut config.scope, scope);
-        set(&mut config.conflict_status, conflict_status);
-        set(&mut config.in_flight_status, in_flight_status);
-        set(&mut config.mismatch_status, mismatch_status);
-        set(&mut config.store_on, store_on);
-        set(&mut config.ttl, ttl);
-        set(&mut config.on_storage_error, on_storage_error);
-        set(&mut config.on_unreadable, on_unreadable);
-        set(&mut config.storage_timeout, storage_timeout);
-        set(&mut config.max_request_body, max_request_body);
-        set(&mut config.max_response_body, max_response_body);
-        set(&mut config.max_running, max_running);
-        set(&mut config.max_waiting, max_waiting);
-        set(&mut config.budget, max_buffered.map(Budget::new));
-        set(&mut config.body_timeout, body_timeout);
-        set(&mut config.replay_header, replay_header);
-        config.lock = self.lock.policy(config.lock);
-        let config = strip_headers.into_iter().fold(config, Config::strip_header);
-        let config = keep_headers.into_iter().fold(config, Config::keep_header);
-        match documentation {
-            None => config,
-            Some(url) => config.documentation(url),
-        }
+        self.0.config()
     }
 
     /// Opens the storages that they name.
     ///
     /// # Errors
     ///
-    /// If a storage or the lock lacks its location, if this build does not have it or it can't be reached, if a storage can't do
-    /// with that lock what it is set to, or if both `storage` and one of `storages` set up the default cache.
+    /// If a storage or the lock lacks its location, if this build does not have it or it can't be reached, if a storage does not
+    /// support its settings with that lock, or if both `storage` and one of `storages` describe the default cache.
     pub async fn open(&self) -> Result<Opened, SettingsError> {
-        let (config, claims) = (self.config(), self.lock.claims()?);
-        let root = Path::default();
-        let named = root.field("storages");
-        let default_cache = self.default_cache.as_deref().unwrap_or("default");
-
+        let Self(document) = self;
+        let config = self.config();
+        let place = |table: String, cache| Place {
+            table,
+            cache,
+            lock: &document.lock,
+            time_limit: config.storage_timeout,
+        };
         let mut caches = BTreeMap::new();
-        for (name, storage) in &self.storages {
-            let place = Place {
-                path: &named.field(name),
-                cache: Some(name),
-                time_limit: config.storage_timeout,
-            };
-            let storage = storage.open(place, &claims).await?;
-            caches.insert(name.clone(), storage);
+        for (CacheName(name), storage) in &document.storages {
+            let place = place(format!("storages.{}", Shown(name)), Some(name.as_str()));
+            caches.insert(name.clone(), storage.open(place).await?);
         }
+        let default_cache = document.storage.cache_name.as_ref();
+        let default_cache = default_cache.map_or("default", |Name(name)| name);
+        let storage = document.storage.storage();
         let storage = match caches.remove(default_cache) {
-            None => {
-                let place = Place {
-                    path: &root.field("storage"),
-                    cache: None,
-                    time_limit: config.storage_timeout,
-                };
-                self.storage.open(place, &claims).await?
-            }
-            Some(default) if self.storage == StorageSettings::default() => default,
+            None => storage.open(place("storage".to_owned(), None)).await?,
+            Some(default) if storage == StorageSettings::default() => default,
             Some(_) => {
-                let message = "is what the default cache is called, and `storage` sets that up; choose another name, or another \
+                let field = format_args!("storages.{}", Shown(default_cache));
+                let message = "is the name of the default cache, which `storage` describes; choose another name, or another \
                                `storage.cache_name`";
-                return Err(SettingsError::new(
-                    SettingsErrorKind::Conflict,
-                    &named.field(default_cache),
-                    message,
-                ));
+                return Err(SettingsError::new(Conflict, field, message));
             }
         };
         Ok(Opened {
-            mode: self.mode,
+            mode: document.mode,
+            default_cache: default_cache.to_owned(),
             config,
             storage,
-            default_cache: default_cache.to_owned(),
             caches,
         })
     }
 }
 
-fn set<T>(place: &mut T, value: Option<T>) {
-    if let Some(value) = value {
-        *place = value;
-    }
-}
-
-impl Preset {
-    fn config(self) -> Config {
-        match self {
-            Self::Default => Config::default(),
-            Self::Ietf => Config::ietf(),
-            Self::Stripe => Config::stripe(),
-        }
-    }
-}
-
-impl KeyFormatName {
-    fn format(self) -> KeyFormat {
-        match self {
-            Self::Any => KeyFormat::any(),
-            Self::Uuid => KeyFormat::uuid(),
-        }
-    }
-}
-
-impl LockSettings {
-    /// `preset` with what is set here.
-    fn policy(&self, preset: LockPolicy) -> LockPolicy {
-        let policy = match self.enable {
-            Some(false) => LockPolicy::disabled(),
-            Some(true) | None => preset,
-        };
-        let policy = match self.timeout {
-            None => policy,
-            Some(timeout) => policy.timeout(timeout),
-        };
-        let policy = match self.ttl {
-            None => policy,
-            Some(ttl) => policy.ttl(ttl),
-        };
-        match self.max_hold {
-            None => policy,
-            Some(limit) => policy.max_hold(limit),
-        }
-    }
-}
-
 impl<'de> Deserialize<'de> for Settings {
-    /// The error of the format has the message of a [`SettingsError`].
+    /// The error of the format has the message of a [`SettingsError`]; [`Settings::read`] returns that error itself.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // Read to its end first. An error that a deserializer sees on its way gets a place from it, and some formats then
-        // quote the line, whatever stands there.
+        // Read to the end first. A deserializer adds its position to an error in between, and some formats then quote the line with
+        // all that it holds.
         let document = Value::deserialize(deserializer)?;
-        Self::read(Field::document(field::unfolded(document))).map_err(D::Error::custom)
+        Self::from_value(document).map_err(D::Error::custom)
+    }
+}
+
+/// Names of the same setting: ours first, then those of django-idempotency-key.
+const SAME: [&[&str]; 4] = [
+    &["conflict_status", "conflict_status_code"],
+    &["encoder", "encoder_class"],
+    &["scope_required", "scope.required"],
+    &STORE_ON,
+];
+
+const STORE_ON: [&str; 4] = [
+    "store_on",
+    "store_on_statuses",
+    "storage.store_on",
+    "storage.store_on_statuses",
+];
+
+macro_rules! document {
+    ($($(#[$attribute:meta])* $option:ident: $type:ty,)*) => {
+        /// The fields of a document. `None` is the value of the preset.
+        #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+        #[serde(default, deny_unknown_fields, expecting = "a table of settings")]
+        struct Document {
+            mode: Mode,
+            preset: Preset,
+            $($(#[$attribute])* $option: Option<$type>,)*
+            max_buffered: Option<MaxBuffered>,
+            strip_headers: Headers,
+            keep_headers: Headers,
+            documentation: Option<Documentation>,
+            scope: Option<ScopeSettings>,
+            scope_required: Option<Flag>,
+            #[serde(alias = "store_on_statuses")]
+            store_on: Option<StoreOnSettings>,
+            lock: LockSettings,
+            storage: DefaultStorage,
+            storages: BTreeMap<CacheName, StorageSettings>,
+        }
+
+        impl Document {
+            /// Sets the options that are fields of [`Config`].
+            fn set(&self, config: &mut Config) {
+                $(if let Some(value) = self.$option.clone() {
+                    config.$option = value.into();
+                })*
+            }
+        }
+    };
+}
+
+// A new option of `Config` needs a line here, and a row in the docs of `Settings`.
+document! {
+    header: Header,
+    methods: Methods,
+    key_format: KeyFormatName,
+    #[serde(alias = "encoder_class")]
+    encoder: EncoderName,
+    #[serde(alias = "conflict_status_code")]
+    conflict_status: ConflictStatus,
+    in_flight_status: RefusalStatus,
+    mismatch_status: RefusalStatus,
+    ttl: Ttl,
+    on_storage_error: OnStorageError,
+    on_unreadable: OnUnreadable,
+    storage_timeout: StorageTimeout,
+    max_request_body: Bytes,
+    max_response_body: Bytes,
+    max_running: MaxRunning,
+    max_waiting: Count,
+    body_timeout: BodyTimeout,
+    replay_header: ReplayHeader,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Preset {
+    #[default]
+    #[serde(alias = "django")]
+    Default,
+    Ietf,
+    Stripe,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum KeyFormatName {
+    Any,
+    Uuid,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum EncoderName {
+    #[serde(alias = "BasicKeyEncoder")]
+    Basic,
+    #[serde(alias = "FingerprintKeyEncoder")]
+    Fingerprint,
+    #[serde(alias = "KeyOnlyEncoder")]
+    KeyOnly,
+}
+
+impl From<Preset> for Config {
+    fn from(preset: Preset) -> Self {
+        match preset {
+            Preset::Default => Self::default(),
+            Preset::Ietf => Self::ietf(),
+            Preset::Stripe => Self::stripe(),
+        }
+    }
+}
+
+impl From<KeyFormatName> for KeyFormat {
+    fn from(name: KeyFormatName) -> Self {
+        match name {
+            KeyFormatName::Any => Self::any(),
+            KeyFormatName::Uuid => Self::uuid(),
+        }
+    }
+}
+
+impl From<EncoderName> for Arc<dyn KeyEncoder> {
+    fn from(name: EncoderName) -> Self {
+        match name {
+            EncoderName::Basic => Arc::new(BasicKeyEncoder),
+            EncoderName::Fingerprint => Arc::new(FingerprintKeyEncoder),
+            EncoderName::KeyOnly => Arc::new(KeyOnlyEncoder),
+        }
+    }
+}
+
+impl Document {
+    fn config(&self) -> Config {
+        let mut config = Config::from(self.preset);
+        self.set(&mut config);
+        config.lock = self.lock.policy(config.lock);
+        if let Some(store_on) = &self.store_on {
+            config.store_on = store_on.store_on(config.store_on);
+        }
+        if let Some(scope) = self.scope().unwrap_or_default() {
+            config.scope = scope;
+        }
+        if let Some(MaxBuffered(bytes)) = self.max_buffered {
+            config = config.max_buffered(bytes);
+        }
+        for Header(name) in &self.strip_headers.0 {
+            config = config.strip_header(name.clone());
+        }
+        for Header(name) in &self.keep_headers.0 {
+            config = config.keep_header(name.clone());
+        }
+        match &self.documentation {
+            Some(Documentation(Some(url))) => config.documentation(url),
+            _ => config,
+        }
+    }
+
+    fn scope(&self) -> Result<Option<Scope>, SettingsError> {
+        let scope = self.scope.as_ref().map(ScopeSettings::scope);
+        let scope = scope.transpose()?.flatten();
+        Ok(match self.scope_required {
+            None => scope,
+            Some(Flag(true)) => Some(scope.unwrap_or_default().required()),
+            Some(Flag(false)) => Some(scope.unwrap_or_default().or_anonymous()),
+        })
+    }
+
+    /// Moves each value to one place, and refuses what contradicts itself or would not protect. `store_on` is called by the name in
+    /// the document.
+    fn checked(mut self, store_on: &str) -> Result<Self, SettingsError> {
+        self.store_on = self.store_on.or(self.storage.store_on.take());
+        if let Some(statuses) = &self.store_on {
+            statuses.check(store_on, Config::from(self.preset).store_on)?;
+        }
+        self.scope()?;
+        let nested = self.scope.as_mut().and_then(|scope| scope.required.take());
+        self.scope_required = self.scope_required.or(nested);
+        self.scope = self
+            .scope
+            .filter(|scope| *scope != ScopeSettings::default());
+        if self.scope()? == Some(Scope::none().required()) {
+            let message = "nobody has the scope \"none\", so every request would be refused; choose another scope, or false here";
+            return Err(SettingsError::new(Conflict, "scope_required", message));
+        }
+        if let Some(Methods(methods)) = &self.methods
+            && methods.is_empty()
+        {
+            let message =
+                "is empty, so nothing would be protected; leave it out for all unsafe methods";
+            return Err(SettingsError::new(Invalid, "methods", message));
+        }
+        let Headers(stripped) = &self.strip_headers;
+        let mut kept = self.keep_headers.0.iter().enumerate();
+        if let Some((index, Header(name))) = kept.find(|(_, kept)| stripped.contains(kept)) {
+            let message = format_args!("{name} is in `strip_headers` too; keep it in one of them");
+            let field = format_args!("keep_headers[{index}]");
+            return Err(SettingsError::new(Conflict, field, message));
+        }
+        Ok(self)
     }
 }

@@ -2,12 +2,19 @@
 
 use std::{error::Error, fmt};
 
-use super::secret::Shown;
+use serde::de::{self, Error as _, Expected, Unexpected};
+use serde_path_to_error::Segment;
+
+use super::{
+    secret::{Shown, may_hold_a_secret},
+    value::BRIEF,
+};
 use crate::BoxError;
 
-/// Settings that can't be used. Its message names the field, what is wrong with it and what is allowed.
+/// Settings that can't be used. The message names the field, what is wrong with it and what is allowed.
 ///
-/// No password is shown: of a URL in the settings the message has the scheme and the host, wherever it was found.
+/// The message shows no password. It quotes values only of fields that hold no secret, and of a URL that is there by mistake only the
+/// scheme and the host.
 ///
 /// ```
 /// use idempotency_core::{Settings, SettingsErrorKind};
@@ -24,8 +31,8 @@ use crate::BoxError;
 #[derive(Debug)]
 pub struct SettingsError {
     kind: SettingsErrorKind,
-    field: Path,
-    /// Free of secrets: it is made of our own words, and of theirs through [`Shown`].
+    field: String,
+    /// Free of secrets: our own words, and values only of fields that hold none.
     message: String,
     source: Option<BoxError>,
 }
@@ -34,6 +41,8 @@ pub struct SettingsError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SettingsErrorKind {
+    /// The document can't be read, for example because it is not valid JSON.
+    Unreadable,
     /// There is no such field.
     UnknownField,
     /// The field has a value of another type, or one that it can't have.
@@ -44,21 +53,62 @@ pub enum SettingsErrorKind {
     Conflict,
     /// This build has no such storage or lock.
     Unsupported,
-    /// The storage or the lock is configured well, but it can't be reached, or is not fit for its task.
+    /// The storage or the lock is configured well, but it can't be reached or is not fit for its task.
     Unavailable,
 }
 
 impl SettingsError {
-    pub(super) fn new(kind: SettingsErrorKind, field: &Path, message: impl fmt::Display) -> Self {
+    /// `field` may be shown: names in it that come from the document are [`Shown`].
+    pub(super) fn new(
+        kind: SettingsErrorKind,
+        field: impl fmt::Display,
+        message: impl fmt::Display,
+    ) -> Self {
         Self {
             kind,
-            field: field.clone(),
+            field: field.to_string(),
             message: message.to_string(),
             source: None,
         }
     }
 
-    /// Keeps the error that caused this one. It must not show what may be secret.
+    /// That a field has another value, which must not be a secret.
+    pub(super) fn expected(expected: &dyn Expected, found: &str) -> Self {
+        Self::custom(format_args!("expected {expected}, found {found}"))
+    }
+
+    /// An error of a format. Its first line has the position; in the next ones some formats quote the document.
+    pub(super) fn unreadable(error: &impl fmt::Display) -> Self {
+        let error = error.to_string();
+        let first = error.lines().next().filter(|line| !may_hold_a_secret(line));
+        let message = first.unwrap_or("its format is not valid");
+        Self::new(
+            SettingsErrorKind::Unreadable,
+            "",
+            format_args!("can't be read: {message}"),
+        )
+    }
+
+    /// The same error, with the path of its field from the document.
+    pub(super) fn at(mut self, place: &serde_path_to_error::Path) -> Self {
+        let mut path = String::new();
+        for segment in place {
+            match segment {
+                Segment::Map { key } if key == BRIEF => {}
+                Segment::Map { key } => push_field(&mut path, Shown(key)),
+                Segment::Seq { index } => path += &format!("[{index}]"),
+                Segment::Enum { .. } | Segment::Unknown => {}
+            }
+        }
+        if !self.field.is_empty() {
+            push_field(&mut path, &self.field);
+        }
+        self.field = path;
+        self
+    }
+
+    /// Keeps the error that caused this one. It must not show secrets.
+    #[cfg(feature = "redis")]
     pub(super) fn because_of(mut self, source: impl Into<BoxError>) -> Self {
         self.source = Some(source.into());
         self
@@ -74,7 +124,7 @@ impl SettingsError {
     /// as a whole.
     #[must_use]
     pub fn field(&self) -> &str {
-        &self.field.0
+        &self.field
     }
 }
 
@@ -93,27 +143,37 @@ impl Error for SettingsError {
     }
 }
 
-/// Where in the document, as it may be shown.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Path(String);
+fn push_field(path: &mut String, name: impl fmt::Display) {
+    let dot = if path.is_empty() { "" } else { "." };
+    *path += &format!("{dot}{name}");
+}
 
-impl Path {
-    /// The field `name` of this table; the name may come from the document.
-    pub(super) fn field(&self, name: &str) -> Self {
-        match self.0.as_str() {
-            "" => Self(Shown(name).to_string()),
-            table => Self(format!("{table}.{}", Shown(name))),
-        }
+/// For our own deserializer.
+impl de::Error for SettingsError {
+    fn custom<T: fmt::Display>(message: T) -> Self {
+        Self::new(SettingsErrorKind::Invalid, "", message)
     }
 
-    /// An item of this list.
-    pub(super) fn item(&self, index: usize) -> Self {
-        Self(format!("{}[{index}]", self.0))
+    /// Only for `storages`: any other type checks the kind of value itself. The value may be a secret.
+    fn invalid_type(_: Unexpected<'_>, _: &dyn Expected) -> Self {
+        Self::custom(
+            "expected a table of storages, such as { \"orders\": \"memory\" }, found another value",
+        )
+    }
+
+    fn unknown_field(_: &str, known: &'static [&'static str]) -> Self {
+        let known = known.iter().filter(|name| !NOT_LISTED.contains(name));
+        let mut known: Vec<_> = known.copied().collect();
+        known.sort_unstable();
+        let message = format_args!("there is no such field; there are: {}", known.join(", "));
+        Self::new(SettingsErrorKind::UnknownField, "", message)
     }
 }
 
-impl fmt::Display for Path {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+/// The names of fields that are understood but not recommended: those of django-idempotency-key, and [`BRIEF`].
+const NOT_LISTED: [&str; 4] = [
+    "conflict_status_code",
+    "encoder_class",
+    "store_on_statuses",
+    BRIEF,
+];

@@ -1,10 +1,31 @@
-//! What must not be seen: passwords in locations. All text from a document reaches a message through [`Shown`].
+//! Passwords in locations, which must not be shown. Any text of a document in a message goes through [`Shown`].
 
 use std::fmt;
 
-/// Where a server is, with its password perhaps. `Debug` does not show that.
-#[derive(Clone, PartialEq)]
+use serde::Deserialize;
+
+use super::value::Value;
+
+/// The address of a server, perhaps with a password, which `Debug` does not show.
+///
+/// Its form depends on the class, so it is checked when it is opened.
+#[derive(Clone, PartialEq, Deserialize)]
+#[serde(try_from = "Value")]
 pub(super) struct Location(pub(super) String);
+
+impl TryFrom<Value> for Location {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        match value {
+            Value::Text(text) => Ok(Self(text.trim().to_owned())),
+            _ => Err(format!(
+                "expected text: host[:port] or a URL, found {}",
+                value.kind()
+            )),
+        }
+    }
+}
 
 impl fmt::Debug for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -12,10 +33,10 @@ impl fmt::Debug for Location {
     }
 }
 
-/// Shows text from a document without what may be a password in it: of a URL only its scheme, and its host if userinfo
-/// stands before it (`redis://***@cache:6379`); nothing of what speaks of a password in another way.
+/// Shows text from a document without a password: of a URL only the scheme, and the host if there is user information before it
+/// (`redis://***@cache:6379`); nothing of other text that mentions a password.
 ///
-/// It also escapes what is not printable, and cuts what is long.
+/// Characters that are not printable are escaped, and long text is cut.
 pub(super) struct Shown<'a>(pub(super) &'a str);
 
 const LONGEST: usize = 60;
@@ -39,9 +60,9 @@ impl fmt::Display for Shown<'_> {
             write!(f, "{before}://")?;
         }
         f.write_str("***")?;
-        // A password may hold an `@` (and a `/`) too, so the host is what follows the last one.
+        // A password may hold an `@` (and a `/`) too, so the host follows the last one.
         if let Some((_, host)) = text.rsplit_once('@')
-            && !speaks_of_a_password(text)
+            && !mentions_a_password(text)
         {
             let host = host.split(['/', '?', '#']).next().unwrap_or_default();
             if host.len() <= LONGEST && host.bytes().all(is_host_byte) {
@@ -52,13 +73,13 @@ impl fmt::Display for Shown<'_> {
     }
 }
 
-/// Whether text must not be shown, nor taken apart into pieces that would not be recognised any more.
+/// Whether text must not be shown, and not be split into pieces that would no longer be recognized.
 pub(super) fn may_hold_a_secret(text: &str) -> bool {
-    text.contains("://") || text.contains('@') || speaks_of_a_password(text)
+    text.contains("://") || text.contains('@') || mentions_a_password(text)
 }
 
 /// Parameters of a connection, or a URL that is percent-encoded as a whole.
-fn speaks_of_a_password(text: &str) -> bool {
+fn mentions_a_password(text: &str) -> bool {
     let text = text.to_ascii_lowercase();
     let has_one_of = |signs: &[&str]| signs.iter().any(|sign| text.contains(sign));
     (text.contains('=') && has_one_of(&["passw", "pwd", "secret", "token"]))

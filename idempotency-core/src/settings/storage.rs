@@ -1,221 +1,277 @@
-//! From a class and its location to a storage that is open.
+//! From a class and its location to an open storage.
 
-use std::time::Duration;
+use std::{net::Ipv6Addr, time::Duration};
+
+use serde::Deserialize;
 
 use super::{
-    LockSettings, StorageSettings,
-    error::{Path, SettingsError, SettingsErrorKind},
+    error::{
+        SettingsError,
+        SettingsErrorKind::{Conflict, Invalid, Missing, Unavailable},
+    },
+    scalar::{Flag, Lease, MaxHold, Name, Period, Room},
     secret::Location,
+    table::StoreOnSettings,
 };
-use crate::{AnyStorage, Lock, ProcessLock};
+use crate::{AnyStorage, Lock, LockPolicy, ProcessLock};
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+type Result<T, E = SettingsError> = std::result::Result<T, E>;
+
+macro_rules! storages {
+    ($($field:ident: $type:ty,)*) => {
+        /// One of `storages`.
+        #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+        #[serde(default, deny_unknown_fields, expecting = "\"memory\", \"redis\", or a table with `class` and more")]
+        pub(super) struct StorageSettings {
+            #[serde(alias = "=")]
+            class: Option<StorageKind>,
+            $($field: Option<$type>,)*
+        }
+
+        /// `storage`, which has more fields.
+        #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+        #[serde(default, deny_unknown_fields, expecting = "\"memory\", \"redis\", or a table with `class` and more")]
+        pub(super) struct DefaultStorage {
+            pub(super) cache_name: Option<Name>,
+            #[serde(alias = "store_on_statuses")]
+            pub(super) store_on: Option<StoreOnSettings>,
+            #[serde(alias = "=")]
+            class: Option<StorageKind>,
+            $($field: Option<$type>,)*
+        }
+
+        impl DefaultStorage {
+            pub(super) fn storage(&self) -> StorageSettings {
+                StorageSettings { class: self.class, $($field: self.$field.clone(),)* }
+            }
+        }
+    };
+}
+
+storages! {
+    location: Location,
+    name: Name,
+    max_bytes: Room,
+    when_full: WhatWhenFull,
+    require_noeviction: Flag,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum StorageKind {
+    #[serde(alias = "MemoryStorage", alias = "MemoryKeyStorage")]
     Memory,
+    #[serde(alias = "RedisStorage")]
     Redis,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum LockKind {
-    /// The claims of the storage.
-    Storage,
-    Process,
-    Redis,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum WhatWhenFull {
     Evict,
     Refuse,
 }
 
-/// What holds the claims, with all that it needs.
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Claims {
-    /// The storage itself.
-    Storage,
-    Process,
-    Redis {
-        location: Location,
-        name: Option<String>,
-    },
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(
+    default,
+    deny_unknown_fields,
+    expecting = "a table, such as { \"timeout\": \"5s\" }"
+)]
+pub(super) struct LockSettings {
+    enable: Option<Flag>,
+    timeout: Option<Period>,
+    ttl: Option<Lease>,
+    max_hold: Option<MaxHold>,
+    class: Option<LockKind>,
+    location: Option<Location>,
+    name: Option<Name>,
 }
 
-/// A storage's place in the settings.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum LockKind {
+    /// The claims of the storage. The original's `ThreadLock` is held within one process, and these are at least that.
+    #[serde(alias = "ThreadLock")]
+    Storage,
+    #[serde(alias = "ProcessLock")]
+    Process,
+    #[serde(alias = "RedisLock", alias = "MultiProcessRedisLock")]
+    Redis,
+}
+
+impl LockSettings {
+    /// `preset` with the changes of these settings.
+    pub(super) fn policy(&self, preset: LockPolicy) -> LockPolicy {
+        let mut policy = preset;
+        if self.enable == Some(Flag(false)) {
+            policy = LockPolicy::disabled();
+        }
+        if let Some(Period(timeout)) = self.timeout {
+            policy = policy.timeout(timeout);
+        }
+        if let Some(Lease(ttl)) = self.ttl {
+            policy = policy.ttl(ttl);
+        }
+        if let Some(MaxHold(limit)) = self.max_hold {
+            policy = policy.max_hold(limit);
+        }
+        policy
+    }
+
+    /// What holds the claims. Without claims it is the storage, but mistakes in the location are errors all the same.
+    fn holder(&self) -> Result<LockKind> {
+        let class = class(
+            self.class,
+            self.location.as_ref(),
+            "lock",
+            LockKind::Storage,
+        )?;
+        if class == LockKind::Redis {
+            redis_location(self.location.as_ref(), "lock")?;
+        }
+        Ok(match self.enable {
+            Some(Flag(false)) => LockKind::Storage,
+            _ => class,
+        })
+    }
+}
+
+/// The place of a storage in the settings, and what it shares with the others.
 pub(super) struct Place<'a> {
-    pub(super) path: &'a Path,
+    /// Its table, such as `storages.orders`.
+    pub(super) table: String,
     /// The name of the cache, if it is not the default one.
     pub(super) cache: Option<&'a str>,
-    /// `storage_timeout`, the limit for all storages.
-    #[cfg_attr(
-        not(feature = "redis"),
-        expect(
-            dead_code,
-            reason = "only what is reached over a network takes its time"
-        )
-    )]
+    pub(super) lock: &'a LockSettings,
     pub(super) time_limit: Duration,
 }
 
 impl StorageSettings {
-    /// Opens the storage that stands at `place`.
-    pub(super) async fn open(
-        &self,
-        place: Place<'_>,
-        claims: &Claims,
-    ) -> Result<AnyStorage, SettingsError> {
-        let path = place.path;
-        let class = class(self.class, self.location.as_ref(), path)?;
-        let class = class.unwrap_or(StorageKind::Memory);
-        match (class, claims) {
-            (StorageKind::Memory, Claims::Storage) => self.open_memory(path),
-            (StorageKind::Redis, Claims::Storage) => self.open_redis(place).await,
-            (_, Claims::Process) => self.open_locked(class, place, ProcessLock::new()).await,
-            (_, Claims::Redis { location, name }) => {
-                let name = prefix(name.as_deref(), &lock_path(), place.cache);
-                self.open_locked_by_redis(class, place, &location.0, name)
-                    .await
+    /// Opens the storage that is at `place`.
+    pub(super) async fn open(&self, place: Place<'_>) -> Result<AnyStorage> {
+        let holder = place.lock.holder()?;
+        let class = class(
+            self.class,
+            self.location.as_ref(),
+            &place.table,
+            StorageKind::Memory,
+        )?;
+        match (class, holder) {
+            (_, LockKind::Process) => self.open_locked(class, &place, ProcessLock::new()).await,
+            #[cfg(feature = "memory")]
+            (StorageKind::Memory, LockKind::Storage) => {
+                let mut memory = crate::MemoryStorage::builder();
+                if let Some(Room(bytes)) = self.max_bytes {
+                    memory = memory.max_bytes(bytes);
+                }
+                if self.when_full == Some(WhatWhenFull::Refuse) {
+                    memory = memory.when_full(crate::WhenFull::Refuse);
+                }
+                Ok(AnyStorage::new(memory.build()))
             }
+            #[cfg(feature = "redis")]
+            (StorageKind::Redis, LockKind::Storage) => {
+                let make =
+                    |location: &str, name| crate::RedisStorage::connect(location).prefix(name);
+                Ok(AnyStorage::new(self.connect(&place, make).await?))
+            }
+            #[cfg(feature = "redis")]
+            (_, LockKind::Redis) => {
+                let server = Self {
+                    location: place.lock.location.clone(),
+                    name: place.lock.name.clone(),
+                    ..self.clone()
+                };
+                let table = "lock".to_owned();
+                let make = |location: &str, name| crate::RedisLock::connect(location).name(name);
+                let lock = server.connect(&Place { table, ..place }, make).await?;
+                if class == StorageKind::Memory {
+                    tracing::warn!(
+                        target: "idempotency",
+                        storage = %place.table,
+                        "`lock.class` is \"redis\" and this storage is \"memory\": processes share their locks but not their \
+                         records, so a retry that reaches another process runs again"
+                    );
+                }
+                self.open_locked(class, &place, lock).await
+            }
+            #[cfg(not(feature = "memory"))]
+            (StorageKind::Memory, LockKind::Storage) => Err(not_built("memory", &place.table)),
+            #[cfg(not(feature = "redis"))]
+            (StorageKind::Redis, LockKind::Storage) => Err(not_built("redis", &place.table)),
+            #[cfg(not(feature = "redis"))]
+            (_, LockKind::Redis) => Err(not_built("redis", "lock")),
         }
     }
 
-    /// Records of this class, with claims by `lock`.
+    /// Opens a cache of this class, with claims by `lock`.
     async fn open_locked(
         &self,
         class: StorageKind,
-        place: Place<'_>,
+        place: &Place<'_>,
         lock: impl Lock,
-    ) -> Result<AnyStorage, SettingsError> {
+    ) -> Result<AnyStorage> {
         match class {
-            StorageKind::Memory => self.open_locked_memory(place.path, lock),
-            StorageKind::Redis => self.open_locked_redis(place, lock).await,
+            #[cfg(feature = "memory")]
+            StorageKind::Memory => {
+                if self.when_full == Some(WhatWhenFull::Refuse) {
+                    // An operation that began has to be completed, and a cache does not know which ones began.
+                    let message = "\"refuse\" needs the claims of the storage; give \"evict\", or set `lock.class` to \"storage\"";
+                    let field = format_args!("{}.when_full", place.table);
+                    return Err(SettingsError::new(Conflict, field, message));
+                }
+                let mut cache = crate::MokaCache::new();
+                if let Some(Room(bytes)) = self.max_bytes {
+                    cache = cache.max_bytes(bytes);
+                }
+                Ok(AnyStorage::new(crate::LockedStorage::new(cache, lock)))
+            }
+            #[cfg(feature = "redis")]
+            StorageKind::Redis => {
+                let make = |location: &str, name| crate::RedisCache::connect(location).prefix(name);
+                let cache = self.connect(place, make).await?;
+                Ok(AnyStorage::new(crate::LockedStorage::new(cache, lock)))
+            }
+            #[cfg(not(feature = "memory"))]
+            StorageKind::Memory => Err(not_built("memory", &place.table)),
+            #[cfg(not(feature = "redis"))]
+            StorageKind::Redis => Err(not_built("redis", &place.table)),
         }
     }
 
-    /// The location, if it is of the form that the class needs.
-    fn location(
-        &self,
-        path: &Path,
-        has_form: fn(&str) -> bool,
-        form: &str,
-    ) -> Result<&str, SettingsError> {
-        checked_location(self.location.as_ref(), path, has_form, form)
-    }
-}
-
-#[cfg(feature = "memory")]
-impl StorageSettings {
-    #[expect(clippy::unnecessary_wraps, reason = "without the feature it fails")]
-    fn open_memory(&self, _: &Path) -> Result<AnyStorage, SettingsError> {
-        use crate::{MemoryStorage, WhenFull};
-
-        let mut memory = MemoryStorage::builder();
-        if let Some(bytes) = self.max_bytes {
-            memory = memory.max_bytes(bytes);
-        }
-        memory = match self.when_full {
-            None => memory,
-            Some(WhatWhenFull::Evict) => memory.when_full(WhenFull::Evict),
-            Some(WhatWhenFull::Refuse) => memory.when_full(WhenFull::Refuse),
-        };
-        Ok(AnyStorage::new(memory.build()))
-    }
-
-    fn open_locked_memory(
-        &self,
-        path: &Path,
-        lock: impl Lock,
-    ) -> Result<AnyStorage, SettingsError> {
-        use crate::{LockedStorage, MokaCache};
-
-        if self.when_full == Some(WhatWhenFull::Refuse) {
-            // What was begun has to be completed, and the cache doesn't know what was begun.
-            let message = "\"refuse\" needs the claims of the storage; give \"evict\", or set `lock.class` to \"storage\"";
-            return Err(SettingsError::new(
-                SettingsErrorKind::Conflict,
-                &path.field("when_full"),
-                message,
-            ));
-        }
-        let cache = match self.max_bytes {
-            None => MokaCache::new(),
-            Some(bytes) => MokaCache::new().max_bytes(bytes),
-        };
-        Ok(AnyStorage::new(LockedStorage::new(cache, lock)))
-    }
-}
-
-#[cfg(not(feature = "memory"))]
-impl StorageSettings {
-    fn open_memory(&self, path: &Path) -> Result<AnyStorage, SettingsError> {
-        let (_, _) = (self.max_bytes, self.when_full);
-        let message = "this build has no memory storage, which is the default; switch the feature `memory` on";
-        Err(SettingsError::new(
-            SettingsErrorKind::Unsupported,
-            &path.field("class"),
-            message,
-        ))
-    }
-
-    fn open_locked_memory(&self, path: &Path, _: impl Lock) -> Result<AnyStorage, SettingsError> {
-        self.open_memory(path)
-    }
-}
-
-#[cfg(feature = "redis")]
-impl StorageSettings {
-    async fn open_redis(&self, place: Place<'_>) -> Result<AnyStorage, SettingsError> {
-        let location = self.location(place.path, redis_location, REDIS_LOCATION)?;
-        let prefix = prefix(self.name.as_deref(), place.path, place.cache);
-        let connecting = crate::RedisStorage::connect(location).prefix(prefix);
-        Ok(AnyStorage::new(self.connect(place, connecting).await?))
-    }
-
-    async fn open_locked_redis(
-        &self,
-        place: Place<'_>,
-        lock: impl Lock,
-    ) -> Result<AnyStorage, SettingsError> {
-        let location = self.location(place.path, redis_location, REDIS_LOCATION)?;
-        let prefix = prefix(self.name.as_deref(), place.path, place.cache);
-        let connecting = crate::RedisCache::connect(location).prefix(prefix);
-        let records = self.connect(place, connecting).await?;
-        Ok(AnyStorage::new(crate::LockedStorage::new(records, lock)))
-    }
-
-    async fn open_locked_by_redis(
-        &self,
-        class: StorageKind,
-        place: Place<'_>,
-        location: &str,
-        name: String,
-    ) -> Result<AnyStorage, SettingsError> {
-        let connecting = crate::RedisLock::connect(location).name(name);
-        let lock = self.terms(connecting, place.time_limit).await;
-        let lock = lock.map_err(|error| not_connected(&lock_path(), error))?;
-        if class == StorageKind::Memory {
-            tracing::warn!(
-                target: "idempotency",
-                storage = %place.path,
-                "`lock.class` is \"redis\" and this storage is \"memory\": processes share their locks but not their records, so a retry \
-                 that another process gets runs again"
-            );
-        }
-        self.open_locked(class, place, lock).await
-    }
-
+    /// Connects to the location, with a prefix for the keys. Each cache has its own, so caches in one Redis share nothing.
+    #[cfg(feature = "redis")]
     async fn connect<T: 'static>(
         &self,
-        place: Place<'_>,
-        connecting: crate::RedisConnect<T>,
-    ) -> Result<T, SettingsError> {
-        let connecting = self.terms(connecting, place.time_limit);
-        let connected = connecting.await;
-        connected.map_err(|error| not_connected(place.path, error))
+        place: &Place<'_>,
+        make: impl FnOnce(&str, String) -> crate::RedisConnect<T>,
+    ) -> Result<T> {
+        let table = &place.table;
+        let location = redis_location(self.location.as_ref(), table)?;
+        if self.name.is_none() {
+            tracing::warn!(
+                target: "idempotency",
+                setting = %format_args!("{table}.name"),
+                "the keys in Redis begin with the default name: two services that share a Redis and keep it share their keys; set one for each"
+            );
+        }
+        let name = self.name.as_ref().map_or("idempotency", |Name(name)| name);
+        let name = match place.cache {
+            None => name.to_owned(),
+            Some(cache) => format!("{name}:{cache}"),
+        };
+        let connected = self.terms(make(location, name), place.time_limit).await;
+        connected.map_err(|error| {
+            let kind = match error.kind() {
+                crate::RedisConnectErrorKind::Url => Invalid,
+                _ => Unavailable,
+            };
+            SettingsError::new(kind, format_args!("{table}.location"), &error).because_of(error)
+        })
     }
 
-    /// How it is connected to.
+    #[cfg(feature = "redis")]
     fn terms<T>(
         &self,
         connecting: crate::RedisConnect<T>,
@@ -223,197 +279,86 @@ impl StorageSettings {
     ) -> crate::RedisConnect<T> {
         let connecting = connecting.time_limit(time_limit);
         match self.require_noeviction {
-            Some(true) => connecting.require_noeviction(),
-            Some(false) | None => connecting,
+            Some(Flag(true)) => connecting.require_noeviction(),
+            _ => connecting,
         }
     }
 }
 
-#[cfg(not(feature = "redis"))]
-#[expect(clippy::unused_async, reason = "with the feature they connect")]
-impl StorageSettings {
-    async fn open_redis(&self, place: Place<'_>) -> Result<AnyStorage, SettingsError> {
-        self.location(place.path, redis_location, REDIS_LOCATION)?;
-        let _ = self.require_noeviction;
-        Err(no_such_storage(place.path, "Redis"))
-    }
-
-    async fn open_locked_redis(
-        &self,
-        place: Place<'_>,
-        _: impl Lock,
-    ) -> Result<AnyStorage, SettingsError> {
-        self.open_redis(place).await
-    }
-
-    async fn open_locked_by_redis(
-        &self,
-        _: StorageKind,
-        _: Place<'_>,
-        _: &str,
-        _: String,
-    ) -> Result<AnyStorage, SettingsError> {
-        Err(no_such_lock("Redis"))
-    }
+#[cfg(not(all(feature = "memory", feature = "redis")))]
+fn not_built(feature: &str, table: &str) -> SettingsError {
+    let message = format_args!(
+        "needs the feature `{feature}`, which is off; turn it on, or choose another class"
+    );
+    SettingsError::new(
+        super::SettingsErrorKind::Unsupported,
+        format_args!("{table}.class"),
+        message,
+    )
 }
 
-/// What keys begin with: caches that stand in one Redis share nothing.
-fn prefix(name: Option<&str>, path: &Path, cache: Option<&str>) -> String {
-    if name.is_none() {
-        tracing::warn!(
-            target: "idempotency",
-            setting = %path.field("name"),
-            "the keys in Redis begin with the default name: two services that share a Redis and keep it share their keys; set one for each"
-        );
-    }
-    let name = name.unwrap_or("idempotency");
-    match cache {
-        None => name.to_owned(),
-        Some(cache) => format!("{name}:{cache}"),
-    }
-}
-
-#[cfg(feature = "redis")]
-fn not_connected(path: &Path, error: crate::RedisConnectError) -> SettingsError {
-    use crate::RedisConnectErrorKind::Url;
-
-    let kind = match error.kind() {
-        Url => SettingsErrorKind::Invalid,
-        _ => SettingsErrorKind::Unavailable,
-    };
-    SettingsError::new(kind, &path.field("location"), &error).because_of(error)
-}
-
-impl LockSettings {
-    /// What holds the claims, if all is there that it needs; where there are no claims, their kind doesn't matter.
-    pub(super) fn claims(&self) -> Result<Claims, SettingsError> {
-        let path = lock_path();
-        let class = class(self.class, self.location.as_ref(), &path)?;
-        let claims = match class.unwrap_or(LockKind::Storage) {
-            LockKind::Storage => Claims::Storage,
-            LockKind::Process => Claims::Process,
-            LockKind::Redis => {
-                let location = self.location.as_ref();
-                let location = checked_location(location, &path, redis_location, REDIS_LOCATION)?;
-                Claims::Redis {
-                    location: Location(location.to_owned()),
-                    name: self.name.clone(),
-                }
-            }
-        };
-        match self.enable {
-            Some(false) => Ok(Claims::Storage),
-            Some(true) | None => Ok(claims),
-        }
-    }
-}
-
-fn lock_path() -> Path {
-    Path::default().field("lock")
-}
-
-/// The class, which nobody may have forgotten: with a location the default is not meant.
-fn class<C>(
-    class: Option<C>,
-    location: Option<&Location>,
-    path: &Path,
-) -> Result<Option<C>, SettingsError> {
-    let (None, Some(Location(location))) = (&class, location) else {
-        return Ok(class);
-    };
-    let (field, message) = match location.is_empty() {
-        true => (
+/// The class. With a location the default is not meant, so then a class is needed.
+fn class<C>(class: Option<C>, location: Option<&Location>, table: &str, default: C) -> Result<C> {
+    let (field, message) = match (class, location) {
+        (Some(class), _) => return Ok(class),
+        (None, None) => return Ok(default),
+        (None, Some(Location(location))) if location.is_empty() => (
             "location",
             "is empty; give host[:port] or a URL, or leave it out",
         ),
-        false => (
+        (None, Some(_)) => (
             "class",
             "is missing, and `location` needs one, such as \"redis\"",
         ),
     };
     Err(SettingsError::new(
-        SettingsErrorKind::Missing,
-        &path.field(field),
+        Missing,
+        format_args!("{table}.{field}"),
         message,
     ))
 }
 
-const REDIS_LOCATION: &str = "host[:port] or redis://[user:password@]host[:port][/database]";
-
-/// Shows nothing of a location that is not one: it may be a password in the wrong place.
-fn checked_location<'a>(
-    location: Option<&'a Location>,
-    path: &Path,
-    has_form: fn(&str) -> bool,
-    form: &str,
-) -> Result<&'a str, SettingsError> {
-    match location {
-        Some(Location(location)) if has_form(location) => Ok(location),
-        Some(Location(location)) if !location.is_empty() => Err(SettingsError::new(
-            SettingsErrorKind::Invalid,
-            &path.field("location"),
-            format_args!("expected {form}, found something else"),
-        )),
-        _ => Err(SettingsError::new(
-            SettingsErrorKind::Missing,
-            &path.field("location"),
-            format_args!("is missing or empty; give {form}"),
-        )),
-    }
-}
-
-fn redis_location(text: &str) -> bool {
+/// The location, if it is one of Redis. An error shows nothing of it: it may be a password in the wrong place.
+fn redis_location<'a>(location: Option<&'a Location>, table: &str) -> Result<&'a str> {
+    const FORM: &str = "host[:port] or redis://[user:password@]host[:port][/database]";
     const SCHEMES: [&str; 5] = ["redis", "rediss", "valkey", "valkeys", "unix"];
-    match text.split_once("://") {
+
+    let text = location.map_or("", |Location(text)| text);
+    let has_form = match text.split_once("://") {
         Some((scheme, rest)) => {
-            let scheme = scheme.split('+').next_back().unwrap_or_default();
+            let scheme = scheme.rsplit('+').next().unwrap_or_default();
             SCHEMES.contains(&scheme) && !rest.is_empty()
         }
         // Several are nodes of a Cluster.
         None => text.split(',').all(|node| is_host_and_port(node.trim())),
-    }
+    };
+    let (kind, message) = match has_form {
+        true => return Ok(text),
+        false if text.is_empty() => (Missing, format!("is missing or empty; give {FORM}")),
+        false => (Invalid, format!("expected {FORM}, found something else")),
+    };
+    Err(SettingsError::new(
+        kind,
+        format_args!("{table}.location"),
+        message,
+    ))
 }
 
 /// `host`, `host:port`, `[::1]:port`.
 pub(super) fn is_host_and_port(text: &str) -> bool {
-    let is_host = |host: &str| {
-        let inside = host
-            .strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'));
-        match inside {
-            Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
-            None => {
-                !host.is_empty()
-                    && host
-                        .bytes()
-                        .all(|byte| byte.is_ascii_alphanumeric() || b".-_".contains(&byte))
-            }
-        }
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, port),
+        _ => (text, "0"),
     };
-    match text.rsplit_once(':') {
-        Some((host, port)) if !port.ends_with(']') => is_host(host) && port.parse::<u16>().is_ok(),
-        _ => is_host(text),
-    }
-}
-
-#[cfg(not(feature = "redis"))]
-fn no_such_storage(path: &Path, name: &str) -> SettingsError {
-    let message = format_args!("this build has no {name} storage; there is: \"memory\"");
-    SettingsError::new(
-        SettingsErrorKind::Unsupported,
-        &path.field("class"),
-        message,
-    )
-}
-
-#[cfg(not(feature = "redis"))]
-fn no_such_lock(name: &str) -> SettingsError {
-    let message = format_args!("this build has no {name} lock; there is: \"storage\", \"process\"");
-    SettingsError::new(
-        SettingsErrorKind::Unsupported,
-        &lock_path().field("class"),
-        message,
-    )
+    let address = host
+        .strip_prefix('[')
+        .and_then(|host| host.strip_suffix(']'));
+    let is_host_byte = |byte: u8| byte.is_ascii_alphanumeric() || b".-_".contains(&byte);
+    let is_host = match address {
+        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(is_host_byte),
+    };
+    is_host && port.parse::<u16>().is_ok()
 }
 
 #[cfg(all(test, feature = "redis"))]
@@ -423,9 +368,9 @@ mod tests {
 
     #[test]
     fn redis_is_connected_to_on_the_terms_of_the_settings() {
-        let terms = |require_noeviction| {
+        let terms = |require_noeviction: Option<bool>| {
             let settings = StorageSettings {
-                require_noeviction,
+                require_noeviction: require_noeviction.map(Flag),
                 ..StorageSettings::default()
             };
             let connecting = RedisStorage::connect("cache");

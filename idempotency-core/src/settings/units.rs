@@ -2,49 +2,43 @@
 
 use std::time::Duration;
 
-/// What is longer is a slip: some other unit was meant.
+/// The longest duration: whoever writes a longer one meant another unit.
 pub(super) const LONGEST: Duration = Duration::from_secs(36_500 * 24 * 3600);
 
 /// Reads `30s`, `1.5h`, `1h 30m`: units from the longest to the shortest, each once. A number alone is seconds.
 pub(super) fn duration(text: &str) -> Option<Duration> {
     let mut rest = text.trim();
-    if let Some(number) = Number::all_of(rest) {
-        return number.times(Duration::from_secs(1));
-    }
     let mut sum = Duration::ZERO;
-    let mut shorter_than = Duration::MAX;
-    while !rest.is_empty() {
-        let (number, after) = Number::first_of(rest)?;
-        let after = after.trim_start();
-        let end = after
-            .find(|c: char| !c.is_ascii_alphabetic())
-            .unwrap_or(after.len());
-        let (unit, after) = after.split_at(end);
-        let unit = match unit.to_ascii_lowercase().as_str() {
-            "ms" | "millisecond" | "milliseconds" => Duration::from_millis(1),
-            "s" | "sec" | "second" | "seconds" => Duration::from_secs(1),
-            "m" | "min" | "minute" | "minutes" => Duration::from_secs(60),
-            "h" | "hour" | "hours" => Duration::from_secs(3600),
-            "d" | "day" | "days" => Duration::from_secs(24 * 3600),
+    let mut last_unit = f64::INFINITY;
+    loop {
+        let (number, after) = split(rest, |c| c.is_ascii_digit() || c == '.');
+        let (unit, after) = split(after.trim_start(), |c| c.is_ascii_alphabetic());
+        let millis = match unit.to_ascii_lowercase().as_str() {
+            "" if number == text.trim() => 1000.0,
+            "ms" | "millisecond" | "milliseconds" => 1.0,
+            "s" | "sec" | "second" | "seconds" => 1000.0,
+            "m" | "min" | "minute" | "minutes" => 60_000.0,
+            "h" | "hour" | "hours" => 3_600_000.0,
+            "d" | "day" | "days" => 86_400_000.0,
             _ => return None,
         };
-        if unit >= shorter_than {
+        let is_digit = |c: char| c.is_ascii_digit();
+        if millis >= last_unit || !number.starts_with(is_digit) || !number.ends_with(is_digit) {
             return None;
         }
-        shorter_than = unit;
-        sum = sum.checked_add(number.times(unit)?)?;
+        last_unit = millis;
+        let seconds = number.parse::<f64>().ok()? * millis / 1000.0;
+        sum = sum.checked_add(Duration::try_from_secs_f64(seconds).ok()?)?;
         rest = after.trim_start();
+        if rest.is_empty() {
+            return Some(sum);
+        }
     }
-    (shorter_than != Duration::MAX).then_some(sum)
 }
 
-/// Reads `1048576`, `64KiB`, `2 MB`. `K`, `M` and `G` alone are not known: they mean 1000 to some, and 1024 to others.
+/// Reads `1048576`, `64KiB`, `2 MB`. `K`, `M` and `G` alone are refused: to some they mean 1000, and to others 1024.
 pub(super) fn bytes(text: &str) -> Option<usize> {
-    let text = text.trim();
-    let end = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
+    let (number, unit) = split(text.trim(), |c| c.is_ascii_digit());
     let unit: usize = match unit.trim_start().to_ascii_lowercase().as_str() {
         "" | "b" => 1,
         "kb" => 1_000,
@@ -58,35 +52,9 @@ pub(super) fn bytes(text: &str) -> Option<usize> {
     number.parse::<usize>().ok()?.checked_mul(unit)
 }
 
-/// Digits, with a decimal point among them perhaps.
-struct Number<'a>(&'a str);
-
-impl<'a> Number<'a> {
-    fn all_of(text: &'a str) -> Option<Self> {
-        match Self::first_of(text)? {
-            (number, "") => Some(number),
-            _ => None,
-        }
-    }
-
-    fn first_of(text: &'a str) -> Option<(Self, &'a str)> {
-        let end = text
-            .find(|c: char| !c.is_ascii_digit() && c != '.')
-            .unwrap_or(text.len());
-        let (number, rest) = text.split_at(end);
-        let is_number = number.starts_with(|c: char| c.is_ascii_digit())
-            && number.ends_with(|c: char| c.is_ascii_digit())
-            && number.matches('.').count() <= 1;
-        is_number.then_some((Self(number), rest))
-    }
-
-    fn times(&self, unit: Duration) -> Option<Duration> {
-        if let Ok(number) = self.0.parse::<u32>() {
-            return unit.checked_mul(number);
-        }
-        let seconds = self.0.parse::<f64>().ok()? * unit.as_secs_f64();
-        Duration::try_from_secs_f64(seconds).ok()
-    }
+/// What `text` begins with, as long as `belongs` says so, and the rest.
+fn split(text: &str, belongs: fn(char) -> bool) -> (&str, &str) {
+    text.split_at(text.find(|c| !belongs(c)).unwrap_or(text.len()))
 }
 
 #[cfg(test)]

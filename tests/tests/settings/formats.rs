@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, time::Duration};
 
-use idempotency_axum::{IdempotencyLayer, LockPolicy, Settings};
+use idempotency_axum::{IdempotencyLayer, LockPolicy, Settings, SettingsErrorKind};
 use serde::{
     Deserialize,
     de::{IntoDeserializer, value::Error, value::MapDeserializer},
@@ -247,4 +247,50 @@ fn what_the_readme_shows_is_read() {
     assert_eq!(read.config().conflict_status, None);
     let lock = LockPolicy::default().timeout(Duration::from_secs(2));
     assert_eq!(read.config().lock, lock);
+}
+
+/// The same message as that of `Deserialize`, but nothing around it.
+#[test]
+fn read_returns_the_kind_and_the_field_in_every_format() {
+    let toml = toml::Deserializer::parse("[lock]\ntimeout = \"soon\"").unwrap();
+    let errors = [
+        Settings::read(toml).unwrap_err(),
+        Settings::read(json!({ "lock": { "timeout": "soon" } })).unwrap_err(),
+        Settings::read(
+            config::Config::builder()
+                .set_override("lock.timeout", "soon")
+                .unwrap()
+                .build()
+                .unwrap(),
+        )
+        .unwrap_err(),
+    ];
+    for error in errors {
+        assert_eq!(
+            (error.kind(), error.field()),
+            (SettingsErrorKind::Invalid, "lock.timeout")
+        );
+        let message = error.to_string();
+        assert!(
+            message.starts_with("`lock.timeout`: expected a duration"),
+            "{message}"
+        );
+        assert!(message.ends_with("found \"soon\""), "{message:?}");
+    }
+}
+
+#[test]
+fn read_refuses_what_is_not_of_its_format() {
+    let text = "{ \"ttl\": 5,\n  \"header\" }";
+    let error = Settings::read(&mut serde_json::Deserializer::from_str(text)).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.field()),
+        (SettingsErrorKind::Unreadable, "")
+    );
+    let message = error.to_string();
+    assert!(
+        message.starts_with("the settings: can't be read: "),
+        "{message}"
+    );
+    assert!(message.ends_with("at line 2 column 12"), "{message}");
 }

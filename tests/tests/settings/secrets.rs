@@ -260,3 +260,20 @@ proptest! {
         shown(&json!({ field: text }));
     }
 }
+
+/// A bare word can't be recognized as a password, so it is quoted only in fields that hold none.
+#[test]
+fn a_bare_password_is_not_quoted_where_one_may_be() {
+    let word = json!(PASSWORD);
+    assert_hidden(&word);
+    assert_hidden(&json!([word]));
+    for field in ["lock", "storages", "documentation"] {
+        assert_hidden(&json!({ field: word }));
+        assert_hidden(&json!({ field: [word] }));
+    }
+    for field in ["location", "name"] {
+        let lock = json!({ "class": "redis", field: [word] });
+        assert_hidden(&json!({ "lock": lock, "storages": { "x": lock } }));
+        assert_hidden(&json!({ "storages": { "x": { "class": "redis", field: { "x": word } } } }));
+    }
+}
