@@ -104,6 +104,10 @@ pub use self::{
 #[cfg(feature = "redis")]
 pub use redis;
 
+/// The driver of PostgreSQL and SQLite, for its pools and connections.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use sqlx;
+
 #[cfg(any(test, feature = "conformance"))]
 pub use self::env::SimulatedClock;
 #[cfg(feature = "memory")]
@@ -122,3 +126,5 @@ pub use self::{
         },
     },
 };
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use self::storage::sql::{purger::Purger, table::InvalidTableName};
