@@ -110,6 +110,8 @@ pub use sqlx;
 
 #[cfg(any(test, feature = "conformance"))]
 pub use self::env::SimulatedClock;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use self::storage::sql::{purger::Purger, table::InvalidTableName};
 #[cfg(feature = "memory")]
 pub use self::storage::{
     MokaCache, NearCache,
@@ -126,5 +128,9 @@ pub use self::{
         },
     },
 };
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-pub use self::storage::sql::{purger::Purger, table::InvalidTableName};
+
+#[cfg(feature = "postgres")]
+pub use self::storage::sql::postgres::{
+    PostgresStorage,
+    connect::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind},
+};
