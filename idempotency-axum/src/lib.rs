@@ -153,6 +153,7 @@
 //! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
 //! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
+//! | `postgres` | no | [`PostgresStorage`]: records and claims in a table of PostgreSQL, which any number of processes share |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -190,6 +191,8 @@ pub use idempotency_macros::{idempotency_exempt, idempotency_key};
 
 #[cfg(feature = "memory")]
 pub use idempotency_core::MemoryStorage;
+#[cfg(feature = "postgres")]
+pub use idempotency_core::PostgresStorage;
 #[cfg(feature = "redis")]
 pub use idempotency_core::RedisStorage;
 pub use idempotency_core::{Config, Scope, Settings, StoreOn};
@@ -248,9 +251,15 @@ pub mod storage {
         LockedStorage, NewClaim, Outcome, ProcessLock, Record, Storage, StorageError,
         StorageErrorKind, StoredResponse, Token, TombstoneReason,
     };
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[doc(inline)]
+    pub use idempotency_core::{InvalidTableName, Purger};
     #[cfg(feature = "memory")]
     #[doc(inline)]
     pub use idempotency_core::{MemoryStorageBuilder, MokaCache, NearCache, WhenFull};
+    #[cfg(feature = "postgres")]
+    #[doc(inline)]
+    pub use idempotency_core::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind};
     #[cfg(feature = "redis")]
     #[doc(inline)]
     pub use idempotency_core::{

@@ -60,6 +60,7 @@
 //! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
 //! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
+//! | `postgres` | no | [`PostgresStorage`]: records and claims in a table of PostgreSQL, which any number of processes share |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
