@@ -51,7 +51,9 @@ async fn a_connection_that_may_not_write_is_closed() {
     let error = storage.begin(&KEY, &claim()).await.unwrap_err();
     assert_eq!(error.kind(), StorageErrorKind::Unavailable);
     postgres
-        .execute("SET default_transaction_read_only = off; ALTER DATABASE postgres RESET default_transaction_read_only")
+        .execute(
+            "BEGIN READ WRITE; ALTER DATABASE postgres RESET default_transaction_read_only; COMMIT",
+        )
         .await;
     // A connection that was kept would still be read-only.
     assert_eq!(

@@ -12,6 +12,7 @@ use sqlx::{
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgConnection, PgRow},
 };
+use tokio::runtime::Handle;
 
 use super::{
     super::table::InvalidTableName,
@@ -142,7 +143,10 @@ impl Link {
         // After a restart of the server all connections of the pool are lost.
         let most_lost = pool.options().get_max_connections();
         loop {
-            let mut lent = Lent(Some(pool.acquire().await?));
+            let mut lent = Lent {
+                connection: Some(pool.acquire().await?),
+                is_replaced: pool.options().get_min_connections() > 0,
+            };
             let error = match lent.send(self.protocol, text, values).await {
                 Ok(rows) => {
                     lent.give_back();
@@ -195,7 +199,11 @@ pub(super) fn jittered(env: &Env, pause: Duration) -> Duration {
 }
 
 /// A connection that is closed when it is dropped in the middle of a statement, so that no other statement waits for that one.
-struct Lent(Option<PoolConnection<Postgres>>);
+struct Lent {
+    connection: Option<PoolConnection<Postgres>>,
+    /// Whether the pool starts a task for each connection that it loses.
+    is_replaced: bool,
+}
 
 impl Lent {
     async fn send(
@@ -204,7 +212,7 @@ impl Lent {
         text: &str,
         values: &[Value<'_>],
     ) -> Result<Vec<PgRow>, sqlx::Error> {
-        let Some(connection) = &mut self.0 else {
+        let Some(connection) = &mut self.connection else {
             return Err(sqlx::Error::PoolClosed);
         };
         let connection: &mut PgConnection = connection;
@@ -227,15 +235,21 @@ impl Lent {
     }
 
     fn give_back(&mut self) {
-        self.0 = None;
+        self.connection = None;
     }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
-            drop(connection.detach());
+        let Some(connection) = self.connection.take() else {
+            return;
+        };
+        if self.is_replaced && Handle::try_current().is_err() {
+            // The driver would panic: there is no runtime for its task.
+            std::mem::forget(connection);
+            return;
         }
+        drop(connection.detach());
     }
 }
 
