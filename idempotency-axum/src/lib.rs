@@ -154,6 +154,7 @@
 //! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
 //! | `settings` | yes | [`Settings`] and [`IdempotencyLayer::from_settings`]: the layer from a file or the environment |
+//! | `postgres` | no | [`PostgresStorage`]: records and claims in a table of PostgreSQL, which any number of processes share |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -192,6 +193,8 @@ pub use idempotency_macros::{idempotency_exempt, idempotency_key};
 
 #[cfg(feature = "memory")]
 pub use idempotency_core::MemoryStorage;
+#[cfg(feature = "postgres")]
+pub use idempotency_core::PostgresStorage;
 #[cfg(feature = "redis")]
 pub use idempotency_core::RedisStorage;
 #[cfg(feature = "settings")]
@@ -255,9 +258,15 @@ pub mod storage {
         LockedStorage, NewClaim, Outcome, ProcessLock, Record, Storage, StorageError,
         StorageErrorKind, StoredResponse, Token, TombstoneReason,
     };
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[doc(inline)]
+    pub use idempotency_core::{InvalidTableName, Purger};
     #[cfg(feature = "memory")]
     #[doc(inline)]
     pub use idempotency_core::{MemoryStorageBuilder, MokaCache, NearCache, WhenFull};
+    #[cfg(feature = "postgres")]
+    #[doc(inline)]
+    pub use idempotency_core::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind};
     #[cfg(feature = "redis")]
     #[doc(inline)]
     pub use idempotency_core::{

@@ -61,6 +61,7 @@
 //! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
 //! | `settings` | yes | [`Settings`]: [`Config`] and the storages from a file or the environment |
+//! | `postgres` | no | [`PostgresStorage`]: records and claims in a table of PostgreSQL, which any number of processes share |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -106,10 +107,16 @@ pub use self::{
 #[cfg(feature = "redis")]
 pub use redis;
 
+/// The driver of PostgreSQL and SQLite, for its pools and connections.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use sqlx;
+
 #[cfg(any(test, feature = "conformance"))]
 pub use self::env::SimulatedClock;
 #[cfg(feature = "settings")]
 pub use self::settings::{Opened, Settings, SettingsError, SettingsErrorKind};
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use self::storage::sql::{purger::Purger, table::InvalidTableName};
 #[cfg(feature = "memory")]
 pub use self::storage::{
     MokaCache, NearCache,
@@ -122,4 +129,10 @@ pub use self::storage::{
         RedisStorage,
         connect::{RedisConnect, RedisConnectError, RedisConnectErrorKind},
     },
+};
+
+#[cfg(feature = "postgres")]
+pub use self::storage::sql::postgres::{
+    PostgresStorage,
+    connect::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind},
 };

@@ -17,6 +17,7 @@ pub mod fuzz;
 pub mod incoming;
 pub mod listen;
 pub mod node;
+pub mod postgres;
 pub mod redis;
 pub mod runs;
 pub mod server;

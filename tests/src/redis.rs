@@ -11,3 +11,5 @@ pub use self::{
     proxy::{Chaos, Late, Proxy, Withheld},
     server::{Monitor, Redis, RedisBuilder, free_port},
 };
+
+pub(crate) use self::server::{directory, send_signal};

@@ -27,6 +27,12 @@ impl Spec {
         Self { binary, variables }
     }
 
+    /// The same in front of the PostgreSQL at `url`, whose table is there.
+    pub fn postgres(binary: &'static str, url: &str) -> Self {
+        let variables = HashMap::from([("POSTGRES_URL", url.to_owned())]);
+        Self { binary, variables }
+    }
+
     /// How long its leases are. Default: 30 s.
     pub fn lease(self, lease: Duration) -> Self {
         self.variable("LEASE_MS", lease.as_millis().to_string())

@@ -352,7 +352,7 @@ pub fn free_port() -> u16 {
 }
 
 /// An empty directory, whose name is short enough for a socket in it.
-pub(super) fn directory(name: &str) -> PathBuf {
+pub(crate) fn directory(name: &str) -> PathBuf {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let directory = std::env::temp_dir().join(format!("{name}-{}-{number}", std::process::id()));
@@ -363,7 +363,7 @@ pub(super) fn directory(name: &str) -> PathBuf {
 }
 
 /// `kill`: there is no other way to send a signal without unsafe code.
-pub(super) fn send_signal(signal: &str, process: u32) {
+pub(crate) fn send_signal(signal: &str, process: u32) {
     let mut kill = Command::new("kill");
     kill.arg(signal).arg(process.to_string());
     assert!(kill.status().expect("kill runs").success(), "kill {signal}");
