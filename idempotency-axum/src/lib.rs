@@ -153,6 +153,7 @@
 //! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
 //! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
+//! | `sqlite` | no | [`SqliteStorage`]: records and claims in one SQLite file, for the processes of one machine; SQLite is compiled in |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -192,6 +193,8 @@ pub use idempotency_macros::{idempotency_exempt, idempotency_key};
 pub use idempotency_core::MemoryStorage;
 #[cfg(feature = "redis")]
 pub use idempotency_core::RedisStorage;
+#[cfg(feature = "sqlite")]
+pub use idempotency_core::SqliteStorage;
 pub use idempotency_core::{Config, Scope, Settings, StoreOn};
 
 pub use self::{
@@ -248,6 +251,9 @@ pub mod storage {
         LockedStorage, NewClaim, Outcome, ProcessLock, Record, Storage, StorageError,
         StorageErrorKind, StoredResponse, Token, TombstoneReason,
     };
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[doc(inline)]
+    pub use idempotency_core::{InvalidTableName, Purger};
     #[cfg(feature = "memory")]
     #[doc(inline)]
     pub use idempotency_core::{MemoryStorageBuilder, MokaCache, NearCache, WhenFull};
@@ -256,6 +262,9 @@ pub mod storage {
     pub use idempotency_core::{
         RedisCache, RedisConnect, RedisConnectError, RedisConnectErrorKind, RedisLock,
     };
+    #[cfg(feature = "sqlite")]
+    #[doc(inline)]
+    pub use idempotency_core::{SqliteStorageError, SqliteStorageErrorKind};
 }
 
 /// The types that the middleware and its extractors are made of. All of it can be imported from the root too.

@@ -49,6 +49,7 @@
 //! |---|---|---|
 //! | [`MemoryStorage`] | in this process, bounded by bytes | in this process |
 //! | [`RedisStorage`] | in Redis 7, Valkey or a Cluster of them | there, for any number of processes |
+//! | [`SqliteStorage`] | in one SQLite file, through restarts | there, for the processes of one machine |
 //! | [`LockedStorage`] | in any [`Cache`]: three functions | by any [`Lock`], say [`ProcessLock`]; no fencing where the lock has none |
 //! | [`NearCache`] over one of them | also in this process, for 60 s at most | where the storage keeps them |
 //! | your own [`Storage`] | | checked by the suite in [`storage::conformance`] |
@@ -60,6 +61,7 @@
 //! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
 //! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
+//! | `sqlite` | no | [`SqliteStorage`]: records and claims in one SQLite file, for the processes of one machine; SQLite is compiled in |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -104,8 +106,14 @@ pub use self::{
 #[cfg(feature = "redis")]
 pub use redis;
 
+/// The driver of PostgreSQL and SQLite, for its pools and connections.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use sqlx;
+
 #[cfg(any(test, feature = "conformance"))]
 pub use self::env::SimulatedClock;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use self::storage::sql::{purger::Purger, table::InvalidTableName};
 #[cfg(feature = "memory")]
 pub use self::storage::{
     MokaCache, NearCache,
@@ -121,4 +129,10 @@ pub use self::{
             connect::{RedisConnect, RedisConnectError, RedisConnectErrorKind},
         },
     },
+};
+
+#[cfg(feature = "sqlite")]
+pub use self::storage::sql::sqlite::{
+    SqliteStorage,
+    error::{SqliteStorageError, SqliteStorageErrorKind},
 };

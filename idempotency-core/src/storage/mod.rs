@@ -22,6 +22,8 @@ pub(crate) mod memory;
 mod near;
 #[cfg(feature = "redis")]
 pub(crate) mod redis;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) mod sql;
 
 pub use self::{
     any::AnyStorage,

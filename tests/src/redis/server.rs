@@ -352,7 +352,7 @@ pub fn free_port() -> u16 {
 }
 
 /// An empty directory, whose name is short enough for a socket in it.
-pub(super) fn directory(name: &str) -> PathBuf {
+pub(crate) fn directory(name: &str) -> PathBuf {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let directory = std::env::temp_dir().join(format!("{name}-{}-{number}", std::process::id()));

@@ -1,0 +1,6 @@
+//! Claims and records in a table of a database.
+
+pub(crate) mod purger;
+#[cfg(feature = "sqlite")]
+pub(crate) mod sqlite;
+pub(crate) mod table;
