@@ -49,7 +49,7 @@ async fn a_read_only_file_replays_and_refuses_claims() {
     assert_caused_by(&error, StorageErrorKind::Unavailable, Kind::ReadOnly);
     let error = storage.remove(&KEY).await.unwrap_err();
     assert_caused_by(&error, StorageErrorKind::Unavailable, Kind::ReadOnly);
-    let error = storage.table("other").migrate().await.unwrap_err();
+    let error = storage.migrate().await.unwrap_err();
     assert_eq!(error.kind(), Kind::ReadOnly);
     let step = error.to_string();
     assert!(step.contains("let this process write"), "{step}");

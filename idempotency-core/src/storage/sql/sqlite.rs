@@ -196,7 +196,7 @@ impl SqliteStorage {
         &self.pool
     }
 
-    /// Makes the table if it does not exist. Any number of processes may call it at once, and each time they start.
+    /// Makes the table if it does not exist, and checks that it can be written. Any number of processes may call it at once, and each time they start.
     ///
     /// It has no other effect, and never touches `_sqlx_migrations`. To make the table by a migration of your own, take the [schema
     /// below](Self#schema).
@@ -219,6 +219,8 @@ impl SqliteStorage {
             ));
         }
         database.write(index).await?;
+        // A file that this process may only read would look fine until the first claim.
+        database.write(statements.probe()).await?;
         Ok(())
     }
 

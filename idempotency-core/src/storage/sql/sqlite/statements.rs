@@ -32,6 +32,7 @@ pub(super) struct Statements {
     remove: Arc<str>,
     purge: Arc<str>,
     columns: Arc<str>,
+    probe: String,
     schema: [String; 2],
     schema_name: String,
     table_name: String,
@@ -89,6 +90,7 @@ impl Statements {
                 "DELETE FROM {t} WHERE rowid IN (SELECT rowid FROM {t} WHERE expires_at <= {NOW} LIMIT ?2) RETURNING 1"
             )
             .into(),
+            probe: format!("DELETE FROM {t} WHERE key = x''"),
             columns: "SELECT name FROM pragma_table_info(?1, ?2)".into(),
             schema: schema(&t, &name),
             schema_name,
@@ -99,6 +101,11 @@ impl Statements {
     /// What makes the table and its index, if they do not exist.
     pub(super) fn schema(&self) -> [Statement; 2] {
         self.schema.each_ref().map(|sql| Statement::new(&**sql))
+    }
+
+    /// Changes nothing, and fails where nothing can be changed. (`BEGIN IMMEDIATE` would not.)
+    pub(super) fn probe(&self) -> Statement {
+        Statement::new(&*self.probe)
     }
 
     /// The names of the table's columns; none if it does not exist.
