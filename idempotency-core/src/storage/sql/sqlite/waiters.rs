@@ -12,7 +12,8 @@ use tokio::sync::Notify;
 
 use crate::{EncodedKey, Env, StorageError, key::HashKeys};
 
-/// The waiters of one key look this often at first, all together, and at last as often as [`LONGEST`].
+/// A waiter looks again after this, then after twice as long, and at last every [`LONGEST`]; not if another waiter of the key has
+/// looked meanwhile.
 const FIRST: Duration = Duration::from_millis(10);
 const LONGEST: Duration = Duration::from_millis(500);
 
@@ -108,8 +109,8 @@ impl Waiters {
                     }
                 }
                 waiter.owes_a_wake = false;
-                interval = (interval * 2).min(LONGEST);
             }
+            interval = (interval * 2).min(LONGEST);
             let now = env.now();
             if now >= deadline {
                 return Ok(());
@@ -220,6 +221,8 @@ mod tests {
     }
 
     async fn is_pending<F: Future + Unpin>(future: &mut F) -> bool {
+        // tokio lets a task do so much between two yields, and then all seems pending.
+        tokio::task::yield_now().await;
         poll_fn(|context| Poll::Ready(pin!(&mut *future).poll(context).is_pending())).await
     }
 
@@ -241,7 +244,7 @@ mod tests {
             }
         }
         let looks = claim.looks.load(SeqCst) - 100;
-        assert!((20..=120).contains(&looks), "{looks} looks in 30 s");
+        assert!((50..=70).contains(&looks), "{looks} looks in 30 s");
         drop(waits);
         assert_eq!(waiters.keys(), 0);
     }
