@@ -155,6 +155,7 @@
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
 //! | `settings` | yes | [`Settings`] and [`IdempotencyLayer::from_settings`]: the layer from a file or the environment |
 //! | `postgres` | no | [`PostgresStorage`]: records and claims in a table of PostgreSQL, which any number of processes share |
+//! | `sqlite` | no | [`SqliteStorage`]: records and claims in one SQLite file, for the processes of one machine; SQLite is compiled in |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -199,6 +200,8 @@ pub use idempotency_core::PostgresStorage;
 pub use idempotency_core::RedisStorage;
 #[cfg(feature = "settings")]
 pub use idempotency_core::Settings;
+#[cfg(feature = "sqlite")]
+pub use idempotency_core::SqliteStorage;
 pub use idempotency_core::{Config, Scope, StoreOn};
 
 pub use self::{
@@ -272,6 +275,9 @@ pub mod storage {
     pub use idempotency_core::{
         RedisCache, RedisConnect, RedisConnectError, RedisConnectErrorKind, RedisLock,
     };
+    #[cfg(feature = "sqlite")]
+    #[doc(inline)]
+    pub use idempotency_core::{SqliteStorageError, SqliteStorageErrorKind};
 }
 
 /// The types that the middleware and its extractors are made of. All of it can be imported from the root too.

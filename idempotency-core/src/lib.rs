@@ -49,6 +49,7 @@
 //! |---|---|---|
 //! | [`MemoryStorage`] | in this process, bounded by bytes | in this process |
 //! | [`RedisStorage`] | in Redis 7, Valkey or a Cluster of them | there, for any number of processes |
+//! | [`SqliteStorage`] | in one SQLite file, through restarts | there, for the processes of one machine |
 //! | [`LockedStorage`] | in any [`Cache`]: three functions | by any [`Lock`], say [`ProcessLock`]; no fencing where the lock has none |
 //! | [`NearCache`] over one of them | also in this process, for 60 s at most | where the storage keeps them |
 //! | your own [`Storage`] | | checked by the suite in [`storage::conformance`] |
@@ -62,6 +63,7 @@
 //! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
 //! | `settings` | yes | [`Settings`]: [`Config`] and the storages from a file or the environment |
 //! | `postgres` | no | [`PostgresStorage`]: records and claims in a table of PostgreSQL, which any number of processes share |
+//! | `sqlite` | no | [`SqliteStorage`]: records and claims in one SQLite file, for the processes of one machine; SQLite is compiled in |
 //! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
@@ -135,4 +137,10 @@ pub use self::storage::{
 pub use self::storage::sql::postgres::{
     PostgresStorage,
     connect::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind},
+};
+
+#[cfg(feature = "sqlite")]
+pub use self::storage::sql::sqlite::{
+    SqliteStorage,
+    error::{SqliteStorageError, SqliteStorageErrorKind},
 };

@@ -22,6 +22,7 @@ pub mod redis;
 pub mod runs;
 pub mod server;
 pub mod sim;
+pub mod sqlite;
 
 pub use self::{
     client::{Answer, Call, Protocol},

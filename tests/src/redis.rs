@@ -5,6 +5,7 @@ mod process;
 mod proxy;
 mod server;
 
+pub(crate) use self::server::directory;
 pub use self::{
     cluster::Cluster,
     process::{Process, Spec},

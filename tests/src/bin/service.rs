@@ -1,4 +1,4 @@
-//! An order service behind a Redis or a PostgreSQL, as a process for tests to stop and to kill. It prints a line for each run of its handler and
+//! An order service behind a Redis, a PostgreSQL or a SQLite file, as a process for tests to stop and to kill. It prints a line for each run of its handler and
 //! for each event, and takes `go` lines on stdin where its handlers are held.
 
 #![allow(
@@ -11,7 +11,7 @@ use std::{env, error::Error, sync::Arc, time::Duration};
 use axum::{Router, extract::State, http::StatusCode, routing::post};
 use idempotency_axum::{
     AnyStorage, Config, Event, IdempotencyKey, IdempotencyLayer, LockPolicy, PostgresStorage,
-    RedisStorage, idempotency_key,
+    RedisStorage, SqliteStorage, idempotency_key,
 };
 use idempotency_tests::PATIENCE;
 use tokio::{
@@ -41,14 +41,7 @@ async fn create_order(State(service): State<Service>, key: IdempotencyKey) -> (S
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
-    // A busy machine is no fault of the storage.
-    let storage = match env::var("POSTGRES_URL") {
-        Ok(url) => AnyStorage::new(PostgresStorage::connect(url).time_limit(PATIENCE).await?),
-        Err(_) => {
-            let url = env::var("REDIS_URL")?;
-            AnyStorage::new(RedisStorage::connect(url).time_limit(PATIENCE).await?)
-        }
-    };
+    let storage = storage().await?;
     let milliseconds = |name| -> Result<Option<Duration>, Box<dyn Error>> {
         match env::var(name) {
             Ok(number) => Ok(Some(Duration::from_millis(number.parse()?))),
@@ -88,4 +81,20 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("listens {}", listener.local_addr()?);
     axum::serve(listener, app).await?;
     Ok(())
+}
+
+/// The storage at `SQLITE_URL` or `REDIS_URL`. A busy machine is no fault of it, so its time limit is long.
+async fn storage() -> Result<AnyStorage, Box<dyn Error>> {
+    if let Ok(url) = env::var("SQLITE_URL") {
+        let storage = SqliteStorage::open(url).await?.time_limit(PATIENCE);
+        storage.migrate().await?;
+        return Ok(AnyStorage::new(storage));
+    }
+    if let Ok(url) = env::var("POSTGRES_URL") {
+        let storage = PostgresStorage::connect(url).time_limit(PATIENCE).await?;
+        return Ok(AnyStorage::new(storage));
+    }
+    let url = env::var("REDIS_URL")?;
+    let storage = RedisStorage::connect(url).time_limit(PATIENCE).await?;
+    Ok(AnyStorage::new(storage))
 }

@@ -33,6 +33,12 @@ impl Spec {
         Self { binary, variables }
     }
 
+    /// A service of this executable in front of the SQLite file at `url`.
+    pub fn sqlite(binary: &'static str, url: &str) -> Self {
+        let variables = HashMap::from([("SQLITE_URL", url.to_owned())]);
+        Self { binary, variables }
+    }
+
     /// How long its leases are. Default: 30 s.
     pub fn lease(self, lease: Duration) -> Self {
         self.variable("LEASE_MS", lease.as_millis().to_string())

@@ -3,4 +3,6 @@
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
 pub(crate) mod purger;
+#[cfg(feature = "sqlite")]
+pub(crate) mod sqlite;
 pub(crate) mod table;

@@ -1,0 +1,386 @@
+//! The connections of a storage: one that writes, and some that read.
+//!
+//! Tasks on the [background runtime](crate::Env::background) own the connections and take jobs from two queues. So no runtime of the
+//! program that stands still or ends holds a connection, or a lock of the database. A job is one statement. A caller that
+//! is dropped leaves nothing half done: its job is skipped, or runs to its end.
+//!
+//! Writes that wait together are committed together, with one `fsync` for all.
+
+use std::{
+    borrow::Cow,
+    fmt, mem,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures_util::future::BoxFuture;
+use sqlx::{
+    Connection as _, Sqlite, SqliteConnection,
+    query::Query,
+    sqlite::{SqliteArguments, SqliteConnectOptions, SqliteRow, SqliteSynchronous},
+};
+use tokio::sync::{
+    mpsc::{self, UnboundedReceiver, UnboundedSender},
+    oneshot,
+};
+
+use super::{
+    error::{self, SqliteStorageError, SqliteStorageErrorKind},
+    waiters::Wake,
+};
+use crate::Env;
+
+/// How many connections read. Each has a thread, and answers most reads from memory.
+const READERS: usize = 4;
+
+/// How many writes are committed together at most, so that the first of them does not wait for a crowd.
+const BATCH: usize = 64;
+
+/// How long SQLite waits for a lock by itself. Then the deadline is checked.
+const SLICE: Duration = Duration::from_millis(50);
+
+/// Between two tries where SQLite does not wait: when it opens the file, or recovers it.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Access to one file; clones share the connections.
+#[derive(Clone)]
+pub(super) struct Database {
+    reads: Arc<Lane>,
+    writes: Arc<Lane>,
+    /// How long a statement may take.
+    pub(super) limit: Duration,
+}
+
+impl Database {
+    pub(super) fn new(options: SqliteConnectOptions, limit: Duration) -> Self {
+        // A claim is a promise, so each is on the disk before it is made, whatever the user's connections do.
+        let options = options
+            .busy_timeout(SLICE)
+            .synchronous(SqliteSynchronous::Full);
+        Self {
+            reads: Arc::new(Lane::new(options.clone(), serve_reads)),
+            writes: Arc::new(Lane::new(options, serve_writes)),
+            limit,
+        }
+    }
+
+    /// The rows of a statement that does not write.
+    pub(super) async fn read(
+        &self,
+        statement: Statement,
+    ) -> Result<Vec<SqliteRow>, SqliteStorageError> {
+        self.run(&self.reads, statement, None).await
+    }
+
+    /// The rows of a statement that may write; it is committed.
+    pub(super) async fn write(
+        &self,
+        statement: Statement,
+    ) -> Result<Vec<SqliteRow>, SqliteStorageError> {
+        self.run(&self.writes, statement, None).await
+    }
+
+    /// The same; if it returns a row, waiters are woken, also if this future is dropped.
+    pub(super) async fn write_and_wake(
+        &self,
+        statement: Statement,
+        wake: Wake,
+    ) -> Result<Vec<SqliteRow>, SqliteStorageError> {
+        self.run(&self.writes, statement, Some(wake)).await
+    }
+
+    async fn run(
+        &self,
+        lane: &Lane,
+        statement: Statement,
+        wake: Option<Wake>,
+    ) -> Result<Vec<SqliteRow>, SqliteStorageError> {
+        let (reply, answer) = oneshot::channel();
+        lane.send(Job {
+            statement,
+            wake,
+            since: Env::system().now(),
+            limit: self.limit,
+            reply,
+        })?;
+        match answer.await {
+            Ok(answer) => answer,
+            Err(_) => Err(no_runtime()),
+        }
+    }
+}
+
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Database")
+            .field("limit", &self.limit)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One statement with its values.
+#[derive(Clone)]
+pub(super) struct Statement {
+    sql: Arc<str>,
+    values: Vec<Value>,
+}
+
+#[derive(Clone)]
+enum Value {
+    Number(Option<i64>),
+    Text(Cow<'static, str>),
+    Bytes(Vec<u8>),
+}
+
+impl Statement {
+    pub(super) fn new(sql: impl Into<Arc<str>>) -> Self {
+        Self {
+            sql: sql.into(),
+            values: Vec::new(),
+        }
+    }
+
+    #[must_use]
+    pub(super) fn number(self, number: impl Into<Option<i64>>) -> Self {
+        self.with(Value::Number(number.into()))
+    }
+
+    #[must_use]
+    pub(super) fn text(self, text: impl Into<Cow<'static, str>>) -> Self {
+        self.with(Value::Text(text.into()))
+    }
+
+    #[must_use]
+    pub(super) fn bytes(self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.with(Value::Bytes(bytes.into()))
+    }
+
+    fn with(mut self, value: Value) -> Self {
+        self.values.push(value);
+        self
+    }
+
+    fn query(&self) -> Query<'_, Sqlite, SqliteArguments<'_>> {
+        let query = sqlx::query(&self.sql);
+        self.values.iter().fold(query, |query, value| match value {
+            Value::Number(number) => query.bind(*number),
+            Value::Text(text) => query.bind(&**text),
+            Value::Bytes(bytes) => query.bind(&bytes[..]),
+        })
+    }
+}
+
+/// A statement, and the caller that waits for its rows.
+struct Job {
+    statement: Statement,
+    wake: Option<Wake>,
+    since: Duration,
+    limit: Duration,
+    reply: oneshot::Sender<Result<Vec<SqliteRow>, SqliteStorageError>>,
+}
+
+impl Job {
+    /// Whether its time limit is over.
+    fn is_late(&self) -> bool {
+        Env::system().now().saturating_sub(self.since) >= self.limit
+    }
+
+    /// The job, if there is time left for it and its caller still waits.
+    fn unless_late(self) -> Option<Self> {
+        if self.reply.is_closed() {
+            return None;
+        }
+        if self.is_late() {
+            self.answer(Err(SqliteStorageError::new(SqliteStorageErrorKind::Busy)));
+            return None;
+        }
+        Some(self)
+    }
+
+    fn answer(self, answer: Result<Vec<SqliteRow>, SqliteStorageError>) {
+        if let (Ok(rows), Some(wake)) = (&answer, self.wake)
+            && !rows.is_empty()
+        {
+            wake.wake();
+        }
+        // The caller may have been dropped.
+        let _ = self.reply.send(answer);
+    }
+}
+
+/// A queue of jobs, and the tasks that serve it.
+struct Lane {
+    options: SqliteConnectOptions,
+    serve: fn(SqliteConnectOptions, UnboundedReceiver<Job>) -> Vec<BoxFuture<'static, ()>>,
+    /// `None` until it is used. `std`'s lock, because no section awaits.
+    queue: Mutex<Option<UnboundedSender<Job>>>,
+}
+
+impl Lane {
+    fn new(
+        options: SqliteConnectOptions,
+        serve: fn(SqliteConnectOptions, UnboundedReceiver<Job>) -> Vec<BoxFuture<'static, ()>>,
+    ) -> Self {
+        Self {
+            options,
+            serve,
+            queue: Mutex::new(None),
+        }
+    }
+
+    /// Queues a job. Starts the tasks if they were not started, or their runtime has ended.
+    fn send(&self, job: Job) -> Result<(), SqliteStorageError> {
+        // Nothing panics while it is locked.
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let job = match &*queue {
+            None => job,
+            Some(queue) => match queue.send(job) {
+                Ok(()) => return Ok(()),
+                Err(mpsc::error::SendError(job)) => job,
+            },
+        };
+        let Some(spawner) = Env::system().background() else {
+            return Err(no_runtime());
+        };
+        let (sender, jobs) = mpsc::unbounded_channel();
+        for task in (self.serve)(self.options.clone(), jobs) {
+            spawner.spawn(task);
+        }
+        // The receiver is in the task.
+        let _ = sender.send(job);
+        *queue = Some(sender);
+        Ok(())
+    }
+}
+
+/// The background runtime could not be started, and the one that stood in for it has ended.
+fn no_runtime() -> SqliteStorageError {
+    SqliteStorageError::other("there is no tokio runtime that drives the connection")
+}
+
+fn serve_reads(
+    options: SqliteConnectOptions,
+    jobs: UnboundedReceiver<Job>,
+) -> Vec<BoxFuture<'static, ()>> {
+    // Whoever is idle waits for the next job with this lock.
+    let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
+    let reader = || {
+        let (jobs, mut link) = (jobs.clone(), Link::new(options.clone()));
+        async move {
+            loop {
+                let next = jobs.lock().await.recv().await;
+                let Some(job) = next else { return };
+                link.serve(job).await;
+            }
+        }
+    };
+    (0..READERS).map(|_| Box::pin(reader()) as _).collect()
+}
+
+fn serve_writes(
+    options: SqliteConnectOptions,
+    mut jobs: UnboundedReceiver<Job>,
+) -> Vec<BoxFuture<'static, ()>> {
+    let mut link = Link::new(options);
+    let writer = async move {
+        let mut batch = Vec::new();
+        while jobs.recv_many(&mut batch, BATCH).await > 0 {
+            for job in mem::take(&mut batch) {
+                batch.extend(job.unless_late());
+            }
+            if batch.len() > 1 {
+                link.commit_together(&mut batch).await;
+            }
+            for job in batch.drain(..) {
+                link.serve(job).await;
+            }
+        }
+    };
+    vec![Box::pin(writer)]
+}
+
+/// One connection, made when it is needed and again after an error.
+struct Link {
+    options: SqliteConnectOptions,
+    connection: Option<SqliteConnection>,
+}
+
+impl Link {
+    fn new(options: SqliteConnectOptions) -> Self {
+        Self {
+            options,
+            connection: None,
+        }
+    }
+
+    /// Runs a statement by itself, and answers.
+    async fn serve(&mut self, job: Job) {
+        if let Some(job) = job.unless_late() {
+            let answer = self.run(&job).await;
+            job.answer(answer);
+        }
+    }
+
+    async fn run(&mut self, job: &Job) -> Result<Vec<SqliteRow>, SqliteStorageError> {
+        // Counted too: where the clock is paused, no time passes while SQLite waits.
+        let tries = 1 + job.limit.as_millis() / SLICE.as_millis();
+        for _ in 0..tries {
+            match self.execute(&job.statement).await {
+                Ok(rows) => return Ok(rows),
+                Err(busy) if error::is_busy(&busy) => {
+                    if job.is_late() {
+                        break;
+                    }
+                    Env::system().sleep(PAUSE).await;
+                }
+                Err(error) => {
+                    self.connection = None;
+                    return Err(SqliteStorageError::of(error));
+                }
+            }
+        }
+        Err(SqliteStorageError::new(SqliteStorageErrorKind::Busy))
+    }
+
+    /// Runs statements in one transaction, and answers them all; or none, if one fails: each is then to run by itself.
+    async fn commit_together(&mut self, batch: &mut Vec<Job>) {
+        if self
+            .execute(&Statement::new("BEGIN IMMEDIATE"))
+            .await
+            .is_err()
+        {
+            return;
+        }
+        match self.execute_all(batch).await {
+            Ok(answers) => {
+                for (job, rows) in batch.drain(..).zip(answers) {
+                    job.answer(Ok(rows));
+                }
+            }
+            Err(_) => {
+                // SQLite may have rolled back by itself; it then refuses this. A new connection has no transaction either way.
+                if self.execute(&Statement::new("ROLLBACK")).await.is_err() {
+                    self.connection = None;
+                }
+            }
+        }
+    }
+
+    async fn execute_all(&mut self, batch: &[Job]) -> Result<Vec<Vec<SqliteRow>>, sqlx::Error> {
+        let mut answers = Vec::with_capacity(batch.len());
+        for job in batch {
+            answers.push(self.execute(&job.statement).await?);
+        }
+        self.execute(&Statement::new("COMMIT")).await?;
+        Ok(answers)
+    }
+
+    /// Runs a statement to its end. (`fetch_one` would stop at the first row, and hide an error of the commit that follows.)
+    async fn execute(&mut self, statement: &Statement) -> Result<Vec<SqliteRow>, sqlx::Error> {
+        let connection = match &mut self.connection {
+            Some(connection) => connection,
+            none => none.insert(SqliteConnection::connect_with(&self.options).await?),
+        };
+        statement.query().fetch_all(connection).await
+    }
+}
