@@ -26,7 +26,8 @@ mod maker;
 pub(crate) mod prefix;
 mod scripts;
 pub(crate) mod server;
-mod subscriber;
+mod source;
+mod waits;
 
 /// Keeps claims and records in Redis 7 or newer, or Valkey: any number of processes, one execution. Clones share the connection.
 ///
@@ -417,7 +418,7 @@ mod tests {
     use futures_util::future::{BoxFuture, ready};
     use redis::{Cmd, RedisResult, Value};
 
-    use super::{connection::Connection, link::Link, subscriber::NotifySource, *};
+    use super::{connection::Connection, link::Link, source::NotifySource, *};
 
     /// Gives these answers, and is another connection after the command of this name.
     #[derive(Clone)]
