@@ -16,7 +16,8 @@ use axum::{Router, body::Body, extract::Request, routing::post};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use idempotency_axum::{
-    Config, IdempotencyLayer, RedisStorage,
+    Begin, Config, EncodedKey, Held, IdempotencyLayer, NewClaim, Record, RedisStorage, Storage as _,
+    Token,
     redis::{
         self, Arg, Client, Cmd, FromRedisValue as _, Pipeline, RedisFuture, Value,
         aio::{ConnectionLike, MultiplexedConnection},
@@ -64,7 +65,12 @@ pub fn run(profiled: Option<&str>) {
         for (name, _) in &bench.cases {
             println!("  {name:20} {:8.0} ns", quartiles(times[name].clone())[1]);
         }
-        for (case, raw) in [("redis first", "raw first"), ("redis replay", "raw replay")] {
+        for (case, raw) in [
+            ("storage first", "raw first"),
+            ("storage replay", "raw replay"),
+            ("layer first", "raw first"),
+            ("layer replay", "raw replay"),
+        ] {
             let ratios = times[case].iter().zip(&times[raw]);
             let [low, median, high] = quartiles(ratios.map(|(ours, raw)| raw / ours).collect());
             println!(
@@ -149,7 +155,8 @@ async fn cases(
     assert_eq!(commands.len(), 2, "a first execution is two commands");
 
     let storage = RedisStorage::connect(server.url()).await;
-    let shop = shop(storage.expect("Redis answers"));
+    let storage = storage.expect("Redis answers").prefix("bench");
+    let shop = shop(storage.clone());
     let ours = |fresh: bool| -> Case {
         let (shop, body) = (shop.clone(), body.clone());
         Arc::new(move |n| {
@@ -175,11 +182,40 @@ async fn cases(
             })
         })
     };
+    // Behind kind, token and checksum.
+    let record = Record::decode(Bytes::from(commands[1].words[5][22..].to_vec()));
+    let record = Arc::new(record.expect("a record"));
+    let storage = |fresh: bool| -> Case {
+        let (storage, record) = (storage.clone(), record.clone());
+        Arc::new(move |n| {
+            let (storage, record) = (storage.clone(), record.clone());
+            Box::pin(async move {
+                let mut key = [0; 32];
+                key[..8].copy_from_slice(&(if fresh { n } else { u64::MAX }).to_be_bytes());
+                let key = EncodedKey::from_bytes(key);
+                let claim = NewClaim {
+                    token: Token::random(),
+                    fingerprint: None,
+                    lease: Duration::from_secs(30),
+                };
+                match storage.begin(&key, &claim).await.expect("Redis answers") {
+                    Begin::Acquired => {
+                        let ttl = Duration::from_secs(86400);
+                        let held = storage.complete(&key, claim.token, &record, ttl).await;
+                        assert_eq!(held.expect("Redis answers"), Held::Yes);
+                    }
+                    begun => assert!(!fresh && matches!(begun, Begin::Completed(_))),
+                }
+            })
+        })
+    };
     vec![
         ("raw first", driver(true)),
-        ("redis first", ours(true)),
+        ("storage first", storage(true)),
+        ("layer first", ours(true)),
         ("raw replay", driver(false)),
-        ("redis replay", ours(false)),
+        ("storage replay", storage(false)),
+        ("layer replay", ours(false)),
     ]
 }
 

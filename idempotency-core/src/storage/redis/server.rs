@@ -111,7 +111,7 @@ impl Server {
             Err(refused) if refused.is_refusal() => {
                 let mut get = redis::cmd("GET");
                 get.arg(name);
-                match self.ask(&get).await? {
+                match Box::pin(self.ask(&get)).await? {
                     Value::Nil => return Err(refused.into_error()),
                     found => found,
                 }
