@@ -5,7 +5,7 @@
 
 use std::{fmt, future::Future, pin::pin, sync::Arc, task::Poll, time::Duration};
 
-use futures_util::future::{BoxFuture, Either, select};
+use futures_util::future::BoxFuture;
 
 mod background;
 #[cfg(any(test, feature = "conformance"))]
@@ -92,14 +92,15 @@ impl Env {
         work: impl Future<Output = T>,
     ) -> Option<T> {
         let mut work = pin!(work);
-        let first = std::future::poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await;
-        if let Poll::Ready(done) = first {
-            return Some(done);
-        }
-        match select(work, pin!(self.sleep(limit))).await {
-            Either::Left((done, _)) => Some(done),
-            Either::Right(_) => None,
-        }
+        let mut timer = None;
+        std::future::poll_fn(|cx| {
+            if let Poll::Ready(done) = work.as_mut().poll(cx) {
+                return Poll::Ready(Some(done));
+            }
+            let timer = timer.get_or_insert_with(|| self.0.sleep(limit));
+            timer.as_mut().poll(cx).map(|()| None)
+        })
+        .await
     }
 
     /// Fills `buffer` with random bytes.

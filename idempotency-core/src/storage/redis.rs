@@ -26,7 +26,8 @@ mod maker;
 pub(crate) mod prefix;
 mod scripts;
 pub(crate) mod server;
-mod subscriber;
+mod source;
+mod waits;
 
 /// Keeps claims and records in Redis 7 or newer, or Valkey: any number of processes, one execution. Clones share the connection.
 ///
@@ -199,7 +200,7 @@ impl RedisStorage {
         format!("{}:{key}", self.prefix)
     }
 
-    /// As much of what lies under `name` as tells it from all that may come after it.
+    /// Reads kind and token: the version that compare-and-delete checks.
     async fn first_bytes(&self, name: &str) -> Result<Bytes, StorageError> {
         let mut range = redis::cmd("GETRANGE");
         range.arg(name).arg(0).arg(17);
@@ -229,17 +230,16 @@ impl RedisStorage {
         }
     }
 
-    /// Waits for the replicas, if that is wanted, to have the claim that was made over the connection of this age. Where they have it
-    /// not, it is given back.
+    /// Waits until `count` replicas have the claim that was made over the connection of this age. If they do not have it in time, the
+    /// claim is released.
     async fn wait_for_replicas(
         &self,
         key: &EncodedKey,
         token: Token,
         age: u64,
+        count: u32,
+        timeout: Duration,
     ) -> Result<Replicated, StorageError> {
-        let Some((count, timeout)) = self.replicas else {
-            return Ok(Replicated::Yes);
-        };
         let mut wait = redis::cmd("WAIT");
         wait.arg(count).arg(milliseconds(timeout));
         let failed = match self.server.ask_once(&wait).await {
@@ -253,7 +253,7 @@ impl RedisStorage {
             Err(error) => error,
         };
         // Where this fails too, the claim ends with its lease.
-        let _ = self.release(key, token).await;
+        let _ = Box::pin(self.release(key, token)).await;
         Err(failed)
     }
 }
@@ -278,7 +278,8 @@ impl Storage for RedisStorage {
                     Entry::Completed(record) => return Ok(Begin::Completed(record)),
                     Entry::Claimed { .. } if found.token == claim.token => {
                         // An earlier call to which the answer was lost. The lease counts from now.
-                        if self.renew(key, claim.token, claim.lease).await? == Held::Lost {
+                        let renewed = self.renew(key, claim.token, claim.lease);
+                        if Box::pin(renewed).await? == Held::Lost {
                             continue;
                         }
                     }
@@ -293,7 +294,11 @@ impl Storage for RedisStorage {
                     }
                 }
             }
-            match self.wait_for_replicas(key, claim.token, age).await? {
+            let Some((count, timeout)) = self.replicas else {
+                return Ok(Begin::Acquired);
+            };
+            let replicated = self.wait_for_replicas(key, claim.token, age, count, timeout);
+            match Box::pin(replicated).await? {
                 Replicated::Yes => return Ok(Begin::Acquired),
                 Replicated::OverAnotherConnection => {}
             }
@@ -322,7 +327,11 @@ impl Storage for RedisStorage {
             stored => return stored,
         };
         tracing::warn!(target: "idempotency", %key, source = ?std::error::Error::source(&error), "Redis has no room for the answer: its key gets a tombstone");
-        completed(&scripts::COMPLETE_SMALL, &record.without_answer()).await
+        Box::pin(completed(
+            &scripts::COMPLETE_SMALL,
+            &record.without_answer(),
+        ))
+        .await
     }
 
     async fn renew(
@@ -417,7 +426,7 @@ mod tests {
     use futures_util::future::{BoxFuture, ready};
     use redis::{Cmd, RedisResult, Value};
 
-    use super::{connection::Connection, link::Link, subscriber::NotifySource, *};
+    use super::{connection::Connection, link::Link, source::NotifySource, *};
 
     /// Gives these answers, and is another connection after the command of this name.
     #[derive(Clone)]

@@ -24,6 +24,9 @@ use moka::{policy::EvictionPolicy, sync::Cache};
 use sha2::{Digest as _, Sha256};
 use tower::{Layer, Service, ServiceExt as _};
 
+#[path = "../redis.rs"]
+mod redis;
+
 /// Sends so many requests.
 type Case = Box<dyn FnMut(u64) -> Pin<Box<dyn Future<Output = ()>>>>;
 
@@ -257,6 +260,9 @@ fn main() {
         .skip(1)
         .filter(|argument| argument != "--bench")
         .collect();
+    if arguments.first().is_some_and(|argument| argument == "redis") {
+        return redis::run(arguments.get(1).map(String::as_str));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

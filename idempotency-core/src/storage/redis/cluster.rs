@@ -159,10 +159,7 @@ impl Cluster {
         let mut is_asking = false;
         for _ in 0..REDIRECTIONS {
             let node = self.0.node(&to)?;
-            let answer = match is_asking {
-                false => node.send(command, patience).await,
-                true => node.send_asking(command, patience).await,
-            };
+            let answer = node.answer(command, is_asking, patience).await;
             let Err(error) = answer else {
                 doubt.0 = None;
                 return answer;

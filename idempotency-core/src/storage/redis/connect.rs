@@ -17,7 +17,7 @@ use super::{
     prefix::Prefix,
     scripts,
     server::Server,
-    subscriber::{NotifySource, subscribing},
+    source::{NotifySource, subscribing},
 };
 use crate::{Env, RedisCache, RedisLock, RedisStorage, StorageError};
 

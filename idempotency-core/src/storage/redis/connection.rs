@@ -5,7 +5,10 @@
 //! serves every kind of server.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -81,131 +84,107 @@ pub(super) struct Reconnecting<M: Maker> {
     maker: Arc<M>,
     env: Env,
     /// `std`'s lock, because sections are short and never await.
-    state: Arc<Mutex<State<M::Connection>>>,
+    state: Mutex<State<M::Connection>>,
     /// A permit for each connection that was given up and is kept until what was sent through it is answered.
     given_up: Arc<Semaphore>,
 }
 
 struct State<C> {
+    /// How many attempts to connect there were.
     age: u64,
-    live: Option<Live<C>>,
-    making: Option<Making<C>>,
-    /// How many attempts there were.
-    attempts: u64,
-}
-
-struct Live<C> {
-    connection: C,
-    since: Duration,
-    /// How many commands in a row got no answer.
-    unanswered: u32,
-    /// Closed when the runtime that drives the connection has ended.
-    runtime: Weak<()>,
-    /// Dropped when the connection is given up, which is what its runtime waits for.
-    _end: oneshot::Sender<()>,
+    attempt: Option<Attempt<C>>,
 }
 
 /// One attempt to connect, which all callers share. It goes on when the callers that began it have run out of time.
-struct Making<C> {
-    number: u64,
+struct Attempt<C> {
     since: Duration,
-    outcome: Awaited<C>,
+    outcome: Outcome<C>,
 }
 
-type Awaited<C> = Shared<BoxFuture<'static, RedisResult<(u64, C)>>>;
+type Outcome<C> = Shared<BoxFuture<'static, RedisResult<Arc<Live<C>>>>>;
+
+struct Live<C> {
+    connection: C,
+    age: u64,
+    since: Duration,
+    /// How many commands in a row got no answer.
+    unanswered: AtomicU32,
+    /// Closed when the runtime that drives the connection has ended.
+    runtime: Weak<()>,
+    /// Dropped when the connection is given up, which is what its task waits for.
+    _end: oneshot::Sender<()>,
+}
 
 impl<M: Maker> Reconnecting<M> {
     pub(super) fn new(maker: M, env: Env) -> Self {
         Self {
             maker: Arc::new(maker),
             env,
-            state: Arc::new(Mutex::new(State {
+            state: Mutex::new(State {
                 age: 0,
-                live: None,
-                making: None,
-                attempts: 0,
-            })),
+                attempt: None,
+            }),
             given_up: Arc::new(Semaphore::new(GIVEN_UP)),
         }
     }
 
-    /// The connection, and its age.
-    pub(super) async fn connected(&self) -> RedisResult<(u64, M::Connection)> {
+    async fn connected(&self) -> RedisResult<Arc<Live<M::Connection>>> {
         let outcome = {
-            let now = self.env.now();
-            let mut state = lock(&self.state);
-            if let Some(live) = &state.live {
-                if live.runtime.strong_count() > 0 {
-                    return Ok((state.age, live.connection.clone()));
-                }
-                state.live = None;
+            let mut state = self.state();
+            let outcome = state.attempt.as_ref().map(|attempt| &attempt.outcome);
+            match outcome.and_then(Shared::peek) {
+                Some(Ok(live)) if live.runtime.strong_count() > 0 => return Ok(live.clone()),
+                Some(_) => state.attempt = None,
+                None => {}
             }
-            let under_way = state
-                .making
-                .as_ref()
-                .filter(|making| making.is_under_way(now));
-            match under_way.map(|making| making.outcome.clone()) {
-                Some(outcome) => outcome,
-                None => self.make(state, now)?,
-            }
+            self.connect(&mut state)?
         };
         outcome.await
     }
 
-    /// Begins to connect, in a task, so that it needs no caller to go on.
-    fn make(
-        &self,
-        mut state: MutexGuard<'_, State<M::Connection>>,
-        now: Duration,
-    ) -> RedisResult<Awaited<M::Connection>> {
+    /// Begins to connect, in a task, so that it needs no caller to go on; or joins an attempt that is under way.
+    fn connect(&self, state: &mut State<M::Connection>) -> RedisResult<Outcome<M::Connection>> {
+        let now = self.env.now();
+        if let Some(attempt) = &state.attempt
+            // Its runtime may stand still.
+            && now.saturating_sub(attempt.since) < MAKING
+        {
+            return Ok(attempt.outcome.clone());
+        }
         let Some(spawner) = self.env.spawner() else {
             return Err(gone("there is no tokio runtime to connect on"));
         };
         let (tell, told) = oneshot::channel();
         let told = told.map(|told| told.unwrap_or_else(|_| Err(gone("the tokio runtime ended"))));
         let outcome = told.boxed().shared();
-        state.attempts += 1;
-        let number = state.attempts;
-        state.making = Some(Making {
-            number,
+        state.age += 1;
+        state.attempt = Some(Attempt {
             since: now,
             outcome: outcome.clone(),
         });
-        // A runtime that shuts down drops the task at once.
-        drop(state);
-        let (maker, env, state) = (self.maker.clone(), self.env.clone(), self.state.clone());
+        let age = state.age;
+        let (maker, env) = (self.maker.clone(), self.env.clone());
         let given_up = self.given_up.clone();
+        // A runtime that shuts down drops the task at once.
         spawner.spawn(async move {
             let made = env.within(MAKING, attempts(&*maker, &env)).await;
             let made = made.unwrap_or_else(|| Err(gone("it takes too long to connect")));
             drop(maker);
+            let kept = made.as_ref().ok().cloned();
             let runtime = Arc::new(());
             let (end, ended) = oneshot::channel();
-            let mut kept = made.as_ref().ok().cloned();
-            let made = {
-                let mut state = lock(&state);
-                match state.making.take_if(|now| now.number == number) {
-                    Some(_) => made.map(|connection| {
-                        state.age += 1;
-                        state.live = Some(Live {
-                            connection: connection.clone(),
-                            since: env.now(),
-                            unanswered: 0,
-                            runtime: Arc::downgrade(&runtime),
-                            _end: end,
-                        });
-                        (state.age, connection)
-                    }),
-                    None => Err(gone("another attempt to connect took its place")),
-                }
-            };
-            // It would keep alive what it waits for.
-            drop(state);
-            kept.take_if(|_| made.is_err());
             // Perhaps nobody waits for it any more.
-            let _ = tell.send(made);
+            let _ = tell.send(made.map(|connection| {
+                Arc::new(Live {
+                    connection,
+                    age,
+                    since: env.now(),
+                    unanswered: AtomicU32::new(0),
+                    runtime: Arc::downgrade(&runtime),
+                    _end: end,
+                })
+            }));
             if let Some(connection) = kept {
-                // That it is dropped is what is waited for: the connection was given up, or the runtime ends.
                 let _ = ended.await;
                 last_answer(connection, &given_up, &env).await;
             }
@@ -214,111 +193,82 @@ impl<M: Maker> Reconnecting<M> {
         Ok(outcome)
     }
 
-    /// Sends a command by `ask`, and notes whether the connection answered.
-    async fn answer<'a>(
+    /// The answer to `command`, with `ASKING` before it from a node to which its slot is just being moved.
+    pub(super) async fn answer(
         &self,
+        command: &Cmd,
+        is_asking: bool,
         patience: Duration,
-        ask: impl Fn(M::Connection) -> BoxFuture<'a, RedisResult<Value>>,
     ) -> RedisResult<Value> {
         let mut may_be_replica = true;
         loop {
-            let (age, connection) = self.connected().await?;
+            let live = self.connected().await?;
             let mut question = Question {
                 connection: self,
-                age,
-                since: self.env.now(),
-                patience,
+                live: &live,
+                // Most calls have no patience, and need no clock.
+                until: (!patience.is_zero()).then(|| self.env.now().saturating_add(patience)),
                 is_answered: false,
             };
-            let answer = ask(connection).await;
+            let mut connection = live.connection.clone();
+            let answer = match is_asking {
+                false => connection.req_packed_command(command).await,
+                true => Box::pin(ask(connection, command)).await,
+            };
+            let answer = answer.and_then(Value::extract_error);
             question.is_answered = true;
-            drop(question);
-            let Err(error) = &answer else {
-                self.answered(age);
-                return answer;
+            let error = match answer {
+                Err(error) => error,
+                answer => {
+                    live.answered();
+                    return answer;
+                }
             };
             if !error.is_io_error() {
-                self.answered(age);
+                live.answered();
             }
-            if may_be_replica && is_of_a_replica(error) && self.discard_replica(age) {
+            if may_be_replica && is_of_a_replica(&error) && self.discard_replica(&live) {
                 // It did nothing, so the new master, if there is one to be found, may do it.
                 may_be_replica = false;
                 continue;
             }
             // The driver means to go on where the kernel gave a connection up (`TimedOut`, `HostUnreachable`).
             if error.is_io_error() || error.is_unrecoverable_error() {
-                self.discard(age);
+                self.discard(&live);
             }
-            return answer;
+            return Err(error);
         }
     }
 
-    /// The answer to `command` from a node to which its slot is just being moved.
-    pub(super) async fn send_asking(
-        &self,
-        command: &Cmd,
-        patience: Duration,
-    ) -> RedisResult<Value> {
-        let mut both = redis::pipe();
-        both.cmd("ASKING").ignore().add_command(command.clone());
-        let both = &both;
-        let ask = |mut connection: M::Connection| {
-            async move {
-                // What the driver makes of a pipeline's errors has neither code nor detail.
-                let answers = connection.req_packed_commands(both, 0, 2).await?;
-                let mut answers = answers.into_iter().map(Value::extract_error);
-                let asked = answers.next().unwrap_or(Ok(Value::Nil));
-                let answer = answers.next().unwrap_or(Ok(Value::Nil));
-                // What was done counts, and otherwise what went wrong first.
-                answer.or_else(|error| asked.and(Err(error)))
-            }
-            .boxed()
-        };
-        self.answer(patience, ask).await
-    }
-
-    /// The connection of this `age` has answered.
-    fn answered(&self, age: u64) {
-        let mut state = lock(&self.state);
-        if state.age == age
-            && let Some(live) = &mut state.live
-        {
-            live.unanswered = 0;
+    /// Gives up a connection: the next command gets another one.
+    fn discard(&self, live: &Live<M::Connection>) {
+        let mut state = self.state();
+        if state.age == live.age {
+            state.attempt = None;
         }
     }
 
-    /// The connection of this `age` has not answered.
-    fn unanswered(&self, age: u64) {
-        let mut state = lock(&self.state);
-        if state.age != age {
-            return;
+    /// Gives up a connection to a replica if it is old enough. Returns whether the next command gets another one.
+    fn discard_replica(&self, live: &Live<M::Connection>) -> bool {
+        if self.env.now().saturating_sub(live.since) >= REPLICA {
+            self.discard(live);
         }
-        state.live.take_if(|live| {
-            live.unanswered += 1;
-            live.unanswered >= UNANSWERED
-        });
+        let state = self.state();
+        state.age != live.age || state.attempt.is_none()
     }
 
-    /// Gives up the connection of this `age`: the next command gets another one.
-    fn discard(&self, age: u64) {
-        let mut state = lock(&self.state);
-        if state.age == age {
-            state.live = None;
-        }
+    /// Nothing under this lock panics, so a poisoned one is whole.
+    fn state(&self) -> MutexGuard<'_, State<M::Connection>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    /// Says whether the connection of this age led to a replica for long enough to be given up.
-    fn discard_replica(&self, age: u64) -> bool {
-        let now = self.env.now();
-        let mut state = lock(&self.state);
-        let is_old = state
-            .live
-            .as_ref()
-            .is_none_or(|live| now.saturating_sub(live.since) >= REPLICA);
-        if state.age == age && is_old {
-            state.live = None;
+impl<C> Live<C> {
+    fn answered(&self) {
+        // Mostly it is zero, and reading shares its cache line.
+        if self.unanswered.load(Relaxed) > 0 {
+            self.unanswered.store(0, Relaxed);
         }
-        state.age != age || is_old
     }
 }
 
@@ -328,47 +278,48 @@ impl<M: Maker> Connection for Reconnecting<M> {
         command: &'a Cmd,
         patience: Duration,
     ) -> BoxFuture<'a, RedisResult<Value>> {
-        let ask = move |mut connection: M::Connection| {
-            async move {
-                let answer = connection.req_packed_command(command).await;
-                answer.and_then(Value::extract_error)
-            }
-            .boxed()
-        };
-        self.answer(patience, ask).boxed()
+        Box::pin(self.answer(command, false, patience))
     }
 
     fn age(&self) -> u64 {
-        lock(&self.state).age
+        self.state().age
     }
 }
 
-/// A command that was sent over the connection of this age.
+/// A command that was sent. Dropped without an answer, it counts as unanswered.
 struct Question<'a, M: Maker> {
     connection: &'a Reconnecting<M>,
-    age: u64,
-    since: Duration,
-    patience: Duration,
+    live: &'a Live<M::Connection>,
+    /// Dropped before, it does not count.
+    until: Option<Duration>,
     is_answered: bool,
 }
 
 impl<M: Maker> Drop for Question<'_, M> {
     fn drop(&mut self) {
-        if self.is_answered {
+        let Self {
+            connection, live, ..
+        } = self;
+        if self.is_answered || self.until.is_some_and(|until| connection.env.now() < until) {
             return;
         }
-        let waited = self.connection.env.now().saturating_sub(self.since);
-        if waited >= self.patience {
-            self.connection.unanswered(self.age);
+        if live.unanswered.fetch_add(1, Relaxed) + 1 >= UNANSWERED {
+            connection.discard(live);
         }
     }
 }
 
-impl<C: Clone> Making<C> {
-    /// What has ended without a connection is not waited for again, nor what stands on a runtime that nobody runs.
-    fn is_under_way(&self, now: Duration) -> bool {
-        self.outcome.peek().is_none() && now.saturating_sub(self.since) < MAKING
-    }
+/// The answer to `command` after `ASKING`.
+async fn ask(mut connection: impl ConnectionLike, command: &Cmd) -> RedisResult<Value> {
+    let mut both = redis::pipe();
+    both.cmd("ASKING").ignore().add_command(command.clone());
+    // The driver's error of a pipeline has neither code nor detail.
+    let answers = connection.req_packed_commands(&both, 0, 2).await?;
+    let mut answers = answers.into_iter().map(Value::extract_error);
+    let asked = answers.next().unwrap_or(Ok(Value::Nil));
+    let answer = answers.next().unwrap_or(Ok(Value::Nil));
+    // The command may have succeeded all the same; otherwise the first error counts.
+    answer.or_else(|error| asked.and(Err(error)))
 }
 
 /// Keeps a connection that was given up until all that was sent through it has been answered.
@@ -398,11 +349,6 @@ async fn attempts<M: Maker>(maker: &M, env: &Env) -> RedisResult<M::Connection> 
         env.sleep(pause).await;
     }
     Err(failure.unwrap_or_else(|| gone("there was no attempt to connect")))
-}
-
-/// Nothing under this lock panics, so a poisoned one is whole.
-fn lock<C>(state: &Mutex<State<C>>) -> MutexGuard<'_, State<C>> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A master that has become a replica keeps its connections, and refuses what changes something.

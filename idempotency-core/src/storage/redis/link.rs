@@ -117,7 +117,7 @@ impl Link {
         match self.send(&known, repeatable, patience).await {
             Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
                 let whole = script_command("EVAL", &script.code, key, arguments);
-                self.send(&whole, repeatable, patience).await
+                Box::pin(self.send(&whole, repeatable, patience)).await
             }
             answer => answer,
         }

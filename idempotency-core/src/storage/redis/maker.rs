@@ -84,12 +84,16 @@ impl Maker for Sentinels {
     }
 }
 
+/// How many commands wait for the task that writes them to a connection, before further senders have to wait.
+const COMMANDS: usize = 1024;
+
 pub(super) async fn connect(
     client: &Client,
     limit: Duration,
 ) -> RedisResult<MultiplexedConnection> {
-    // The sender limits the time of a command.
+    // The sender limits the time of a command, and the engine their number.
     let config = AsyncConnectionConfig::new()
+        .set_pipeline_buffer_size(COMMANDS)
         .set_connection_timeout(Some(limit))
         .set_response_timeout(None);
     client

@@ -10,7 +10,8 @@ use super::{
     link::{Failure, Link, Repeatable, bytes_of, milliseconds},
     maker::{Sentinels, with_tcp},
     scripts::{self, Script},
-    subscriber::{NotifySource, Subscriber},
+    source::NotifySource,
+    waits::Waits,
 };
 use crate::{Env, Held, NewClaim, StorageError, Token};
 
@@ -18,7 +19,7 @@ use crate::{Env, Held, NewClaim, StorageError, Token};
 #[derive(Clone)]
 pub(crate) struct Server {
     link: Link,
-    subscriber: Arc<Subscriber>,
+    waits: Arc<Waits>,
 }
 
 impl Server {
@@ -27,8 +28,8 @@ impl Server {
 
     /// Redis behind `link`, with notifications from `source`.
     pub(super) fn new(link: Link, source: NotifySource) -> Self {
-        let subscriber = Arc::new(Subscriber::new(link.clone(), source));
-        Self { link, subscriber }
+        let waits = Arc::new(Waits::new(link.clone(), source));
+        Self { link, waits }
     }
 
     /// Redis behind a connection of the user's, which has no notifications.
@@ -59,7 +60,7 @@ impl Server {
     pub(crate) fn limited(self, limit: Duration) -> Self {
         let mut link = self.link;
         link.limit = limit;
-        Self::new(link, self.subscriber.source().clone())
+        Self::new(link, self.waits.source().clone())
     }
 
     /// How often the connection was made.
@@ -110,7 +111,7 @@ impl Server {
             Err(refused) if refused.is_refusal() => {
                 let mut get = redis::cmd("GET");
                 get.arg(name);
-                match self.ask(&get).await? {
+                match Box::pin(self.ask(&get)).await? {
                     Value::Nil => return Err(refused.into_error()),
                     found => found,
                 }
@@ -144,7 +145,7 @@ impl Server {
     /// Returns when `name` has no claim, or after `timeout`. After a release it returns for one waiter first, and soon for the others
     /// if that one leaves the key free.
     pub(crate) async fn wait(&self, name: &str, timeout: Duration) -> Result<(), StorageError> {
-        self.subscriber.wait(name, timeout).await
+        self.waits.wait(name, timeout).await
     }
 }
 

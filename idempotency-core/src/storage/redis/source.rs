@@ -7,12 +7,12 @@ use redis::{
     aio::{PubSubSink, PubSubStream},
 };
 
-use super::super::maker::Sentinels;
+use super::maker::Sentinels;
 use crate::Env;
 
 /// Where notifications of ended claims come from.
 #[derive(Clone)]
-pub(in super::super) enum NotifySource {
+pub(super) enum NotifySource {
     /// Any of these servers, the first that accepts the connection: every server of a Cluster gets the messages of all channels. May be
     /// empty.
     Any(Vec<Client>),
@@ -22,7 +22,7 @@ pub(in super::super) enum NotifySource {
 
 impl NotifySource {
     /// None: waiters poll.
-    pub(in super::super) fn none() -> Self {
+    pub(super) fn none() -> Self {
         Self::Any(Vec::new())
     }
 
@@ -57,7 +57,7 @@ impl NotifySource {
 }
 
 /// Settings of the subscribed connection: no `CLIENT SETINFO`, and RESP2.
-pub(in super::super) fn subscribing(server: &ConnectionInfo) -> RedisResult<Client> {
+pub(super) fn subscribing(server: &ConnectionInfo) -> RedisResult<Client> {
     let settings = server.redis_settings().clone();
     let settings = settings
         .set_skip_set_lib_name()
