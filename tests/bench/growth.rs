@@ -17,7 +17,7 @@ use tokio::{
 use crate::{
     apps::{Floor, Key, Load, UNLIMITED, bare, memory, protected, send, weight},
     heap,
-    measure::{Case, Rounds, Spread, WARM_UP, alternate, cpu},
+    measure::{Case, Rounds, Spread, WARM_UP, cpu},
     on_one_thread,
     report::{Limit, Report},
 };
@@ -26,20 +26,20 @@ const SIZE: usize = 256;
 
 /// First executions on storages that hold so many records and evict one for each new one, as the floor's cache does.
 pub fn records(report: &mut Report) {
+    const ROUNDS: u64 = 16;
     let runtime = on_one_thread();
     let weight = weight(SIZE);
     let mut bare = Load::new(bare().with_state(()), SIZE).key(Key::Fresh);
     let bare = |count| runtime.block_on(bare.send(count));
-    let mut cases: Vec<Case<'_>> = vec![("bare".to_owned(), Box::new(bare))];
+    let mut cases: Vec<(u64, Case<'_>)> = vec![(2000, ("bare".to_owned(), Box::new(bare)))];
     for exponent in 3..=6 {
-        let records = 10_usize.pow(exponent);
-        let storage = memory(records * weight);
+        let records = 10_u64.pow(exponent);
+        let max_bytes = records as usize * weight;
+        let storage = memory(max_bytes);
         let mut load = Load::new(protected(storage.clone()), SIZE).key(Key::Fresh);
-        let mut ours = {
-            let runtime = &runtime;
-            move |count| runtime.block_on(load.send(count))
-        };
-        let floor = Floor::new(records * weight, weight);
+        let runtime = &runtime;
+        let mut ours = move |count| runtime.block_on(load.send(count));
+        let floor = Floor::new(max_bytes, weight);
         let (of, body) = (floor.clone(), vec![b'x'; SIZE]);
         let mut next: u64 = 0;
         let mut floored = move |count| {
@@ -48,33 +48,45 @@ pub fn records(report: &mut Report) {
                 next += 1;
             }
         };
-        let enough = records as u64 * 21 / 20;
+        let enough = records * 21 / 20;
         ours(enough);
         floored(enough);
         for held in [storage.records(), floor.records()] {
             let part = held as f64 / records as f64;
             assert!((0.9..=1.1).contains(&part), "{held} of {records}");
         }
-        cases.push((format!("first, 10^{exponent}"), Box::new(ours)));
-        cases.push((format!("floor, 10^{exponent}"), Box::new(floored)));
+        // As many insertions as there are records, in all: moka rebuilds its table once in so many.
+        let count = (records / ROUNDS).max(2000);
+        cases.push((count, (format!("first, 10^{exponent}"), Box::new(ours))));
+        cases.push((count, (format!("floor, 10^{exponent}"), Box::new(floored))));
     }
-    let times = alternate(&mut cases, 2000, 30).cpu;
+    let mut times = Rounds::default();
+    for _ in 0..ROUNDS {
+        for (count, (name, send)) in &mut cases {
+            let since = cpu();
+            send(*count);
+            times.add(name, (cpu() - since) / *count as f64);
+        }
+    }
 
     report.group("records");
     for name in times.names() {
         report.row(name, "ns", times.spread(name));
     }
-    let ratio = |of: &dyn Fn(&str) -> f64, exponent: u32| {
-        let first = of(&format!("first, 10^{exponent}")) - of("bare");
-        first / of(&format!("floor, 10^{exponent}"))
+    // Of means: a median would leave out the rounds in which a large table is rebuilt.
+    let ratio = |exponent: u32| {
+        let first = times.mean(&format!("first, 10^{exponent}")) - times.mean("bare");
+        first / times.mean(&format!("floor, 10^{exponent}"))
     };
     for exponent in 3..=6 {
-        let ratio = times.each(|of| ratio(of, exponent));
-        report.row(&format!("first / floor, 10^{exponent} records"), "×", ratio);
+        let name = format!("first / floor, 10^{exponent} records");
+        report.row(&name, "×", Spread::once(ratio(exponent)));
     }
-    let growth = times.each(|of| ratio(of, 6) / ratio(of, 3));
+    let growth = Spread::once(ratio(6) / ratio(3));
     let limit = Some(Limit::AtMost(1.15));
     report.limited("10^6 over 10^3 records", "×", growth, limit);
+    let growth = times.mean("first, 10^6") / times.mean("first, 10^3");
+    report.row("a request at 10^6 over 10^3", "×", Spread::once(growth));
 }
 
 /// So many duplicates wait for an operation, and get its answer when it ends.
@@ -181,7 +193,7 @@ pub fn cores(report: &mut Report) {
             .worker_threads(workers)
             .enable_all()
             .build();
-        (workers, runtime.expect("a runtime"))
+        (workers as u64, runtime.expect("a runtime"))
     });
     let apps = [
         ("bare", bare().with_state(())),
@@ -192,17 +204,21 @@ pub fn cores(report: &mut Report) {
     for round in 0..WARM_UP + 40 {
         for (workers, runtime) in &runtimes {
             for (name, app) in &apps {
-                let each = if *name == "bare" { 20_000 } else { 5_000 };
-                let rate = rate(runtime, *workers, app, each, &mut next);
+                let each = if *name == "bare" { 6000 } else { 1500 };
+                let (tasks, since) = (4 * workers, cpu());
+                let rate = rate(runtime, tasks, app, each, &mut next);
+                let cpu = (cpu() - since) / (tasks * each) as f64;
                 if round >= WARM_UP {
                     rounds.add(&format!("{name}, {workers}"), rate);
+                    rounds.add(&format!("CPU of {name}, {workers}"), cpu);
                 }
             }
         }
     }
     report.group("cores");
     for name in rounds.names() {
-        report.row(name, "/s", rounds.spread(name));
+        let unit = if name.starts_with("CPU") { "ns" } else { "/s" };
+        report.row(name, unit, rounds.spread(name));
     }
     for name in ["bare", "first"] {
         let scaling = rounds.each(|of| of(&format!("{name}, 2")) / of(&format!("{name}, 1")));
@@ -213,9 +229,8 @@ pub fn cores(report: &mut Report) {
     report.limited("scaling over bare's", "×", ratio, limit);
 }
 
-/// Requests in a second, by the clock on the wall, of four tasks for each worker.
-fn rate(runtime: &Runtime, workers: usize, app: &Router, each: u64, next: &mut u64) -> f64 {
-    let tasks = 4 * workers as u64;
+/// Requests in a second, by the clock on the wall.
+fn rate(runtime: &Runtime, tasks: u64, app: &Router, each: u64, next: &mut u64) -> f64 {
     let first_key = *next;
     *next += tasks * each;
     let since = Instant::now();

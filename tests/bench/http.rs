@@ -99,7 +99,8 @@ pub fn run(report: &mut Report) {
             if APPS.contains(&"idempotent") {
                 let theirs = added(&format!("idempotent, {case}"));
                 let ratio = theirs.scaled(1.0 / ours.median);
-                report.row(&format!("idempotent, {case} / ours"), "×", ratio);
+                let limit = (size == 256).then_some(Limit::AtLeast(10.0));
+                report.limited(&format!("idempotent, {case} / ours"), "×", ratio, limit);
             }
         }
     }

@@ -41,22 +41,28 @@ pub fn run(report: &mut Report) {
         for name in times.names() {
             report.row(name, "ns", times.spread(name));
         }
-        let limits = (size == 256).then_some(Limits::OfLayer);
-        ratios(report, &times, limits);
+        ratios(report, &times, size);
     }
-    // What a task wakes may run on another thread, as in most servers. There the time until the answer comes is not that of the CPU.
+    if cfg!(feature = "peers") {
+        from_outside(report);
+    }
+}
+
+/// From a thread that is none of the runtime's workers, as `main` is under `#[tokio::main]`: what needs another task pays for waking a
+/// worker, and for being woken. Under a server, requests run on the workers.
+fn from_outside(report: &mut Report) {
     let runtime = on_two_threads();
-    let times = alternate(&mut cases(&runtime, 256), 1000, ROUNDS);
-    for (group, times) in [
-        ("256 B, two threads, CPU", times.cpu),
-        ("256 B, two threads, wall", times.wall),
-    ] {
-        report.group(group);
-        for name in times.names() {
-            report.row(name, "ns", times.spread(name));
-        }
-        ratios(report, &times, Some(Limits::OfPeers));
+    let mut cases = cases(&runtime, 256);
+    cases.retain(|(name, _)| {
+        let ours = ["bare, key", "bare, same key", "first", "replay"];
+        ours.contains(&name.as_str()) || name.starts_with("idempotent")
+    });
+    let times = alternate(&mut cases, 1000, ROUNDS).wall;
+    report.group("256 B, from outside");
+    for name in times.names() {
+        report.row(name, "ns", times.spread(name));
     }
+    over_ours(report, &times, true);
 }
 
 /// One case in a loop, with 256 B.
@@ -68,22 +74,17 @@ pub fn repeat(name: &str, count: u64) {
     send(count);
 }
 
-/// Which limits are about these times: those of larger bodies are only shown.
-#[derive(Clone, Copy, PartialEq)]
-enum Limits {
-    OfLayer,
-    OfPeers,
-}
-
-fn ratios(report: &mut Report, times: &Rounds, limits: Option<Limits>) {
-    let of_layer = |limit| (limits == Some(Limits::OfLayer)).then_some(limit);
+fn ratios(report: &mut Report, times: &Rounds, size: usize) {
+    // The limits are those of small requests; for larger ones the ratios are shown.
+    let limited = size == 256;
+    let limit = |limit| limited.then_some(limit);
     for (case, base) in BASES {
         if !times.contains(case) {
             continue;
         }
         let added = times.each(|of| of(case) - of(base));
         let limit = match case {
-            "exempt" | "safe" => of_layer(Limit::AtMost(150.0)),
+            "exempt" | "safe" => limit(Limit::AtMost(150.0)),
             _ => None,
         };
         report.limited(&format!("added by {case}"), "ns", added, limit);
@@ -91,14 +92,19 @@ fn ratios(report: &mut Report, times: &Rounds, limits: Option<Limits>) {
     for case in ["first", "replay", "mismatch", "in flight"] {
         let ratio = times.each(|of| (of(case) - of(base(case))) / of("floor, first"));
         let limit = match case {
-            "first" => of_layer(Limit::AtMost(3.5)),
-            "replay" => of_layer(Limit::AtMost(1.5)),
+            "first" => limit(Limit::AtMost(3.5)),
+            "replay" => limit(Limit::AtMost(1.5)),
             _ => None,
         };
         report.limited(&format!("{case} / floor"), "×", ratio, limit);
     }
     let ratio = times.each(|of| (of("replay") - of(base("replay"))) / of("floor, replay"));
     report.row("replay / floor of a replay", "×", ratio);
+    over_ours(report, times, limited);
+}
+
+/// What other libraries add, over what ours adds.
+fn over_ours(report: &mut Report, times: &Rounds, limited: bool) {
     for peer in ["idempotent", "axum-idempotent"] {
         for case in ["first", "replay"] {
             let theirs = format!("{peer}, {case}");
@@ -107,7 +113,7 @@ fn ratios(report: &mut Report, times: &Rounds, limits: Option<Limits>) {
             }
             let ratio =
                 times.each(|of| (of(&theirs) - of(base(case))) / (of(case) - of(base(case))));
-            let limit = (peer == "idempotent" && limits.is_some()).then_some(Limit::AtLeast(10.0));
+            let limit = (peer == "idempotent" && limited).then_some(Limit::AtLeast(10.0));
             report.limited(&format!("{theirs} / ours"), "×", ratio, limit);
         }
     }
@@ -147,17 +153,8 @@ fn cases(runtime: &Runtime, size: usize) -> Vec<Case<'_>> {
     cases
 }
 
-fn case<'a>(runtime: &'a Runtime, name: &str, load: Load) -> Case<'a> {
-    let mut load = Some(load);
-    let send = move |count| {
-        let mut sent = load.take().expect("it is given back");
-        // In a task, so that a worker thread runs it if there are any.
-        let task = runtime.spawn(async move {
-            sent.send(count).await;
-            sent
-        });
-        load = Some(runtime.block_on(task).expect("answers"));
-    };
+fn case<'a>(runtime: &'a Runtime, name: &str, mut load: Load) -> Case<'a> {
+    let send = move |count| runtime.block_on(load.send(count));
     (name.to_owned(), Box::new(send))
 }
 

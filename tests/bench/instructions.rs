@@ -8,7 +8,7 @@ use std::{
 use crate::{measure::Spread, report::Report};
 
 /// Two runs of so many requests; the difference is without what a process does once.
-const COUNTS: [u64; 2] = [1000, 3000];
+const COUNTS: [u64; 2] = [500, 1500];
 
 const CASES: [&str; 8] = [
     "bare, key",

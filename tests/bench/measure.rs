@@ -75,6 +75,13 @@ impl Rounds {
         self.names().any(|of| of == name)
     }
 
+    /// Over all rounds: what comes once in many requests counts, which a median leaves out.
+    pub fn mean(&self, name: &str) -> f64 {
+        let of = self.0.iter().find(|(of, _)| of == name);
+        let (_, values) = of.unwrap_or_else(|| panic!("no case is named {name}"));
+        values.iter().sum::<f64>() / values.len() as f64
+    }
+
     pub fn spread(&self, name: &str) -> Spread {
         self.each(|of| of(name))
     }

@@ -81,7 +81,7 @@ impl Report {
         }
         println!("\nlimits");
         for figure in self.limited_figures() {
-            println!("  {:12} {}", figure.group, figure.line());
+            println!("  {:20} {}", figure.group, figure.line());
         }
     }
 
