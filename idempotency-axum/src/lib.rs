@@ -51,6 +51,8 @@
 //! in [`problem`].
 //!
 //! The [`guide`] answers questions from practice: scopes, uploads, CORS, streams, clients, webhooks, tests, operation.
+//! [What a request costs](https://github.com/idempotency-rs/idempotency/tree/main/tests/bench) is measured beside bare axum, a floor
+//! and other libraries.
 //!
 //! # Modes and policies
 //!

@@ -5,7 +5,6 @@ mod process;
 mod proxy;
 mod server;
 
-pub(crate) use self::server::directory;
 pub use self::{
     cluster::Cluster,
     process::{Process, Spec},

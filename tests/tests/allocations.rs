@@ -1,5 +1,5 @@
-//! What a request that needs no protection pays, counted: allocations with our layer against a layer in its place that does
-//! nothing.
+//! What a request pays, counted in allocations: one that needs no protection against a layer in our place that does nothing, and
+//! one that has a key against a table.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -10,15 +10,16 @@ use std::{
 
 use axum::{
     Router,
-    body::Body,
+    body::{Body, Bytes},
     extract::{ConnectInfo, Request},
     response::Response,
     routing::{self, MethodRouter},
 };
 use futures_util::{TryFutureExt, future::MapOk};
 use http::{Method, StatusCode};
+use http_body_util::BodyExt;
 use idempotency_axum::{
-    IdempotencyHandler, IdempotencyLayer, KeyPolicy, MemoryStorage, idempotency_exempt,
+    Config, IdempotencyHandler, IdempotencyLayer, KeyPolicy, MemoryStorage, idempotency_exempt,
     idempotency_key,
 };
 use tower::{Service, ServiceExt, layer::layer_fn};
@@ -247,4 +248,77 @@ async fn a_lenient_handler_in_enforce_mode_once_it_has_answered() {
             assert_eq!(in_enforce_mode(methods, ask).await, passed);
         }
     }
+}
+
+/// The table that the repository shows. A change that is meant changes it too.
+const TABLE: &str = include_str!("../bench/results/allocations.md");
+
+fn in_table(row: &str) -> usize {
+    let cells = TABLE.lines().filter_map(|line| {
+        let (name, count) = line.strip_prefix("| `")?.split_once("` | ")?;
+        Some((name, count.trim_end_matches(" |")))
+    });
+    let mut cells = cells.filter(|(name, _)| *name == row);
+    let (_, count) = cells.next().expect("a row of this name");
+    count.parse().expect("a number")
+}
+
+async fn echo(body: Bytes) -> Bytes {
+    body
+}
+
+#[idempotency_exempt]
+async fn exempt_echo(body: Bytes) -> Bytes {
+    body
+}
+
+/// What most requests allocate that have this key, or a new one each: a table that grows now and then is not theirs.
+async fn usual_allocations(app: Router, path: &str, key: Option<&str>) -> usize {
+    let app: Router = app.with_state(());
+    let mut counts = Vec::new();
+    for n in 0..301 {
+        let key = key.map_or_else(|| format!("key-{n:03}"), str::to_owned);
+        let request = Request::post(path).header("idempotency-key", key);
+        let request = request.body(Body::from(vec![b'x'; 256]));
+        let (request, app) = (request.expect("a valid request"), app.clone());
+        let before = COUNT.get();
+        let response = app.oneshot(request).await;
+        let Ok(response) = response;
+        assert_eq!(response.status(), StatusCode::OK);
+        let answer = response.into_body().collect().await;
+        let answer = answer.expect("a whole answer").to_bytes();
+        counts.push(COUNT.get() - before);
+        assert_eq!(answer.len(), 256);
+    }
+    counts.sort_unstable();
+    let [low, usual] = [75, 150].map(|n| counts[n]);
+    assert_eq!(low, usual, "most requests pay the same");
+    usual
+}
+
+#[tokio::test]
+async fn first_replay_and_exempt_allocate_what_the_table_says() {
+    let routes = || {
+        Router::new()
+            .route("/orders", routing::post(echo))
+            .route("/exempt", routing::post(exempt_echo))
+    };
+    let protected = || {
+        let layer = IdempotencyLayer::enforce(MemoryStorage::new()).config(Config::ietf());
+        routes().layer(layer)
+    };
+    let passed = || routes().layer(layer_fn(PassThrough));
+    let counts = [
+        ("pass-through", passed(), "/exempt", None),
+        ("exempt", protected(), "/exempt", None),
+        ("first", protected(), "/orders", None),
+        ("replay", protected(), "/orders", Some("same")),
+    ];
+    let mut counted = Vec::new();
+    let mut table = Vec::new();
+    for (row, app, path, key) in counts {
+        counted.push((row, usual_allocations(app, path, key).await));
+        table.push((row, in_table(row)));
+    }
+    assert_eq!(counted, table, "tests/bench/results/allocations.md");
 }
