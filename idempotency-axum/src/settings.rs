@@ -5,7 +5,7 @@ use idempotency_core::{Mode, Opened, Settings, SettingsError};
 use crate::IdempotencyLayer;
 
 impl IdempotencyLayer {
-    /// Makes the layer that `settings` describe, and opens its storages.
+    /// Makes the layer that `settings` describe, and opens its storages. Needs the feature `settings`.
     ///
     /// ```
     /// use axum::{Router, routing::post};
@@ -31,7 +31,7 @@ impl IdempotencyLayer {
     /// # }
     /// ```
     ///
-    /// What a file can't say is set afterwards, on the configuration that it describes:
+    /// Options that a file can't express are set afterwards, on the configuration from the file:
     ///
     /// ```
     /// use idempotency_axum::{Event, IdempotencyLayer, Settings};

@@ -19,7 +19,7 @@ pub use self::{
     store_on::StoreOn,
 };
 
-/// Everything that can be set, with safe defaults.
+/// All options of the engine and the middleware, with safe defaults.
 ///
 /// [`Config::default`] does what `django-idempotency-key` does; [`Config::ietf`] what the IETF draft asks for;
 /// [`Config::stripe`] what Stripe's API does. Setters consume and return the configuration:
@@ -138,8 +138,8 @@ pub enum OnUnreadable {
     /// It is treated as any storage error.
     #[default]
     Reject,
-    /// The record is removed, and the operation runs as if it had never been there. It may have run before, and of two
-    /// processes that find the record at the same moment both may run it now: removing is not one step with claiming.
+    /// The record is removed and the operation runs. It may have run before. Two processes that find the record at the same moment
+    /// may both run it, because removing and claiming are two steps.
     TreatAsAbsent,
 }
 
@@ -197,7 +197,7 @@ impl Config {
             )
     }
 
-    /// The request header that carries the key. `HeaderName::from_static` takes lower case only. Default: `Idempotency-Key`.
+    /// The request header that carries the key. `HeaderName::from_static` accepts lower case only. Default: `Idempotency-Key`.
     pub fn header(mut self, header: HeaderName) -> Self {
         self.header = header;
         self
@@ -316,8 +316,8 @@ impl Config {
         self
     }
 
-    /// How many bytes this process may hold at once: request bodies that arrive, run or wait, answers that are being recorded, and
-    /// outcomes that are still to be stored. A request above the limit is refused with 503, and a streamed answer for which there is no
+    /// How many bytes this process may hold at once: request bodies that are read, run or wait, answers that are being recorded, and
+    /// outcomes that are not stored yet. A request above the limit is refused with 503, and a streamed answer for which there is no
     /// room gets a tombstone. Keep it well above [`max_request_body`](Self::max_request_body). Default: 256 MiB.
     ///
     /// Clones of this configuration share the limit, so all caches of a layer are under one.
@@ -326,8 +326,8 @@ impl Config {
         self
     }
 
-    /// How long a request body may be silent while it is read for the encoder; then the request is refused with 408, and gives back
-    /// the memory that it held. Default: 30 s.
+    /// How long a request body may be silent while it is read for the encoder. After that the request is refused with 408, and its
+    /// memory is freed. Default: 30 s.
     pub fn body_timeout(mut self, limit: Duration) -> Self {
         self.body_timeout = limit;
         self
@@ -349,7 +349,7 @@ impl Config {
         self
     }
 
-    /// Records `header` after all, for example `Set-Cookie`: whoever retries with the key then gets the cookie too.
+    /// Records `header` although it is left out by default, for example `Set-Cookie`. A retry with the key then gets the cookie too.
     pub fn keep_header(mut self, header: HeaderName) -> Self {
         self.stripped_headers.retain(|stripped| stripped != header);
         self
@@ -378,7 +378,7 @@ impl Config {
     /// Whether a request of `method` needs a key where its handler has no policy and the mode is `enforce`.
     #[must_use]
     pub fn asks(&self, method: &Method) -> bool {
-        // What CONNECT opens is a tunnel, also a WebSocket over HTTP/2: its 200 is no answer that could be replayed.
+        // CONNECT opens a tunnel, also a WebSocket over HTTP/2. Its 200 is not an answer that can be replayed.
         if method.is_safe() || method == Method::CONNECT {
             return false;
         }
@@ -387,15 +387,15 @@ impl Config {
             .is_none_or(|methods| methods.contains(method))
     }
 
-    /// Tells every observer of `event`.
+    /// Calls every observer with `event`.
     ///
-    /// One that panics is logged: what it observes goes on.
+    /// If an observer panics, that is logged, and the operation goes on.
     pub fn emit(&self, event: &Event<'_>) {
         self.observers.emit(event);
     }
 }
 
-/// `<url>; rel="describedby"`, with every byte that can't stand in a URL percent-encoded.
+/// `<url>; rel="describedby"`, with every byte that a URL can't hold percent-encoded.
 fn link_value(url: &str) -> Option<HeaderValue> {
     use fmt::Write as _;
 

@@ -7,7 +7,7 @@ use serde_path_to_error::Segment;
 
 use super::{
     secret::{Shown, may_hold_a_secret},
-    value::BRIEF,
+    value::{BRIEF, BRIEF_LIST},
 };
 use crate::BoxError;
 
@@ -94,7 +94,7 @@ impl SettingsError {
         let mut path = String::new();
         for segment in place {
             match segment {
-                Segment::Map { key } if key == BRIEF => {}
+                Segment::Map { key } if key == BRIEF || key == BRIEF_LIST => {}
                 Segment::Map { key } => push_field(&mut path, Shown(key)),
                 Segment::Seq { index } => path += &format!("[{index}]"),
                 Segment::Enum { .. } | Segment::Unknown => {}
@@ -170,10 +170,11 @@ impl de::Error for SettingsError {
     }
 }
 
-/// The names of fields that are understood but not recommended: those of django-idempotency-key, and [`BRIEF`].
-const NOT_LISTED: [&str; 4] = [
+/// The names of fields that are understood but not recommended, and our own.
+const NOT_LISTED: [&str; 5] = [
     "conflict_status_code",
     "encoder_class",
     "store_on_statuses",
     BRIEF,
+    BRIEF_LIST,
 ];

@@ -1,6 +1,7 @@
 //! Values with parts: lists and tables.
 //!
-//! A table can be given in brief by one of its fields, which is then also called [`BRIEF`](super::value::BRIEF).
+//! Instead of a table a word or a list may be enough. It is then read as the field that is also called
+//! [`BRIEF`](super::value::BRIEF) or [`BRIEF_LIST`](super::value::BRIEF_LIST).
 
 use http::{Method, StatusCode};
 use serde::Deserialize;
@@ -75,14 +76,9 @@ impl ScopeSettings {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(
-    default,
-    deny_unknown_fields,
-    expecting = "\"success\", \"all\", a list of statuses, or a table of \
-    `statuses`, `below`, `except` and `except_rejections`"
-)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct StoreOnSettings {
-    #[serde(alias = "=")]
+    #[serde(alias = "=[]")]
     statuses: Option<StatusesOrWord>,
     below: Option<StatusLimit>,
     except: StatusList,
@@ -95,7 +91,10 @@ struct StatusList(Vec<Statuses>);
 
 /// As text it may also be a word: `success` or `all`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-#[serde(expecting = "\"success\", \"all\" or a list of statuses")]
+#[serde(
+    expecting = "\"success\", \"all\", a list of statuses, or a table of `statuses`, `below`, `except` and \
+    `except_rejections`"
+)]
 struct StatusesOrWord(Vec<Statuses>);
 
 impl StoreOnSettings {

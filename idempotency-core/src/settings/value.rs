@@ -180,8 +180,10 @@ impl<'de> IntoDeserializer<'de, SettingsError> for Value {
 
 type Result<T, E = SettingsError> = std::result::Result<T, E>;
 
-/// The field of a table that a value in its place stands for: `"memory"` is `{ class = "memory" }`.
+/// The other name of the field for which a word is enough: `"memory"` is `{ class = "memory" }`.
 pub(super) const BRIEF: &str = "=";
+/// The same for a list: `[200]` is `{ statuses = [200] }`.
+pub(super) const BRIEF_LIST: &str = "=[]";
 
 impl<'de> Deserializer<'de> for Value {
     type Error = SettingsError;
@@ -271,15 +273,14 @@ impl<'de> Deserializer<'de> for Value {
         fields: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value> {
-        let brief = |value| vec![(BRIEF.to_owned(), value)];
-        let has_brief = fields.contains(&BRIEF);
+        let brief = |name: &str, value| vec![(name.to_owned(), value)];
         match self {
             Self::Table(fields) => visit_table(fields, visitor),
             Self::Null => visit_table(Vec::new(), visitor),
-            Self::List(_) if has_brief => visit_table(brief(self), visitor),
-            _ if has_brief => {
+            _ if fields.contains(&BRIEF_LIST) => visit_table(brief(BRIEF_LIST, self), visitor),
+            _ if fields.contains(&BRIEF) => {
                 let error = SettingsError::expected(&visitor, &self.to_string());
-                visit_table(brief(self), visitor).map_err(|_| error)
+                visit_table(brief(BRIEF, self), visitor).map_err(|_| error)
             }
             _ => Err(SettingsError::expected(&visitor, self.kind())),
         }

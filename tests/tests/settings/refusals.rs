@@ -167,6 +167,11 @@ async fn wrong_types_and_values() {
             "an HTTP status (100 to 999), found \"all\"",
         ),
         (
+            json!({ "store_on": "200, x" }),
+            "store_on[1]",
+            "an HTTP status (100 to 999), found \"x\"",
+        ),
+        (
             json!({ "store_on": [200, 65736] }),
             "store_on[1]",
             "found 65736",
