@@ -28,7 +28,12 @@ mod error;
 mod scalar;
 mod secret;
 #[cfg_attr(
-    not(all(feature = "memory", feature = "redis")),
+    not(all(
+        feature = "memory",
+        feature = "redis",
+        feature = "postgres",
+        feature = "sqlite"
+    )),
     allow(
         dead_code,
         unused_imports,
@@ -125,11 +130,11 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `strip_headers`, `keep_headers` | lists of names: not recorded; recorded after all | | |
 /// | `documentation` | an http or https URL, or a path | | |
 /// | `storage` | a class, or a table with the fields below | `memory` | |
-/// | `storage.class` | `memory`, `redis` | `memory` | `STORAGE.CLASS` |
+/// | `storage.class` | `memory`, `redis`, `postgres`, `sqlite`; each but the first is a feature | `memory` | `STORAGE.CLASS` |
 /// | `storage.cache_name` | the name of the default cache for `cache_name` | `default` | `STORAGE.CACHE_NAME` |
 /// | `storage.store_on` | `store_on`, at its place in the original | | `STORAGE.STORE_ON_STATUSES` |
-/// | `storage.location` | `host[:port]` or a URL, for class `redis` | | |
-/// | `storage.name` | prefix of the storage's keys, for class `redis` | `idempotency` | |
+/// | `storage.location` | `host[:port]` or a URL, for class `redis`; a URL for `postgres`; the path of a file for `sqlite` | | |
+/// | `storage.name` | prefix of the storage's keys, for class `redis`; name of the table, which is made if it is missing, for `postgres` and `sqlite` | `idempotency` | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
 /// | `storage.require_noeviction` | whether a Redis that may evict is refused, for class `redis` and for a Redis lock | false: a warning | |
@@ -142,8 +147,9 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 ///   not recorded; with `except_rejections` the answers of extractors are not recorded. A table without `statuses` and `below` changes
 ///   the preset's statuses.
 /// * The default cache may also be one of **`storages`**: the one named `storage.cache_name`, if `storage` has no other field.
-/// * For a cache in **`storages`** the prefixes of storage and lock are followed by a colon and its name, so caches in one Redis
-///   share nothing.
+/// * For a cache in **`storages`** the prefixes of storage and lock are followed by a colon and its name, and the name of a table by
+///   an underscore and its name, so caches in one Redis or database share nothing.
+/// * A storage in a **database** holds its own claims: with `lock.class` `process` or `redis` it is refused.
 /// * With `lock.class = "redis"` the storage is a plain cache under that lock, as in the original, and takes more round trips than
 ///   a `redis` storage with its own claims. If the cache is `memory`, each process has records of its own.
 /// * Fields that only another **class** uses are ignored. So the environment can set `storage.class` to `memory` for a test, over a

@@ -108,7 +108,7 @@ impl SettingsError {
     }
 
     /// Keeps the error that caused this one. It must not show secrets.
-    #[cfg(feature = "redis")]
+    #[cfg(any(feature = "redis", feature = "postgres", feature = "sqlite"))]
     pub(super) fn because_of(mut self, source: impl Into<BoxError>) -> Self {
         self.source = Some(source.into());
         self

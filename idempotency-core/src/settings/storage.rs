@@ -21,7 +21,7 @@ macro_rules! storages {
     ($($field:ident: $type:ty,)*) => {
         /// One of `storages`.
         #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-        #[serde(default, deny_unknown_fields, expecting = "\"memory\", \"redis\", or a table with `class` and more")]
+        #[serde(default, deny_unknown_fields, expecting = "\"memory\", \"redis\", \"postgres\", \"sqlite\", or a table with `class` and more")]
         pub(super) struct StorageSettings {
             #[serde(alias = "=")]
             class: Option<StorageKind>,
@@ -30,7 +30,7 @@ macro_rules! storages {
 
         /// `storage`, which has more fields.
         #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-        #[serde(default, deny_unknown_fields, expecting = "\"memory\", \"redis\", or a table with `class` and more")]
+        #[serde(default, deny_unknown_fields, expecting = "\"memory\", \"redis\", \"postgres\", \"sqlite\", or a table with `class` and more")]
         pub(super) struct DefaultStorage {
             pub(super) cache_name: Option<Name>,
             #[serde(alias = "store_on_statuses")]
@@ -63,6 +63,10 @@ pub(super) enum StorageKind {
     Memory,
     #[serde(alias = "RedisStorage")]
     Redis,
+    #[serde(alias = "PostgresStorage")]
+    Postgres,
+    #[serde(alias = "SqliteStorage")]
+    Sqlite,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -158,6 +162,17 @@ impl StorageSettings {
             StorageKind::Memory,
         )?;
         match (class, holder) {
+            (StorageKind::Postgres | StorageKind::Sqlite, LockKind::Process | LockKind::Redis) => {
+                Err(has_own_claims())
+            }
+            #[cfg(feature = "postgres")]
+            (StorageKind::Postgres, LockKind::Storage) => self.open_postgres(&place).await,
+            #[cfg(feature = "sqlite")]
+            (StorageKind::Sqlite, LockKind::Storage) => self.open_sqlite(&place).await,
+            #[cfg(not(feature = "postgres"))]
+            (StorageKind::Postgres, LockKind::Storage) => Err(not_built("postgres", &place.table)),
+            #[cfg(not(feature = "sqlite"))]
+            (StorageKind::Sqlite, LockKind::Storage) => Err(not_built("sqlite", &place.table)),
             (_, LockKind::Process) => self.open_locked(class, &place, ProcessLock::new()).await,
             #[cfg(feature = "memory")]
             (StorageKind::Memory, LockKind::Storage) => {
@@ -237,6 +252,79 @@ impl StorageSettings {
             StorageKind::Memory => Err(not_built("memory", &place.table)),
             #[cfg(not(feature = "redis"))]
             StorageKind::Redis => Err(not_built("redis", &place.table)),
+            StorageKind::Postgres | StorageKind::Sqlite => Err(has_own_claims()),
+        }
+    }
+
+    #[cfg(feature = "postgres")]
+    async fn open_postgres(&self, place: &Place<'_>) -> Result<AnyStorage> {
+        use crate::PostgresConnectErrorKind::{Table, Url};
+
+        let url = self.location_or("postgres://[user:password@]host[:port]/database", place)?;
+        let connecting = crate::PostgresStorage::connect(url)
+            .table(self.table_name(place))
+            .time_limit(place.time_limit);
+        let storage = connecting.await.map_err(|error| {
+            let (kind, field) = match error.kind() {
+                Url => (Invalid, "location"),
+                Table => (Invalid, "name"),
+                _ => (Unavailable, "location"),
+            };
+            SettingsError::new(kind, format_args!("{}.{field}", place.table), &error)
+                .because_of(error)
+        })?;
+        storage.migrate().await.map_err(|error| {
+            let message = "the table can't be made in PostgreSQL";
+            let field = format_args!("{}.location", place.table);
+            SettingsError::new(Unavailable, field, message).because_of(error)
+        })?;
+        Ok(AnyStorage::new(storage))
+    }
+
+    #[cfg(feature = "sqlite")]
+    async fn open_sqlite(&self, place: &Place<'_>) -> Result<AnyStorage> {
+        use crate::SqliteStorageErrorKind::{InMemory, Path, TableName};
+
+        let path = self.location_or("the path of a file", place)?;
+        let opened = async {
+            let storage = crate::SqliteStorage::open(path).await?;
+            let storage = storage
+                .table(self.table_name(place))
+                .time_limit(place.time_limit);
+            storage.migrate().await?;
+            Ok(AnyStorage::new(storage))
+        };
+        opened.await.map_err(|error: crate::SqliteStorageError| {
+            let (kind, field) = match error.kind() {
+                Path | InMemory => (Invalid, "location"),
+                TableName => (Invalid, "name"),
+                _ => (Unavailable, "location"),
+            };
+            SettingsError::new(kind, format_args!("{}.{field}", place.table), &error)
+                .because_of(error)
+        })
+    }
+
+    /// The location, which must be there.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    fn location_or(&self, form: &str, place: &Place<'_>) -> Result<&str> {
+        match &self.location {
+            Some(Location(location)) if !location.is_empty() => Ok(location),
+            _ => Err(SettingsError::new(
+                Missing,
+                format_args!("{}.location", place.table),
+                format_args!("is missing or empty; give {form}"),
+            )),
+        }
+    }
+
+    /// The name of the table. Each cache has its own, so caches in one database share nothing.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    fn table_name(&self, place: &Place<'_>) -> String {
+        let name = self.name.as_ref().map_or("idempotency", |Name(name)| name);
+        match place.cache {
+            None => name.to_owned(),
+            Some(cache) => format!("{name}_{cache}"),
         }
     }
 
@@ -285,7 +373,18 @@ impl StorageSettings {
     }
 }
 
-#[cfg(not(all(feature = "memory", feature = "redis")))]
+/// A table of a database is no plain cache: its claims lie in it too.
+fn has_own_claims() -> SettingsError {
+    let message = "does not go with a storage in a database, which holds its own claims; set it to \"storage\"";
+    SettingsError::new(Conflict, "lock.class", message)
+}
+
+#[cfg(not(all(
+    feature = "memory",
+    feature = "redis",
+    feature = "postgres",
+    feature = "sqlite"
+)))]
 fn not_built(feature: &str, table: &str) -> SettingsError {
     let message = format_args!(
         "needs the feature `{feature}`, which is off; turn it on, or choose another class"

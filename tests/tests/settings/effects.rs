@@ -8,6 +8,7 @@ use idempotency_axum::{
     Config, EncodedKey, Entry, IdempotencyHandler, IdempotencyKey, KeyPolicy, MisuseKind,
     OnStorageError, OnUnreadable,
 };
+use idempotency_tests::{postgres::Postgres, sqlite::SqliteFile};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tower::ServiceExt;
@@ -814,4 +815,37 @@ fn with(table: Value, more: Value) -> Value {
     };
     table.extend(more);
     Value::Object(table)
+}
+
+/// Records outlive the layer, and each cache has a table of its own.
+#[tokio::test]
+async fn a_storage_in_a_database() {
+    let (file, server) = (SqliteFile::new(), Postgres::start());
+    for (class, location) in [
+        ("sqlite", file.path().to_string_lossy().into_owned()),
+        ("postgres", server.url()),
+    ] {
+        let storage = json!({ "class": class, "location": location, "name": "shop" });
+        let document = json!({
+            "storage_timeout": "60s",
+            "storage": storage,
+            "storages": { "orders": storage },
+        });
+        let first = App::new(document.clone()).await;
+        for path in ["/cache/default", "/cache/orders"] {
+            assert_eq!(first.post(path).key("a").code().await, 201, "{class}");
+        }
+        assert_eq!(first.runs(), 2);
+        drop(first);
+        let second = App::new(document).await;
+        for path in ["/cache/default", "/cache/orders"] {
+            assert!(
+                second.post(path).key("a").send().await.is_replay(),
+                "{class}"
+            );
+        }
+        assert_eq!(second.runs(), 0);
+    }
+    let tables = "SELECT count(*) FROM pg_tables WHERE tablename IN ('shop', 'shop_orders')";
+    assert_eq!(server.number(tables).await, 2);
 }

@@ -1,6 +1,7 @@
 //! What is refused: each error names the field, and says what is wrong or what is allowed.
 
 use idempotency_axum::{IdempotencyLayer, Settings, SettingsErrorKind};
+use idempotency_tests::sqlite::SqliteFile;
 use serde_json::{Value, json};
 
 use crate::{errors, from_environment, try_layer};
@@ -319,7 +320,7 @@ async fn wrong_types_and_values() {
         (
             json!({ "storage": "mongodb" }),
             "storage",
-            "\"memory\", \"redis\", or a table",
+            "\"memory\", \"redis\", \"postgres\", \"sqlite\", or a table",
         ),
         (
             json!({ "storage": "redis://cache.memory" }),
@@ -335,7 +336,7 @@ async fn wrong_types_and_values() {
         (
             json!({ "storage": { "class": "mongodb" } }),
             "storage.class",
-            "expected \"memory\" or \"redis\", found \"mongodb\"",
+            "expected \"memory\", \"redis\", \"postgres\" or \"sqlite\", found \"mongodb\"",
         ),
         (
             json!({ "storage": { "max_bytes": [] } }),
@@ -597,7 +598,11 @@ async fn a_redis_lock_needs_a_location() {
 
 #[tokio::test]
 async fn a_storage_elsewhere_needs_a_location() {
-    for (class, form) in [("redis", "host[:port]")] {
+    for (class, form) in [
+        ("redis", "host[:port]"),
+        ("postgres", "postgres://"),
+        ("sqlite", "path of a file"),
+    ] {
         for (document, field) in [
             (json!({ "storage": class }), "storage.location"),
             (json!({ "storage": { "class": class } }), "storage.location"),
@@ -680,6 +685,63 @@ async fn a_location_has_a_form() {
                 .to_string()
                 .contains("expected host[:port] or redis://")
         );
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_can_not_be_used() {
+    let file = SqliteFile::new();
+    let storage = |class: &str, location: &str, name: &str| json!({ "storage": { "class": class, "location": location, "name": name } });
+    for (document, kind, field) in [
+        (
+            storage(
+                "postgres",
+                "postgres://shop:hunter2@127.0.0.1:1/shop",
+                "shop",
+            ),
+            SettingsErrorKind::Unavailable,
+            "storage.location",
+        ),
+        (
+            storage("postgres", "postgres://127.0.0.1/shop", "no table"),
+            SettingsErrorKind::Invalid,
+            "storage.name",
+        ),
+        (
+            storage("sqlite", ":memory:", "shop"),
+            SettingsErrorKind::Invalid,
+            "storage.location",
+        ),
+        (
+            storage("sqlite", "/no/such/directory/orders.db", "shop"),
+            SettingsErrorKind::Unavailable,
+            "storage.location",
+        ),
+        (
+            storage("sqlite", &file.path().to_string_lossy(), "no table"),
+            SettingsErrorKind::Invalid,
+            "storage.name",
+        ),
+    ] {
+        let error = try_layer(document.clone()).await.unwrap_err();
+        assert_eq!((error.kind(), error.field()), (kind, field), "{document}");
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_database_holds_its_own_claims() {
+    for class in ["postgres", "sqlite"] {
+        for lock in [
+            json!({ "class": "process" }),
+            json!({ "class": "redis", "location": "127.0.0.1:1" }),
+        ] {
+            let storage = json!({ "class": class, "location": "orders.db" });
+            let document = json!({ "storage": storage, "lock": lock });
+            let error = try_layer(document.clone()).await.unwrap_err();
+            assert_eq!(error.kind(), SettingsErrorKind::Conflict);
+            assert_refused(document, "lock.class", &["own claims", "\"storage\""]).await;
+        }
     }
 }
 
