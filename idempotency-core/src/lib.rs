@@ -134,4 +134,5 @@ pub use self::{
 pub use self::storage::sql::postgres::{
     PostgresStorage,
     connect::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind},
+    transaction::{Committed, Entered, KeyTransaction, TransactionTerms},
 };
