@@ -263,15 +263,18 @@ pub mod storage {
         LockedStorage, NewClaim, Outcome, ProcessLock, Record, Storage, StorageError,
         StorageErrorKind, StoredResponse, Token, TombstoneReason,
     };
+    #[cfg(feature = "postgres")]
+    #[doc(inline)]
+    pub use idempotency_core::{
+        Committed, Entered, KeyTransaction, PostgresConnect, PostgresConnectError,
+        PostgresConnectErrorKind, TransactionTerms,
+    };
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
     #[doc(inline)]
     pub use idempotency_core::{InvalidTableName, Purger};
     #[cfg(feature = "memory")]
     #[doc(inline)]
     pub use idempotency_core::{MemoryStorageBuilder, MokaCache, NearCache, WhenFull};
-    #[cfg(feature = "postgres")]
-    #[doc(inline)]
-    pub use idempotency_core::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind};
     #[cfg(feature = "redis")]
     #[doc(inline)]
     pub use idempotency_core::{

@@ -50,6 +50,7 @@
 //! | [`MemoryStorage`] | in this process, bounded by bytes | in this process |
 //! | [`RedisStorage`] | in Redis 7, Valkey or a Cluster of them | there, for any number of processes |
 //! | [`SqliteStorage`] | in one SQLite file, through restarts | there, for the processes of one machine |
+//! | [`PostgresStorage`] | in a table of PostgreSQL | there, for any number of processes |
 //! | [`LockedStorage`] | in any [`Cache`]: three functions | by any [`Lock`], say [`ProcessLock`]; no fencing where the lock has none |
 //! | [`NearCache`] over one of them | also in this process, for 60 s at most | where the storage keeps them |
 //! | your own [`Storage`] | | checked by the suite in [`storage::conformance`] |
@@ -137,6 +138,7 @@ pub use self::storage::{
 pub use self::storage::sql::postgres::{
     PostgresStorage,
     connect::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind},
+    transaction::{Committed, Entered, KeyTransaction, TransactionTerms},
 };
 
 #[cfg(feature = "sqlite")]

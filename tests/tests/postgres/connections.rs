@@ -11,7 +11,10 @@ use std::{
 
 use futures_util::future::join_all;
 use idempotency_axum::{Begin, EncodedKey, Env, Held, PostgresStorage, Storage, StorageErrorKind};
-use idempotency_tests::{PATIENCE, postgres::Postgres};
+use idempotency_tests::{
+    PATIENCE,
+    postgres::{Postgres, Proxy},
+};
 use tokio::{
     runtime::{Builder, Runtime},
     sync::oneshot,
@@ -77,6 +80,34 @@ async fn a_statement_that_takes_too_long_is_a_timeout() {
     let (key, claim) = (EncodedKey::from_bytes([1; 32]), claim());
     let begin = storage.begin(&key, &claim).await;
     assert_eq!(begin.unwrap(), Begin::Acquired);
+}
+
+/// The statement is sent again over another connection, and finds what it did.
+#[tokio::test]
+async fn a_statement_whose_answer_is_lost_is_sent_again() {
+    let postgres = Postgres::start();
+    drop(postgres.storage().await);
+    let proxy = Proxy::before(&postgres).await;
+    let storage = PostgresStorage::connect(proxy.url()).time_limit(PATIENCE);
+    let storage = storage.await.unwrap();
+    let first = claim();
+    let lose = || proxy.lose_the_answer_to(KEY.as_bytes());
+    // Prepared already, so that the message that has the key is the one that is carried out.
+    assert!(storage.get(&KEY).await.unwrap().is_none());
+    lose();
+    assert_eq!(storage.begin(&KEY, &first).await.unwrap(), Begin::Acquired);
+    assert!(proxy.has_lost());
+    lose();
+    assert_eq!(
+        storage.renew(&KEY, first.token, LONG).await.unwrap(),
+        Held::Yes
+    );
+    assert!(proxy.has_lost());
+    lose();
+    complete(&storage, &KEY, first.token).await;
+    assert!(proxy.has_lost());
+    let begin = storage.begin(&KEY, &claim()).await.unwrap();
+    assert_eq!(begin, Begin::Completed(super::record("first")));
 }
 
 fn runtime() -> Runtime {

@@ -21,6 +21,7 @@ mod processes;
 mod races;
 mod table;
 mod traffic;
+mod transactions;
 
 /// The executable that the tests start several of.
 const SERVICE: &str = env!("CARGO_BIN_EXE_service");

@@ -21,6 +21,7 @@ mod error;
 mod link;
 mod row;
 mod statements;
+pub(crate) mod transaction;
 mod waiting;
 
 /// How many rows a purge removes in one transaction. A `begin` of one of these keys waits for that transaction.

@@ -138,15 +138,10 @@ impl Link {
 
     /// Every statement of ours may be repeated: what it did before it lost its connection, it finds done.
     async fn send(&self, text: &str, values: &[Value<'_>]) -> Result<Vec<PgRow>, sqlx::Error> {
-        let pool = self.pool();
         let (mut lost, mut tries) = (0, 1);
-        // After a restart of the server all connections of the pool are lost.
-        let most_lost = pool.options().get_max_connections();
+        let most_lost = self.most_lost();
         loop {
-            let mut lent = Lent {
-                connection: Some(pool.acquire().await?),
-                is_replaced: pool.options().get_min_connections() > 0,
-            };
+            let mut lent = self.lend().await?;
             let error = match lent.send(self.protocol, text, values).await {
                 Ok(rows) => {
                     lent.give_back();
@@ -168,6 +163,20 @@ impl Link {
                 Cure::AnotherConnection | Cure::Close => return Err(error),
             }
         }
+    }
+
+    /// A connection of the pool.
+    pub(super) async fn lend(&self) -> Result<Lent, sqlx::Error> {
+        let pool = self.pool();
+        Ok(Lent {
+            connection: Some(pool.acquire().await?),
+            is_replaced: pool.options().get_min_connections() > 0,
+        })
+    }
+
+    /// How many connections a call may find lost: after a restart of the server all of the pool are.
+    pub(super) fn most_lost(&self) -> u32 {
+        self.pool().options().get_max_connections()
     }
 
     fn pool(&self) -> &PgPool {
@@ -199,7 +208,8 @@ pub(super) fn jittered(env: &Env, pause: Duration) -> Duration {
 }
 
 /// A connection that is closed when it is dropped in the middle of a statement, so that no other statement waits for that one.
-struct Lent {
+pub(super) struct Lent {
+    /// There is one until it is given back.
     connection: Option<PoolConnection<Postgres>>,
     /// Whether the pool starts a task for each connection that it loses.
     is_replaced: bool,
@@ -212,10 +222,7 @@ impl Lent {
         text: &str,
         values: &[Value<'_>],
     ) -> Result<Vec<PgRow>, sqlx::Error> {
-        let Some(connection) = &mut self.connection else {
-            return Err(sqlx::Error::PoolClosed);
-        };
-        let connection: &mut PgConnection = connection;
+        let connection = self.connection()?;
         // To the end: an error may follow the rows, when their transaction is committed.
         match protocol {
             Protocol::Simple => connection.fetch_all(text).await,
@@ -234,7 +241,32 @@ impl Lent {
         }
     }
 
-    fn give_back(&mut self) {
+    pub(super) fn connection(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
+        let connection = self.connection.as_deref_mut();
+        connection.ok_or(sqlx::Error::PoolClosed)
+    }
+
+    #[expect(
+        clippy::expect_used,
+        reason = "a transaction gives it back when it ends, by value"
+    )]
+    pub(super) fn shared(&self) -> &PgConnection {
+        self.connection
+            .as_ref()
+            .expect("a connection until it is given back")
+    }
+
+    #[expect(
+        clippy::expect_used,
+        reason = "a transaction gives it back when it ends, by value"
+    )]
+    pub(super) fn exclusive(&mut self) -> &mut PgConnection {
+        self.connection
+            .as_mut()
+            .expect("a connection until it is given back")
+    }
+
+    pub(super) fn give_back(&mut self) {
         self.connection = None;
     }
 }
@@ -260,7 +292,7 @@ fn seconds(duration: Duration) -> f64 {
 }
 
 /// The statement with values in place of `$1` and so on.
-fn with_literals(statement: &str, values: &[Value<'_>]) -> String {
+pub(super) fn with_literals(statement: &str, values: &[Value<'_>]) -> String {
     let mut parts = statement.split('$');
     let mut text = parts.next().unwrap_or_default().to_owned();
     for part in parts {

@@ -24,6 +24,8 @@ pub(super) struct Statements {
     pub(super) look: String,
     pub(super) mark: String,
     pub(super) purge: String,
+    pub(super) enter: String,
+    pub(super) record: String,
     pub(super) exists: String,
     pub(super) columns: String,
     pub(super) create: String,
@@ -129,6 +131,30 @@ impl Statements {
                  ), gone AS (\
                    DELETE FROM {t} AS kept USING old WHERE kept.key = old.key RETURNING 1\
                  ) SELECT count(*) FROM gone"
+            ),
+            // As `begin`, but what it inserts is a record, and no token holds the key already.
+            enter: format!(
+                "WITH found AS MATERIALIZED (\
+                   SELECT {ROW} FROM {t} WHERE key = $1::bytea AND expires_at > clock_timestamp()\
+                 ), taken AS (\
+                   INSERT INTO {t} AS kept (key, token, record, checksum, expires_at) \
+                   SELECT $1::bytea, $2::bytea, $3::bytea, $4::bigint, \
+                     clock_timestamp() + make_interval(secs => $5::float8) \
+                   WHERE NOT EXISTS (SELECT FROM found) \
+                   ON CONFLICT (key) DO UPDATE SET token = EXCLUDED.token, fingerprint = NULL, \
+                     record = EXCLUDED.record, checksum = EXCLUDED.checksum, \
+                     expires_at = EXCLUDED.expires_at \
+                   WHERE kept.expires_at <= clock_timestamp() \
+                   RETURNING {ROW}\
+                 ) SELECT false AS taken, 0::bigint AS transaction, * FROM found \
+                 UNION ALL SELECT true, txid_current(), * FROM taken"
+            ),
+            // `xmin` is the transaction that has inserted the row: this one, or its end was not ours.
+            record: format!(
+                "UPDATE {t} SET record = $3::bytea, \
+                   expires_at = clock_timestamp() + make_interval(secs => $4::float8) \
+                 WHERE key = $1::bytea AND token = $2::bytea \
+                   AND xmin = (txid_current() & 4294967295::bigint)::text::xid RETURNING true"
             ),
             exists: format!("SELECT to_regclass('{t}') IS NOT NULL"),
             columns: format!(
