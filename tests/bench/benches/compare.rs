@@ -260,7 +260,10 @@ fn main() {
         .skip(1)
         .filter(|argument| argument != "--bench")
         .collect();
-    if arguments.first().is_some_and(|argument| argument == "redis") {
+    if arguments
+        .first()
+        .is_some_and(|argument| argument == "redis")
+    {
         return redis::run(arguments.get(1).map(String::as_str));
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
