@@ -16,8 +16,8 @@ use axum::{Router, body::Body, extract::Request, routing::post};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use idempotency_axum::{
-    Begin, Config, EncodedKey, Held, IdempotencyLayer, NewClaim, Record, RedisStorage, Storage as _,
-    Token,
+    Begin, Config, EncodedKey, Held, IdempotencyLayer, NewClaim, Record, RedisStorage,
+    Storage as _, Token,
     redis::{
         self, Arg, Client, Cmd, FromRedisValue as _, Pipeline, RedisFuture, Value,
         aio::{ConnectionLike, MultiplexedConnection},
@@ -251,7 +251,11 @@ impl Recorder {
 
     /// The commands that had an effect: scripts that were not loaded yet are sent twice.
     fn commands(&self) -> Vec<Recorded> {
-        let mut commands = self.commands.lock().expect("no panic under this lock").clone();
+        let mut commands = self
+            .commands
+            .lock()
+            .expect("no panic under this lock")
+            .clone();
         let name = commands[0][1].clone();
         commands.retain(|words| words[0] != b"EVAL");
         commands
@@ -310,9 +314,9 @@ impl Recorded {
         let answer: Value = answer.expect("Redis answers");
         match answer {
             // As ours does, which has to be able to read it.
-            Value::BulkString(_) => Value::BulkString(
-                Vec::<u8>::from_redis_value(answer).expect("bytes"),
-            ),
+            Value::BulkString(_) => {
+                Value::BulkString(Vec::<u8>::from_redis_value(answer).expect("bytes"))
+            }
             answer => answer,
         }
     }

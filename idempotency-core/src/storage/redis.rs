@@ -86,10 +86,10 @@ impl RedisStorage {
     /// ```
     ///
     /// Refused are a version older than Redis 7, a replica, a sentinel, and several servers that are no Cluster. A server that may
-    /// evict records is warned of in the log ([`require_noeviction`](RedisConnect::require_noeviction) refuses it); of a Cluster
-    /// every master is looked at. Once connected, it connects anew by itself: when the connection is lost or went silent, when the
-    /// server has become a replica (the name in `location` may lead to the new master), and on another tokio runtime when the
-    /// first one is gone. A second connection serves what is [called in the background](Self#several-runtimes).
+    /// evict records is warned of in the log ([`require_noeviction`](RedisConnect::require_noeviction) refuses it); in a Cluster
+    /// every master is checked. The storage reconnects by itself: when the connection is lost or went silent, when the server has
+    /// become a replica (the name in `location` may lead to the new master), and on another tokio runtime when the first one has
+    /// ended. A second connection serves [calls in the background](Self#several-runtimes).
     ///
     /// # Errors
     ///
@@ -98,7 +98,7 @@ impl RedisStorage {
         RedisConnect::new(location.as_ref(), Self::of)
     }
 
-    /// A storage that asks through `connection`: a `ConnectionManager`, a `ClusterConnection`, or anything else of the crate
+    /// A storage that sends its commands through `connection`: a `ConnectionManager`, a `ClusterConnection`, or anything else of the crate
     /// [`redis`](crate::redis) of which clones share one connection.
     ///
     /// ```no_run
@@ -113,12 +113,13 @@ impl RedisStorage {
     /// # }
     /// ```
     ///
-    /// Nothing is checked. `connection` should connect anew by itself when it is lost. A `ConnectionManager` does, but it stays,
-    /// as [`connect`](Self::connect) does not, with a master that has become a replica, with a password that was refused once,
-    /// and with a connection that went silent. A Cluster's must not read from replicas, and it sends again what it lost the
-    /// answer to, so a release that was done may be said to be lost; while one node is silent, it delays the others. Claims are
+    /// Nothing is checked. `connection` should reconnect by itself when it is lost. A `ConnectionManager` does, but unlike
+    /// [`connect`](Self::connect) it keeps a connection to a master that has become a replica, a password that was refused once,
+    /// and a connection that went silent. A `ClusterConnection` must not read from replicas. It resends a command whose answer was
+    /// lost, so a successful release may be reported as lost, and a silent node delays the others. Claims are
     /// renewed through `connection` too, so the runtime that drives it must not block: see [Several
-    /// runtimes](Self#several-runtimes). Who waits is told of the end of a claim only with a [`subscriber`](Self::subscriber).
+    /// runtimes](Self#several-runtimes). Without a [`subscriber`](Self::subscriber) waiting requests
+    /// poll.
     pub fn new<C>(connection: C) -> Self
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
@@ -129,7 +130,7 @@ impl RedisStorage {
     /// A storage in the master that sentinels name. They are asked when the first command is sent, and again when the connection
     /// is lost or leads to a replica.
     ///
-    /// Nothing is checked, as with [`new`](Self::new). Who waits is told of the end of a claim by the master.
+    /// Nothing is checked, as with [`new`](Self::new). The master notifies waiting requests of the end of a claim.
     ///
     /// ```
     /// use idempotency_core::{RedisStorage, redis::sentinel::{SentinelClient, SentinelServerType}};
@@ -143,7 +144,7 @@ impl RedisStorage {
     /// # }
     /// ```
     ///
-    /// A failover can lose what the replica had not heard of yet: see [`wait_replicas`](Self::wait_replicas).
+    /// A failover can lose claims and records that the replica has not received yet: see [`wait_replicas`](Self::wait_replicas).
     pub fn sentinel(client: redis::sentinel::SentinelClient) -> Self {
         Self::of(Server::behind_sentinels(client), Options::default())
     }
@@ -157,7 +158,7 @@ impl RedisStorage {
         }
     }
 
-    /// What the keys begin with: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`, of
+    /// The prefix of all keys: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`, of
     /// which the log warns at the first claim.
     ///
     /// Storages of different prefixes share nothing. Two services that share a Redis need different ones: with the same prefix a key
@@ -167,9 +168,9 @@ impl RedisStorage {
         self
     }
 
-    /// The server that tells who waits of the end of a claim, for a storage made by [`new`](Self::new): one connection is made to it
-    /// while somebody waits. Of a Cluster, any node. Default: none, and who waits looks at the key at a growing pace, from 20 ms
-    /// to 500 ms. [`connect`](Self::connect) sets it.
+    /// The server that notifies waiting requests of the end of a claim, for a storage made by [`new`](Self::new). It gets one
+    /// connection while a request waits. In a Cluster any node will do. Default: none; waiting requests then poll, first after 20 ms,
+    /// at last every 500 ms. [`connect`](Self::connect) sets it.
     pub fn subscriber(mut self, client: redis::Client) -> Self {
         self.server = self.server.told_by(client);
         self
@@ -184,13 +185,14 @@ impl RedisStorage {
         self
     }
 
-    /// Waits after every claim until `count` replicas have it, `timeout` at most; where they are fewer by then the claim is given
-    /// back and `begin` fails. Default: none.
+    /// Waits after every claim until `count` replicas have it, `timeout` at most. If they are fewer by then, the claim is released
+    /// and `begin` fails. Default: none.
     ///
-    /// It makes the loss of a claim by a failover less likely, not impossible: who becomes master may be a replica that was not
-    /// waited for. It costs a round trip, for which all that share the connection wait too. For one server with replicas: in a
-    /// Cluster every claim fails then ([`connect`](Self::connect) refuses one for which this is set before it is awaited). `timeout` should be shorter than the [time limit](Self::time_limit). With a connection of your own
-    /// ([`new`](Self::new)), one that is lost right after the claim is not noticed, and its successor waits for nothing.
+    /// It makes the loss of a claim by a failover less likely, not impossible: a replica without the claim may become the master. It
+    /// costs a round trip, during which all commands on the connection wait. It is for one server with replicas; in a Cluster every
+    /// claim fails ([`connect`](Self::connect) refuses a Cluster if this was set before it is awaited). `timeout` should be shorter
+    /// than the [time limit](Self::time_limit). With a connection of your own ([`new`](Self::new)) the storage does not notice that
+    /// the connection was replaced between claim and `WAIT`; the claim then counts as replicated although nothing was checked.
     pub fn wait_replicas(mut self, count: u32, timeout: Duration) -> Self {
         self.replicas = Some((count, timeout));
         self
@@ -213,7 +215,7 @@ impl RedisStorage {
         }
     }
 
-    /// Runs a script that answers whether the key was held.
+    /// Runs a script that returns whether the token held the key.
     async fn held(
         &self,
         script: &Script,
@@ -262,7 +264,7 @@ impl RedisStorage {
 #[must_use]
 enum Replicated {
     Yes,
-    /// The connection that claimed is gone. This one has written nothing, so it waits for nothing.
+    /// The connection that sent the claim is gone. `WAIT` on a new one, which has written nothing, returns at once.
     OverAnotherConnection,
 }
 
@@ -270,14 +272,14 @@ impl Storage for RedisStorage {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
         self.prefix.warn_if_default("RedisStorage::prefix");
         let name = self.name(key);
-        // A claim of this token may end between the steps, or the connection, so there is a second try.
+        // The claim of this token, or the connection, may end between the steps, so there is a second try.
         for _ in 0..2 {
             let age = self.server.age();
             if let Some(found) = self.server.claim(&name, claim).await? {
                 match found.entry {
                     Entry::Completed(record) => return Ok(Begin::Completed(record)),
                     Entry::Claimed { .. } if found.token == claim.token => {
-                        // An earlier call to which the answer was lost. The lease counts from now.
+                        // The answer to an earlier call was lost. The lease counts from now.
                         let renewed = self.renew(key, claim.token, claim.lease);
                         if Box::pin(renewed).await? == Held::Lost {
                             continue;
@@ -365,7 +367,7 @@ impl Storage for RedisStorage {
     ) -> Result<(), StorageError> {
         let ttl = milliseconds(ttl).to_string();
         let arguments = [&record.encode()[..], ttl.as_bytes()];
-        // Whether there was one makes no difference.
+        // It makes no difference whether there was a record.
         let _ = self
             .held(
                 &scripts::REPLACE,
@@ -390,7 +392,7 @@ impl Storage for RedisStorage {
             match removed {
                 scripts::DONE => return Ok(true),
                 scripts::CHANGED => {}
-                // Gone meanwhile, perhaps by a first sending of this.
+                // Removed meanwhile, perhaps by an earlier attempt of this call.
                 _ => return Ok(!seen.is_empty()),
             }
         }
@@ -428,7 +430,7 @@ mod tests {
 
     use super::{connection::Connection, link::Link, source::NotifySource, *};
 
-    /// Gives these answers, and is another connection after the command of this name.
+    /// Gives these answers, and counts as another connection after the command of this name.
     #[derive(Clone)]
     struct Script {
         answers: Arc<Mutex<VecDeque<Value>>>,
@@ -456,7 +458,7 @@ mod tests {
         }
     }
 
-    /// Between the claim and the waiting for replicas others may have needed a new connection.
+    /// Another caller may have replaced the connection between claim and `WAIT`.
     #[tokio::test]
     async fn replicas_are_waited_for_over_the_connection_of_the_claim() {
         let claim = NewClaim {

@@ -284,7 +284,9 @@ fn who_waits_does_not_depend_on_another_runtime() {
     let claim = claim();
     let begun = busy.block_on(holder.begin(&KEY, &claim)).unwrap();
     assert_eq!(begun, Begin::Acquired);
-    // The task that listens is on this one now.
+    // This one drives the wait and the subscribed connection, and stands still from then on.
+    let idling = storage.clone();
+    idle.spawn(async move { idling.wait(&KEY, 2 * PATIENCE).await });
     let waited = idle.block_on(storage.wait(&KEY, Duration::from_millis(50)));
     waited.unwrap();
 

@@ -1,8 +1,7 @@
 //! The nodes of a Cluster, with a connection to each.
 //!
-//! The driver's `ClusterConnection` is one task for all nodes, which does nothing else while it looks for the owners of the slots:
-//! for seconds, if one node is silent. Here a node that is silent delays only what is sent to it. That is simple because every
-//! command of ours is about one key.
+//! The driver's `ClusterConnection` is one task for all nodes. While it refreshes the slots it does nothing else, for seconds if one
+//! node is silent. Here a silent node delays only its own commands. That is simple because each of our commands has one key.
 
 use std::{
     collections::HashMap,
@@ -29,13 +28,13 @@ use crate::Env;
 
 const SLOTS: usize = 16_384;
 
-/// The host of a node that is to go by its name, and has none.
+/// Redis names this host if nodes are to be reached by name and the name is not known.
 const NAMELESS: &str = "?";
 
-/// How often a command follows a slot that moves.
+/// How many redirections a command follows.
 const REDIRECTIONS: usize = 5;
 
-/// How long the owners that were just asked for are taken for right.
+/// How long a refresh counts as fresh.
 const FRESH: Duration = Duration::from_millis(100);
 
 /// How many nodes have a vote when the owners are asked for, and how long after the first.
@@ -47,11 +46,11 @@ const MOMENT: Duration = Duration::from_millis(50);
 pub(super) struct Cluster(Arc<Inner>);
 
 struct Inner {
-    /// How nodes are connected to: user, password, TLS.
+    /// User, password and TLS of all nodes.
     settings: ConnectionInfo,
-    /// Where the nodes are that were named.
+    /// The nodes that `connect` was given.
     named: Vec<Address>,
-    /// How long one connection, and one question for the owners, may take.
+    /// Time limit of connecting, and of asking one node for the slots.
     limit: Duration,
     env: Env,
     /// `std`'s lock, because sections are short and never await.
@@ -69,22 +68,22 @@ struct State {
     refresh: Option<Refresh>,
 }
 
-/// One question for the owners, for all who need the answer.
+/// A refresh of the slots' owners, which all commands that need it share.
 struct Refresh {
     since: Duration,
     done: Shared<BoxFuture<'static, ()>>,
 }
 
-/// Which node has which slot.
+/// Which node owns which slot.
 #[derive(Clone)]
 struct Owners {
     addresses: Vec<Address>,
-    /// For each slot the place in `addresses`, or something that is none.
+    /// For each slot an index into `addresses`; out of range if the owner is not known.
     slots: Vec<usize>,
 }
 
 impl Cluster {
-    /// A Cluster of which these nodes are named, at least one; all others are connected to as the first is.
+    /// The Cluster of these nodes, at least one. Other nodes get the settings of the first.
     pub(super) fn new(named: &[ConnectionInfo], limit: Duration, env: Env) -> RedisResult<Self> {
         let Some(settings) = named.first().cloned() else {
             return Err(invalid("no node of the Cluster is named"));
@@ -132,7 +131,7 @@ impl Cluster {
         }))
     }
 
-    /// The masters, once it is known which there are.
+    /// The masters, after a refresh.
     pub(super) async fn masters(&self) -> RedisResult<Vec<Client>> {
         let owners = self.find_owners().await?;
         let masters = owners.masters();
@@ -140,7 +139,7 @@ impl Cluster {
         masters.iter().map(|master| self.0.client(master)).collect()
     }
 
-    /// The answer of the node that has the slot of the command's key.
+    /// Sends `command` to the node that owns the slot of its key.
     async fn ask(&self, command: &Cmd, patience: Duration) -> RedisResult<Value> {
         let Some(key) = key_of(command) else {
             return self.ask_masters(command, patience).await;
@@ -181,7 +180,7 @@ impl Cluster {
                     }
                     to = other;
                 }
-                // The slot may have a new owner, for whoever sends the command again.
+                // The slot may have a new owner. The caller sends the command again.
                 ErrorKind::Io | ErrorKind::Server(ServerErrorKind::ClusterDown) => {
                     self.refreshed().await;
                     doubt.0 = None;
@@ -196,7 +195,7 @@ impl Cluster {
         Err(gone("the slot of the key moves faster than it is followed"))
     }
 
-    /// An answer of all masters, of which none may fail.
+    /// Sends `command` to all masters, and fails if one of them fails.
     async fn ask_masters(&self, command: &Cmd, patience: Duration) -> RedisResult<Value> {
         if word(command, 0) != Some(b"SCRIPT") {
             // `WAIT` says nothing without the connection of the claim.
@@ -217,16 +216,16 @@ impl Cluster {
         self.0.state().owners.of(slot).cloned()
     }
 
-    /// Asks for the owners of the slots, unless that was done a moment ago or is under way. Returns what ends when it is done.
+    /// Begins to refresh the owners of the slots, unless a refresh is fresh or under way. Returns a future of its end.
     fn refresh(&self) -> Option<Shared<BoxFuture<'static, ()>>> {
         let inner = &*self.0;
         let now = inner.env.now();
         let mut state = inner.state();
         if let Some(refresh) = &state.refresh {
             let age = now.saturating_sub(refresh.since);
-            // Perhaps nobody has waited for it, and so nobody has seen it end.
+            // `peek` would not see an end that no caller has polled.
             let is_over = refresh.done.clone().now_or_never().is_some();
-            // One whose runtime stands still does not count.
+            // The runtime of a late one may stand still.
             let lasts = if is_over {
                 FRESH
             } else {
@@ -271,7 +270,8 @@ impl Cluster {
         }
     }
 
-    /// Asks all these nodes at once, and takes what most of the first say: one that is cut off from the others tells what was.
+    /// Asks all these nodes at once. The majority of the first answers decides, because a node that is cut off from the others returns
+    /// former owners.
     async fn owners_from(&self, nodes: Vec<Address>) -> RedisResult<Owners> {
         let inner = &*self.0;
         let mut question = redis::cmd("CLUSTER");
@@ -360,7 +360,7 @@ impl Inner {
 impl State {
     fn replace(&mut self, owners: Owners, named: &[Address]) {
         self.owners = owners;
-        // The others have left.
+        // The other nodes have left the Cluster.
         let owners = &self.owners.addresses;
         self.nodes
             .retain(|address, _| owners.contains(address) || named.contains(address));
@@ -375,7 +375,7 @@ impl Owners {
         }
     }
 
-    /// What `CLUSTER SLOTS` answers; `None` if it tells of no slot. Where it names no host, it is the one that was asked.
+    /// Reads the answer to `CLUSTER SLOTS`; `None` if it has no slot. An empty host means the node that was asked.
     fn read(answer: Value, asked: &str) -> Option<Self> {
         let mut owners = Self::none();
         let Value::Array(ranges) = answer else {
@@ -411,7 +411,7 @@ impl Owners {
         (!owners.addresses.is_empty()).then_some(owners)
     }
 
-    /// Of each slot the owner whom most of `told` name, or the first of as many.
+    /// For each slot the owner that most answers name; in a tie the one named first.
     fn agreed(mut told: Vec<Self>) -> Self {
         if told.len() == 1 {
             return told.remove(0);
@@ -420,7 +420,7 @@ impl Owners {
         for slot in 0..SLOTS {
             let named = || told.iter().filter_map(|owners| owners.of(slot));
             let votes = |owner: &Address| named().filter(|other| *other == owner).count();
-            // Of several that are the greatest, `max_by_key` takes the last.
+            // In a tie `max_by_key` returns the last.
             if let Some(owner) = named().rev().max_by_key(|owner| votes(owner)) {
                 agreed.set(slot, owner);
             }
@@ -448,7 +448,7 @@ impl Owners {
     }
 }
 
-/// The address among what `CLUSTER SLOTS` tells of a node that goes by another name.
+/// The IP address in the metadata of a node in `CLUSTER SLOTS`.
 fn ip_of(node: &[Value]) -> Option<&str> {
     let ip = match node.get(3)? {
         Value::Array(flat) => flat.chunks_exact(2).find_map(|pair| match pair {
@@ -460,7 +460,7 @@ fn ip_of(node: &[Value]) -> Option<&str> {
             .find_map(|(name, value)| text(value).filter(|_| text(name) == Some("ip"))),
         _ => None,
     };
-    // Its own, one that nobody has told it of does not know.
+    // A node may not know its own address.
     ip.filter(|ip| !ip.is_empty())
 }
 
@@ -472,7 +472,7 @@ fn text(value: &Value) -> Option<&str> {
     }
 }
 
-/// A command that has got no answer yet. If it is dropped, the owners are asked for.
+/// A command without an answer yet. If it is dropped, the owners are refreshed.
 struct Doubt<'a>(Option<&'a Cluster>);
 
 impl Drop for Doubt<'_> {
@@ -483,7 +483,7 @@ impl Drop for Doubt<'_> {
     }
 }
 
-/// Where an answer of `MOVED` or `ASK` leads, if it tells.
+/// The node that a `MOVED` or `ASK` error names.
 fn redirection(error: &RedisError, from: &Address) -> Option<Address> {
     let (to, _) = error.redirect_node()?;
     let (host, port) = to.rsplit_once(':')?;
@@ -511,7 +511,7 @@ fn word(command: &Cmd, at: usize) -> Option<&[u8]> {
     }
 }
 
-/// CRC-16 (XMODEM) of the key, or of what is in its first braces:
+/// CRC-16 (XMODEM) of the key, or of the text in its first braces:
 /// <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#key-distribution-model>
 fn slot_of(key: &[u8]) -> usize {
     let mut sum = 0_u16;

@@ -1,4 +1,4 @@
-//! From a URL to a connection that was looked at: which version answers, and whether it keeps what it is given.
+//! From a URL to a checked connection: the server's version, its role, and whether it may evict records.
 
 use std::{fmt, future::IntoFuture, time::Duration};
 
@@ -26,7 +26,7 @@ mod error;
 
 pub use self::error::{RedisConnectError, RedisConnectErrorKind};
 
-/// A connection to Redis in the making: `.await` it. See [`RedisStorage::connect`](crate::RedisStorage::connect).
+/// Connects to Redis: `.await` it. See [`RedisStorage::connect`](crate::RedisStorage::connect).
 #[must_use = "nothing is connected until it is awaited"]
 pub struct RedisConnect<T> {
     location: String,
@@ -36,7 +36,7 @@ pub struct RedisConnect<T> {
     make: fn(Server, Options) -> T,
 }
 
-/// What can be chosen of a storage, a lock or a cache, also when it is connected already.
+/// Options of a storage, a lock or a cache that can also be set after it is connected.
 #[derive(Default)]
 pub(crate) struct Options {
     pub(crate) prefix: Prefix,
@@ -54,8 +54,8 @@ impl<T> RedisConnect<T> {
         }
     }
 
-    /// Refuses a server that may evict records to make room (`maxmemory` with a policy other than `noeviction`), and one that
-    /// does not tell. Default: both are warned of in the log.
+    /// Refuses a server that may evict records to make room (`maxmemory` with a policy other than `noeviction`), and one whose
+    /// configuration can't be read. Default: both are warned of in the log.
     pub fn require_noeviction(mut self) -> Self {
         self.require_noeviction = true;
         self
@@ -190,16 +190,16 @@ async fn ask(client: &Client, limit: Duration) -> Result<About, RedisConnectErro
     within(limit, About::server(&mut connection)).await?
 }
 
-/// Where a program depends on several providers and has chosen none, rustls panics when it is first used.
+/// rustls panics on first use if a program depends on several providers and has installed none.
 #[cfg(feature = "redis-tls")]
 fn provide_cryptography() {
     if rustls::crypto::CryptoProvider::get_default().is_none() {
-        // Somebody else may choose one at this moment, which will do.
+        // If another thread installs one at this moment, that one is used.
         let _ = rustls::crypto::ring::default_provider().install_default();
     }
 }
 
-/// What `location` names, each with the settings that all connections have.
+/// The servers that `location` names, with our TCP settings.
 fn nodes(location: &str, limit: Duration) -> Result<Vec<ConnectionInfo>, RedisConnectError> {
     let mut urls: Vec<String> = Vec::new();
     for part in location.split(',') {
@@ -234,7 +234,7 @@ async fn first_that_answers(
         let client = Client::open(node.clone()).map_err(RedisConnectError::url)?;
         match maker::connect(&client, limit).await {
             Ok(connection) => return Ok((connection, client)),
-            // That one refused says more than that another is not there.
+            // A refusal says more than a server that can't be reached.
             Err(error) => {
                 let known = failure.filter(|error| error.kind() == RedisConnectErrorKind::Refused);
                 failure = known.or_else(|| Some(RedisConnectError::connecting(error)));

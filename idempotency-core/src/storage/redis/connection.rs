@@ -25,15 +25,14 @@ use crate::Env;
 /// Time limit of a reconnect. Its maker has shorter limits of its own.
 const MAKING: Duration = Duration::from_secs(30);
 
-/// The pauses after attempts to connect that failed. The last one keeps those who need a connection from trying without a pause.
+/// The pauses after failed attempts to connect. The one after the last attempt keeps callers from retrying in a tight loop.
 const PAUSES: [Duration; 3] = [
     Duration::from_millis(20),
     Duration::from_millis(100),
     Duration::from_millis(100),
 ];
 
-/// How old a connection to a replica is at least when it is given up: where only a replica is to be found, it is asked for no more
-/// often than that.
+/// A connection to a replica is replaced at this age at the earliest: if there is no master, reconnecting more often is of no use.
 const REPLICA: Duration = Duration::from_secs(1);
 
 /// After so many commands in a row without an answer a connection is given up, and commands go through a new one: a network that
@@ -44,13 +43,13 @@ const UNANSWERED: u32 = 3;
 /// than a command's time limit; if it were cut off each time, it would never be stored.
 const LAST_ANSWER: Duration = Duration::from_secs(30);
 
-/// How many connections that were given up stay open. With as many, the network makes no progress; another one is closed at once.
+/// How many connections that were given up stay open; more are closed at once, because the network makes no progress.
 const GIVEN_UP: usize = 3;
 
 /// A connection that many callers share.
 pub(super) trait Connection: Send + Sync + 'static {
-    /// The answer to `command`. What the server refuses is an error. A call that is dropped when it has had `patience` is one
-    /// that got no answer.
+    /// The answer to `command`. An error reply is an error. If the call is dropped after `patience` or later, the command counts as
+    /// unanswered.
     fn send<'a>(
         &'a self,
         command: &'a Cmd,
@@ -85,7 +84,7 @@ pub(super) struct Reconnecting<M: Maker> {
     env: Env,
     /// `std`'s lock, because sections are short and never await.
     state: Mutex<State<M::Connection>>,
-    /// A permit for each connection that was given up and is kept until what was sent through it is answered.
+    /// A permit for each connection that was given up and stays open until its commands are answered.
     given_up: Arc<Semaphore>,
 }
 
@@ -142,11 +141,11 @@ impl<M: Maker> Reconnecting<M> {
         outcome.await
     }
 
-    /// Begins to connect, in a task, so that it needs no caller to go on; or joins an attempt that is under way.
+    /// Joins the attempt that is under way, or begins one in a task, which goes on without callers.
     fn connect(&self, state: &mut State<M::Connection>) -> RedisResult<Outcome<M::Connection>> {
         let now = self.env.now();
         if let Some(attempt) = &state.attempt
-            // Its runtime may stand still.
+            // Older ones don't count: their runtime may stand still.
             && now.saturating_sub(attempt.since) < MAKING
         {
             return Ok(attempt.outcome.clone());
@@ -228,11 +227,11 @@ impl<M: Maker> Reconnecting<M> {
                 live.answered();
             }
             if may_be_replica && is_of_a_replica(&error) && self.discard_replica(&live) {
-                // It did nothing, so the new master, if there is one to be found, may do it.
+                // The replica refused the command, so it can be sent to the new master.
                 may_be_replica = false;
                 continue;
             }
-            // The driver means to go on where the kernel gave a connection up (`TimedOut`, `HostUnreachable`).
+            // The driver keeps a connection that the kernel has given up (`TimedOut`, `HostUnreachable`).
             if error.is_io_error() || error.is_unrecoverable_error() {
                 self.discard(&live);
             }
@@ -290,7 +289,7 @@ impl<M: Maker> Connection for Reconnecting<M> {
 struct Question<'a, M: Maker> {
     connection: &'a Reconnecting<M>,
     live: &'a Live<M::Connection>,
-    /// Dropped before, it does not count.
+    /// A command that is dropped earlier does not count.
     until: Option<Duration>,
     is_answered: bool,
 }
@@ -322,7 +321,7 @@ async fn ask(mut connection: impl ConnectionLike, command: &Cmd) -> RedisResult<
     answer.or_else(|error| asked.and(Err(error)))
 }
 
-/// Keeps a connection that was given up until all that was sent through it has been answered.
+/// Keeps a connection that was given up until all its commands are answered.
 async fn last_answer(mut connection: impl ConnectionLike, given_up: &Semaphore, env: &Env) {
     let Ok(_permit) = given_up.try_acquire() else {
         return;
@@ -339,7 +338,7 @@ async fn attempts<M: Maker>(maker: &M, env: &Env) -> RedisResult<M::Connection> 
     for pause in PAUSES {
         match maker.make().await {
             Ok(connection) => return Ok(connection),
-            // A password that is refused, say: that does not change so soon.
+            // A refused password, for example: another attempt would not help.
             Err(error) if !error.is_io_error() => {
                 env.sleep(PAUSES[2]).await;
                 return Err(error);
@@ -351,7 +350,7 @@ async fn attempts<M: Maker>(maker: &M, env: &Env) -> RedisResult<M::Connection> 
     Err(failure.unwrap_or_else(|| gone("there was no attempt to connect")))
 }
 
-/// A master that has become a replica keeps its connections, and refuses what changes something.
+/// A master that has become a replica keeps its connections and refuses writes.
 fn is_of_a_replica(error: &RedisError) -> bool {
     use ServerErrorKind::{MasterDown, ReadOnly};
 
@@ -465,7 +464,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_the_kernel_gave_up_is_not_asked_again() {
+    async fn a_connection_that_the_kernel_gave_up_is_replaced() {
         let connection = Reconnecting::new(Cut, Env::system());
         let ping = redis::cmd("PING");
         for age in 1..=2 {
@@ -475,9 +474,9 @@ mod tests {
         }
     }
 
-    /// As calls that look on behalf of others are.
+    /// A poll is dropped when its waiter leaves.
     #[tokio::test(start_paused = true)]
-    async fn a_call_that_is_dropped_early_says_nothing_of_its_connection() {
+    async fn a_call_that_is_dropped_early_is_not_unanswered() {
         let env = Env::system();
         let connection = Reconnecting::new(Silent(Arc::default()), env.clone());
         let ping = redis::cmd("PING");

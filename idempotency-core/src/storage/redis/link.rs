@@ -8,12 +8,12 @@ use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 use super::{connection::Connection, scripts::Script};
 use crate::{Env, StorageError, StorageErrorKind};
 
-/// The connections of a storage, and the time limit of what is asked through them; clones share them.
+/// The connections of a storage, and the time limit of a command; clones share them.
 #[derive(Clone)]
 pub(super) struct Link {
     connection: Arc<dyn Connection>,
-    /// For calls on the background runtime, because the other connection stops with the runtime that made it. `None` if the
-    /// connection is the user's.
+    /// For calls on the background runtime, because the other connection stops with the runtime that made it. `None` if the user
+    /// made the connection.
     background: Option<Arc<dyn Connection>>,
     pub(super) limit: Duration,
     pub(super) env: Env,
@@ -22,9 +22,9 @@ pub(super) struct Link {
 /// Whether a command may be sent again to a connection that was lost before its answer came.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Repeatable {
-    /// The second answer says what the first would have said.
+    /// The second answer is the same as the first.
     Yes,
-    /// The second answer could be about what the first did.
+    /// The second answer may differ because the first attempt succeeded.
     No,
 }
 
@@ -65,7 +65,7 @@ impl Link {
         answer.map_err(Failure::into_error)
     }
 
-    /// The same, with a failure that tells whether Redis refused to write.
+    /// The same, with a failure that says whether Redis refused to write.
     pub(super) async fn try_ask(
         &self,
         command: &Cmd,
@@ -87,8 +87,8 @@ impl Link {
         integer(self.within_limit(calls).await)
     }
 
-    /// The same for a script that only reads, for many waiters. Such calls are dropped together, which tells nothing about Redis
-    /// unless they ran into their time limit.
+    /// The same for a script that only reads, on behalf of waiters. Such a call is dropped when its waiter leaves, so it counts as
+    /// unanswered only after half the time limit.
     pub(super) async fn look(&self, script: &Script, key: &str) -> Result<i64, StorageError> {
         let calls = self.call(script, key, &[], Repeatable::Yes, self.limit / 2);
         integer(self.within_limit(calls).await)
@@ -132,7 +132,7 @@ impl Link {
         let connection = self.connection();
         match connection.send(command, patience).await {
             Err(error) if may_be_repeated(&error, repeatable) => {
-                // The connection is made anew meanwhile.
+                // This call reconnects.
                 connection.send(command, patience).await
             }
             answer => answer,
@@ -149,7 +149,7 @@ impl Link {
         }
     }
 
-    /// How often the connection was made that commands are sent through from here.
+    /// How often the connection that serves calls from here was made.
     pub(super) fn age(&self) -> u64 {
         self.connection().age()
     }
@@ -184,8 +184,8 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    /// Whether the server refused a command that writes, and may well read: it has no memory, no disk, too few replicas, or the
-    /// user no right to write. A replica's answers may be old, so it is not asked instead.
+    /// Whether the server refuses writes but may still serve reads: it has no memory, no disk or too few replicas, or the user has no
+    /// right to write. A replica does not count, because its answers may be stale.
     pub(super) fn is_refusal(&self) -> bool {
         use ServerErrorKind::{MasterDown, ReadOnly};
 
@@ -229,7 +229,7 @@ impl std::error::Error for NoMemory {
 }
 
 pub(super) fn unexpected() -> StorageError {
-    StorageError::unavailable("the server's answer is not of the kind that Redis gives")
+    StorageError::unavailable("the server's answer is of a type that Redis does not return here")
 }
 
 /// The bytes of an answer, if it has any.

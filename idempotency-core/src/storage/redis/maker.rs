@@ -29,7 +29,7 @@ pub(super) struct One {
 }
 
 impl One {
-    /// Of which each connection may take `limit`.
+    /// Connecting may take `limit`.
     pub(super) fn new(client: Client, limit: Duration) -> Self {
         Self { client, limit }
     }
@@ -91,7 +91,7 @@ pub(super) async fn connect(
     client: &Client,
     limit: Duration,
 ) -> RedisResult<MultiplexedConnection> {
-    // The sender limits the time of a command, and the engine their number.
+    // `Link` limits the time of a command.
     let config = AsyncConnectionConfig::new()
         .set_pipeline_buffer_size(COMMANDS)
         .set_connection_timeout(Some(limit))
@@ -101,8 +101,7 @@ pub(super) async fn connect(
         .await
 }
 
-/// After so long without a word over a connection the kernel asks the peer whether it is still there, and then at this pace:
-/// sooner than the firewalls and balancers between forget a connection.
+/// TCP keepalive: idle time and interval, shorter than the idle timeouts of usual firewalls and load balancers.
 const KEEPALIVE: [Duration; 2] = [Duration::from_secs(30), Duration::from_secs(10)];
 
 /// Adds our defaults to `settings`. If the network drops packets silently, the kernel gives the connection up.
@@ -130,7 +129,7 @@ pub(super) fn tcp(settings: TcpSettings, limit: Duration) -> TcpSettings {
     settings.set_nodelay(true)
 }
 
-/// The server of a user's client, with our settings where it has none.
+/// The server of a user's client, with our TCP settings where the user has set none.
 pub(super) fn with_tcp(server: &ConnectionInfo) -> ConnectionInfo {
     let settings = tcp(server.tcp_settings().clone(), Sentinels::PATIENCE);
     server.clone().set_tcp_settings(settings)

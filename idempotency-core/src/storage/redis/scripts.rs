@@ -1,12 +1,12 @@
 //! The Lua scripts. Each is one step on one key, so it is atomic, also in a Cluster.
 //!
-//! Every script looks at no more than the [first bytes](super::layout) of what lies there. Those who wait are told by `PUBLISH`
-//! on the channel that is called as the key is: `all` when there is an answer, `one` when the key is free for one. It is called
-//! by `pcall`, so that a user without a right to the channel has the step done all the same; who waits then has to look.
+//! Every script reads only the [first bytes](super::layout) of a value. It notifies waiters by `PUBLISH` on the channel with the name
+//! of the key: `all` when there is a record, `one` when the key is free. `PUBLISH` is called by `pcall`, so that a user without a right
+//! to the channel can still complete and release claims; waiters then poll.
 
 use std::sync::LazyLock;
 
-/// A script and the name that Redis gives it.
+/// A script and its SHA-1, by which `EVALSHA` calls it.
 pub(super) struct Script {
     pub(super) code: String,
     pub(super) hash: String,
@@ -21,16 +21,16 @@ impl Script {
     }
 }
 
-/// What a script answers.
+/// The results of scripts.
 pub(super) const DONE: i64 = 1;
 pub(super) const NOT_HELD: i64 = 0;
 pub(super) const FOREIGN: i64 = -1;
 pub(super) const CHANGED: i64 = -1;
-/// Nothing is there: for one to run.
+/// The key does not exist.
 pub(super) const FREE: i64 = -1;
 
-/// Token, value, TTL in milliseconds. Stores the value if the claim is the token's or nothing is there. Where the token completed
-/// the key before, its record stays and its TTL starts anew.
+/// Token, value, TTL in milliseconds. Stores the value if the token holds the claim or the key does not exist. If the token has
+/// completed the key before, the record stays and its TTL restarts.
 const COMPLETE_CODE: &str = "\
 local head = redis.call('GETRANGE', KEYS[1], 0, 17)
 local kind = string.sub(head, 1, 2)
@@ -50,7 +50,7 @@ return 1
 
 pub(super) static COMPLETE: LazyLock<Script> = LazyLock::new(|| Script::new(COMPLETE_CODE));
 
-/// [`COMPLETE`] where there is no memory left. For a value that is about as small as the claim that it replaces.
+/// [`COMPLETE`] for a server without free memory, with a value about as small as the claim that it replaces.
 pub(super) static COMPLETE_SMALL: LazyLock<Script> =
     LazyLock::new(|| Script::new(&format!("#!lua flags=allow-oom\n{COMPLETE_CODE}")));
 
@@ -77,7 +77,7 @@ return 1
     )
 });
 
-/// The record as it is encoded, TTL in milliseconds. Keeps who completed the key, and the checksum of that.
+/// The encoded record, TTL in milliseconds. Keeps the token that completed the key, and the checksum of that.
 pub(super) static REPLACE: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         "\
@@ -93,7 +93,7 @@ return -1
     )
 });
 
-/// The first bytes that were seen, or [`NOT_BYTES`]. Removes what they are of, and nothing that came since.
+/// The first bytes that were read, or [`NOT_BYTES`]. Compares and deletes, so that it removes no newer claim or record.
 pub(super) static REMOVE: LazyLock<Script> = LazyLock::new(|| {
     Script::new(&format!(
         "\
@@ -107,10 +107,11 @@ return removed
     ))
 });
 
-/// How [`REMOVE`] calls a list, a set and so on.
+/// Stands for the first bytes of a list, a set and so on in [`REMOVE`].
 pub(super) const NOT_BYTES: &str = "not bytes";
 
-/// What is left of the claim, in milliseconds, or [`FREE`], or less if a record is there. One that somebody made last for ever is a claim too.
+/// The rest of the claim's lease in milliseconds; [`FREE`]; or less if there is a record. A claim without an expiry, which somebody
+/// has persisted, has a minute left.
 pub(super) static LEASE_LEFT: LazyLock<Script> = LazyLock::new(|| {
     Script::new(
         "\
@@ -124,7 +125,7 @@ return left
     )
 });
 
-/// All of them, to be loaded when a connection is made, so that the first request takes no longer than the others.
+/// All scripts, loaded by `connect`, so that the first request takes no longer than the others.
 pub(super) fn all() -> [&'static Script; 7] {
     [
         &COMPLETE,
@@ -137,5 +138,5 @@ pub(super) fn all() -> [&'static Script; 7] {
     ]
 }
 
-/// A claim that ended with an answer, for all who wait.
+/// The message that wakes all waiters.
 pub(super) const WAKE_ALL: &[u8] = b"all";

@@ -76,12 +76,12 @@ impl Server {
         &self.link.env
     }
 
-    /// The answer to a command that may be sent twice.
+    /// The answer to a command that may be repeated.
     pub(crate) async fn ask(&self, command: &Cmd) -> Result<Value, StorageError> {
         self.link.ask(command, Repeatable::Yes).await
     }
 
-    /// The answer to a command that may not.
+    /// The answer to a command that must not be repeated.
     pub(super) async fn ask_once(&self, command: &Cmd) -> Result<Value, StorageError> {
         self.link.ask(command, Repeatable::No).await
     }
@@ -142,8 +142,7 @@ impl Server {
         Ok(held_if(released.await?))
     }
 
-    /// Returns when `name` has no claim, or after `timeout`. After a release it returns for one waiter first, and soon for the others
-    /// if that one leaves the key free.
+    /// Returns when `name` has no claim, or after `timeout`. A release wakes one waiter, and soon more if the key stays free.
     pub(crate) async fn wait(&self, name: &str, timeout: Duration) -> Result<(), StorageError> {
         self.waits.wait(name, timeout).await
     }
