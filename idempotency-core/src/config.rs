@@ -87,7 +87,7 @@ pub struct Config {
     pub documentation: Option<HeaderValue>,
     /// See [`Config::env`].
     pub env: Env,
-    observers: Observers,
+    pub(crate) observers: Observers,
 }
 
 /// What happens to a request when the storage fails before its operation ran.

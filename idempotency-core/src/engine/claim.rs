@@ -91,7 +91,7 @@ impl Claim {
         if shared.ledger.change(*token, |run| run.is_unclaimed()) == Some(true) {
             return Ok(true);
         }
-        let lease = shared.config.lock.lease();
+        let lease = shared.options.lease();
         let renewed = shared.limited(shared.storage.renew(key, *token, lease));
         let is_held = renewed.await? == Held::Yes;
         // Looked at last: the keeper may have taken the claim again just before it was renewed.
@@ -105,7 +105,7 @@ impl Claim {
             fingerprint: self.fingerprint,
             outcome,
         };
-        let now = shared.config.env.now();
+        let now = shared.options.now();
         let finish = shared
             .ledger
             .change(self.token, |run| (run.finish(&record, now), run.since));
@@ -237,7 +237,7 @@ pub(super) struct Begun {
 impl Begun {
     pub(super) fn enter(shared: &Arc<Shared>, key: EncodedKey) -> Option<Self> {
         // Made before the place is taken: an environment of a user's may panic.
-        let token = Token::random_from(&shared.config.env);
+        let token = Token::random_from(&shared.options.env);
         shared.ledger.enter().then(|| Self {
             shared: shared.clone(),
             key,
@@ -266,20 +266,20 @@ impl Begun {
         fingerprint: Option<Fingerprint>,
         progress: &Progress,
     ) -> Claim {
-        let now = self.shared.config.env.now();
+        let now = self.shared.options.now();
         let run = self.run(fingerprint, now, progress).without_claim();
         self.into_claim(run)
     }
 
     fn run(&self, fingerprint: Option<Fingerprint>, since: Duration, progress: &Progress) -> Run {
-        let config = &self.shared.config;
+        let options = &self.shared.options;
         Run::held(
             self.key,
             fingerprint,
             since,
-            config.ttl,
-            config.lock.lease(),
-            config.lock.hold_limit(),
+            options.ttl,
+            options.lease(),
+            options.lock.hold_limit(),
             progress.clone(),
         )
     }

@@ -54,7 +54,7 @@ fn start(shared: &Arc<Shared>) {
         leaving: false,
     };
     let started = catch_unwind(AssertUnwindSafe(|| {
-        let spawner = shared.config.env.background()?;
+        let spawner = shared.options.env.background()?;
         spawner.spawn(keeper.run().with_current_subscriber());
         Some(())
     }));
@@ -69,9 +69,9 @@ fn start(shared: &Arc<Shared>) {
 /// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key. `failed`: the storage refused
 /// it. Says whether there was one to leave: a key that was removed by hand has none.
 pub(super) fn defer(shared: &Arc<Shared>, token: Token, failed: bool) -> bool {
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     let hold = |record: &Record| {
-        shared.config.budget.count(match &record.outcome {
+        shared.options.budget.count(match &record.outcome {
             Outcome::Response(response) => response.body().len(),
             Outcome::Tombstone(_) => 0,
         })
@@ -86,7 +86,7 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, failed: bool) -> bool {
         return false;
     }
     if let Some((key, record)) = late {
-        shared.config.emit(&Event::Deferred { key });
+        shared.options.emit(&Event::Deferred { key });
         shared.ledger.waiters.hand_over(&key, &record);
     }
     wake(shared);
@@ -100,12 +100,12 @@ pub(super) fn release(shared: &Arc<Shared>, key: EncodedKey, token: Token, claim
 }
 
 fn unclaim(shared: &Shared, key: &EncodedKey, token: Token, claimed: Claimed) {
-    let config = &shared.config;
+    let options = &shared.options;
     shared.ledger.release(Release {
         key: *key,
         token,
         claimed,
-        lease_end: config.env.now().saturating_add(config.lock.lease()),
+        lease_end: options.now().saturating_add(options.lease()),
     });
 }
 
@@ -125,14 +125,12 @@ pub(super) async fn try_release(
         Ok(Held::Lost) => return true,
         Err(error) => {
             shared.failed(key, Operation::Release, &error);
-            let config = &shared.config;
-            shared
-                .ledger
-                .pause_releases(config.env.now(), config.lock.lease());
+            let options = &shared.options;
+            shared.ledger.pause_releases(options.now(), options.lease());
             return false;
         }
     };
-    shared.config.emit(&event);
+    shared.options.emit(&event);
     true
 }
 
@@ -156,10 +154,10 @@ pub(super) fn completed(
         (Held::Yes, Outcome::Response(response)) => Event::Completed {
             key: *key,
             status: response.status(),
-            took: shared.config.env.now().saturating_sub(since),
+            took: shared.options.now().saturating_sub(since),
         },
     };
-    shared.config.emit(&event);
+    shared.options.emit(&event);
     match held {
         Held::Yes => shared.ledger.waiters.hand_over(key, record),
         Held::Lost => shared.ledger.waiters.wake_all(key),
@@ -180,19 +178,19 @@ enum Done {
 impl Keeper {
     async fn run(mut self) {
         let shared = &self.shared.clone();
-        let config = &shared.config;
-        let lease = config.lock.lease();
+        let options = &shared.options;
+        let lease = options.lease();
         // Claims that are due a little later are renewed along, so that the keeper wakes for many at once.
         let slack = lease / 12;
         // A new claim does not wake the keeper, so it sleeps no longer than until that would be due.
-        let longest = (lease / 3).min(config.lock.hold_limit());
+        let longest = (lease / 3).min(options.lock.hold_limit());
         shared.ledger.start_over();
 
         let mut under_way = FuturesUnordered::<BoxFuture<'_, Done>>::new();
         let mut storing = 0;
         let mut to_store = VecDeque::new();
         loop {
-            let now = config.env.now();
+            let now = options.now();
             for (token, job) in shared.ledger.take_due(now, now.saturating_add(slack)) {
                 match job {
                     Job::Renew => under_way.push(Box::pin(async move {
@@ -230,12 +228,12 @@ impl Keeper {
             if under_way.is_empty() && shared.ledger.dismiss_keeper() {
                 break;
             }
-            let now = config.env.now();
+            let now = options.now();
             let wake_at = shared.ledger.next_due().min(now.saturating_add(longest));
             if wake_at <= now && under_way.is_empty() {
                 continue;
             }
-            let asleep = pin!(config.env.sleep(wake_at.saturating_sub(now)));
+            let asleep = pin!(options.env.sleep(wake_at.saturating_sub(now)));
             let woken = pin!(shared.ledger.work());
             let first = match under_way.is_empty() {
                 true => {
@@ -267,7 +265,7 @@ impl Drop for Keeper {
 /// One storage that panics must not cost the other claims their renewal.
 async fn guarded(shared: &Shared, token: Token, job: Job, work: impl Future<Output = ()>) {
     if AssertUnwindSafe(work).catch_unwind().await.is_err() {
-        let now = shared.config.env.now();
+        let now = shared.options.now();
         let _ = shared.ledger.change(token, |run| run.put_off(job, now));
     }
 }
@@ -278,8 +276,8 @@ async fn limited<T>(
     shared: &Shared,
     operation: impl Future<Output = Result<T, StorageError>>,
 ) -> Result<T, StorageError> {
-    let config = &shared.config;
-    let limit = config.storage_timeout.min(config.lock.lease() / 3);
+    let options = &shared.options;
+    let limit = options.storage_timeout.min(options.lease() / 3);
     let operation = AssertUnwindSafe(operation).catch_unwind();
     let operation = operation.map(|done| match done {
         Ok(done) => done,
@@ -293,9 +291,9 @@ async fn renew(shared: &Shared, token: Token) {
     let Some(key) = shared.ledger.change(token, |run| run.key) else {
         return;
     };
-    let lease = shared.config.lock.lease();
+    let lease = shared.options.lease();
     let renewed = limited(shared, shared.storage.renew(&key, token, lease)).await;
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     match renewed {
         Ok(Held::Yes) => {
             let _ = shared.ledger.change(token, |run| run.renewed(now));
@@ -324,13 +322,13 @@ async fn reclaim(shared: &Shared, token: Token) {
     let claim = NewClaim {
         token,
         fingerprint,
-        lease: shared.config.lock.lease(),
+        lease: shared.options.lease(),
     };
     let begun = limited(shared, shared.storage.begin(&key, &claim)).await;
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     match begun {
         Ok(Begin::Acquired) => match shared.ledger.change(token, |run| run.reclaimed(now)) {
-            Some(true) => shared.config.emit(&Event::Reclaimed { key }),
+            Some(true) => shared.options.emit(&Event::Reclaimed { key }),
             // It was released or removed meanwhile, which is why the claim was gone.
             _ => unclaim(shared, &key, token, Claimed::Perhaps),
         },
@@ -351,7 +349,7 @@ async fn reclaim(shared: &Shared, token: Token) {
 
 fn lost(shared: &Shared, key: &EncodedKey, token: Token) {
     if shared.ledger.change(token, Run::lose) == Some(true) {
-        shared.config.emit(&Event::Lost {
+        shared.options.emit(&Event::Lost {
             key: *key,
             operation: Operation::Renew,
         });
@@ -371,7 +369,7 @@ async fn store_tombstone(shared: &Shared, token: Token) {
     shared.ledger.waiters.hand_over(&key, &tombstone);
     let stored = shared.storage.complete(&key, token, &tombstone, ttl);
     let stored = limited(shared, stored).await;
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     let _telling = shared.ledger.telling();
     match stored {
         Ok(Held::Yes) => {
@@ -406,7 +404,7 @@ async fn store_late(shared: &Shared, token: Token) {
     let Some(Some((key, since, late))) = late else {
         return;
     };
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     if late.expires <= now {
         let _telling = shared.ledger.telling();
         if shared
@@ -414,7 +412,7 @@ async fn store_late(shared: &Shared, token: Token) {
             .advance(token, |run| run.late_stored(late.replaced))
             == Some(Next::Over)
         {
-            shared.config.emit(&Event::Abandoned { key });
+            shared.options.emit(&Event::Abandoned { key });
         }
         return;
     }
@@ -431,7 +429,7 @@ async fn store_late(shared: &Shared, token: Token) {
         }
         Err((failure, operation, error)) => {
             shared.failed(&key, operation, &error);
-            let now = shared.config.env.now();
+            let now = shared.options.now();
             let _ = shared
                 .ledger
                 .change(token, |run| run.late_failed(now, failure));
@@ -449,7 +447,7 @@ async fn try_to_store(
     token: Token,
     late: &Late,
 ) -> Result<(Record, Held), (Failure, Operation, StorageError)> {
-    let lease = shared.config.lock.lease();
+    let lease = shared.options.lease();
     let storage = &shared.storage;
     let unanswered = |operation| move |error| (Failure::Unanswered, operation, error);
 
@@ -457,7 +455,7 @@ async fn try_to_store(
         .await
         .map_err(unanswered(Operation::Renew))?
         == Held::Yes;
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     let record = late.record.clone();
     let mut offered = record.clone();
     let mut is_last = false;
@@ -477,7 +475,7 @@ async fn try_to_store(
             // The storage had lost the claim.
             Ok(Begin::Acquired) => {
                 let answered = shared.ledger.change(token, |run| {
-                    run.renewed(shared.config.env.now());
+                    run.renewed(shared.options.now());
                     run.answered()
                 });
                 if answered.is_none() {
@@ -486,7 +484,7 @@ async fn try_to_store(
                     return Ok((record, Held::Lost));
                 }
                 is_last = answered == Some(true);
-                shared.config.emit(&Event::Reclaimed { key: *key });
+                shared.options.emit(&Event::Reclaimed { key: *key });
             }
             Ok(Begin::Completed(there)) if there == record => return Ok((record, Held::Yes)),
             // Ours or another's: a tombstone tells at little cost, since the storage keeps the first record of a token.
@@ -546,10 +544,8 @@ async fn release_late(shared: &Shared, release: Release) {
     let told = AssertUnwindSafe(try_release(shared, &key, token, claimed)).catch_unwind();
     let told = told.await.unwrap_or_else(|_| {
         // A storage that panics did not answer.
-        let config = &shared.config;
-        shared
-            .ledger
-            .pause_releases(config.env.now(), config.lock.lease());
+        let options = &shared.options;
+        shared.ledger.pause_releases(options.now(), options.lease());
         false
     });
     if told {

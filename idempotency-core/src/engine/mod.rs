@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 
 use self::{
     ledger::{Found, Ledger},
+    options::Options,
     waiters::Waiter,
 };
 use crate::{
@@ -33,6 +34,7 @@ mod call;
 mod claim;
 mod keeper;
 mod ledger;
+mod options;
 mod releases;
 mod run;
 mod turn;
@@ -75,8 +77,10 @@ pub struct Engine {
 
 struct Shared {
     storage: AnyStorage,
-    config: Config,
+    options: Options,
     ledger: Ledger,
+    /// For [`Engine::config`]. The engine itself reads its `options`.
+    config: Config,
 }
 
 // Not `#[non_exhaustive]`: a caller that ignores a case runs an operation twice or not at all.
@@ -192,10 +196,12 @@ enum Attempt {
 impl Engine {
     /// An engine that keeps claims and records in `storage`.
     pub fn new(storage: impl Storage, config: Config) -> Self {
+        let options = Options::of(&config);
         Self {
             shared: Arc::new(Shared {
-                ledger: Ledger::new(config.max_running, config.max_waiting),
                 storage: AnyStorage::new(storage),
+                ledger: Ledger::new(options.max_running, options.max_waiting),
+                options,
                 config,
             }),
         }
@@ -211,7 +217,7 @@ impl Engine {
 
     /// [`begin`](Self::begin), with a `progress` that tells whether the future may be dropped.
     pub async fn begin_with(&self, encoded: &Encoded, progress: &Progress) -> Decision {
-        let limit = self.shared.config.lock.wait_timeout();
+        let limit = self.shared.options.lock.wait_timeout();
         let decision = self.decide(encoded, progress, limit).await;
         self.shared.announce(&encoded.key, &decision);
         decision
@@ -221,7 +227,7 @@ impl Engine {
     async fn decide(&self, encoded: &Encoded, progress: &Progress, limit: Duration) -> Decision {
         let shared = &self.shared;
         let waiters = &shared.ledger.waiters;
-        let env = &shared.config.env;
+        let env = &shared.options.env;
         let mut waiting: Option<Waiting<'_>> = None;
         let mut waited_here = false;
         let mut wake = Wake {
@@ -289,7 +295,7 @@ impl Engine {
         ttl: Duration,
     ) -> Result<(), StorageError> {
         let shared = &self.shared;
-        let expires = shared.config.env.now().saturating_add(ttl);
+        let expires = shared.options.now().saturating_add(ttl);
         if shared.ledger.replace(key, record, expires) {
             return Ok(());
         }
@@ -351,7 +357,7 @@ impl Engine {
     async fn attempt(&self, encoded: &Encoded, progress: &Progress, waited: Duration) -> Attempt {
         let shared = &self.shared;
         let key = &encoded.key;
-        match shared.ledger.find(key, shared.config.env.now()) {
+        match shared.ledger.find(key, shared.options.now()) {
             Found::Outcome(record) | Found::GivenUp(record) => {
                 return Attempt::Decided(replay(encoded, record, waited));
             }
@@ -361,7 +367,7 @@ impl Engine {
             } => return in_flight(encoded, fingerprint, waiter),
             Found::Nothing => {}
         }
-        if !shared.config.lock.is_enabled() {
+        if !shared.options.lock.is_enabled() {
             return Attempt::Decided(self.look_up(encoded, progress, waited).await);
         }
         let Some(begun) = claim::Begun::enter(shared, *key) else {
@@ -387,9 +393,9 @@ impl Engine {
         let new = NewClaim {
             token: begun.token(),
             fingerprint: encoded.fingerprint,
-            lease: shared.config.lock.lease(),
+            lease: shared.options.lease(),
         };
-        let mut since = shared.config.env.now();
+        let mut since = shared.options.now();
         let mut clearing = None;
         let mut answer = shared
             .limited(shared.storage.begin(&encoded.key, &new))
@@ -398,15 +404,12 @@ impl Engine {
             clearing = shared.ledger.clear(&encoded.key);
             if clearing.is_none() {
                 begun.not_acquired();
-                return match shared
-                    .ledger
-                    .subscribe(&encoded.key, shared.config.env.now())
-                {
+                return match shared.ledger.subscribe(&encoded.key, shared.options.now()) {
                     Ok(waiter) => Attempt::InFlight(waiter),
                     Err(record) => Attempt::Decided(replay(encoded, record, waited)),
                 };
             }
-            since = shared.config.env.now();
+            since = shared.options.now();
             answer = Box::pin(shared.clear_and_begin(&encoded.key, &new)).await;
         }
         // Until the claim is in the ledger, or it is known that there is none.
@@ -415,7 +418,7 @@ impl Engine {
             Ok(Begin::Acquired) => {
                 // The answer may have taken so long that the lease is over by now.
                 if shared.has_aged(since) {
-                    since = shared.config.env.now();
+                    since = shared.options.now();
                     let renewed = shared.storage.renew(&encoded.key, new.token, new.lease);
                     match shared.limited(renewed).await {
                         Ok(Held::Yes) => {}
@@ -447,10 +450,7 @@ impl Engine {
             }
             Ok(Begin::InFlight { fingerprint, .. }) => {
                 begun.not_acquired();
-                match shared
-                    .ledger
-                    .subscribe(&encoded.key, shared.config.env.now())
-                {
+                match shared.ledger.subscribe(&encoded.key, shared.options.now()) {
                     Ok(waiter) => in_flight(encoded, fingerprint, waiter),
                     Err(record) => Attempt::Decided(replay(encoded, record, waited)),
                 }
@@ -490,7 +490,7 @@ struct Waiting<'a> {
 
 impl Waiting<'_> {
     fn waited(&self) -> Duration {
-        self.shared.config.env.now().saturating_sub(self.since)
+        self.shared.options.now().saturating_sub(self.since)
     }
 }
 
@@ -537,15 +537,15 @@ impl Engine {
 impl Shared {
     /// Whether half the lease has passed since `since`.
     fn has_aged(&self, since: Duration) -> bool {
-        let age = self.config.env.now().saturating_sub(since);
-        age >= self.config.lock.lease() / 2
+        let age = self.options.now().saturating_sub(since);
+        age >= self.options.lease() / 2
     }
 
     /// Whether an unreadable record is in the way and is to be treated as absent.
     fn is_to_be_cleared(&self, begin: &Result<Begin, StorageError>) -> bool {
         let unreadable =
             matches!(begin, Err(error) if error.kind() == StorageErrorKind::Unreadable);
-        unreadable && self.config.on_unreadable == OnUnreadable::TreatAsAbsent
+        unreadable && self.options.on_unreadable == OnUnreadable::TreatAsAbsent
     }
 
     /// `Storage::begin` in the place of an unreadable record, if it is still there.
@@ -568,7 +568,7 @@ impl Shared {
     /// Emits the event of a decision.
     fn announce(&self, key: &EncodedKey, decision: &Decision) {
         let key = *key;
-        self.config.emit(&match decision {
+        self.options.emit(&match decision {
             Decision::Execute(_) => Event::Executing { key },
             Decision::Replay(replay) => Event::Replayed {
                 key,
@@ -583,7 +583,7 @@ impl Shared {
     }
 
     fn failed(&self, key: &EncodedKey, operation: Operation, error: &StorageError) {
-        self.config.emit(&Event::StorageFailed {
+        self.options.emit(&Event::StorageFailed {
             key: *key,
             operation,
             error,
@@ -597,7 +597,7 @@ impl Shared {
         error: StorageError,
     ) -> Decision {
         self.failed(key, operation, &error);
-        match self.config.on_storage_error {
+        match self.options.on_storage_error {
             OnStorageError::RunUnprotected => Decision::Unprotected,
             OnStorageError::Reject => Decision::Refuse(Refused {
                 refusal: Refusal::StorageUnavailable,
@@ -611,7 +611,7 @@ impl Shared {
         if !self.ledger.start_waiting() {
             return None;
         }
-        self.config.emit(&Event::Waiting { key: *key });
+        self.options.emit(&Event::Waiting { key: *key });
         Some(Waiting {
             shared: self,
             since: now,
@@ -622,7 +622,7 @@ impl Shared {
     async fn wait(&self, key: &EncodedKey, waiter: Waiter, limit: Duration) -> Option<Record> {
         let is_local = waiter.is_local();
         let woken = pin!(waiter.woken());
-        let over = pin!(self.config.env.sleep(limit));
+        let over = pin!(self.options.env.sleep(limit));
         if is_local {
             return outcome_of(select(woken, over).await);
         }
@@ -631,7 +631,7 @@ impl Shared {
             if let Err(error) = self.storage.wait(key, limit).await {
                 self.failed(key, Operation::Wait, &error);
                 // The caller asks the storage again, but not in a tight loop.
-                self.config.env.sleep(WAIT_FAILED_PAUSE).await;
+                self.options.env.sleep(WAIT_FAILED_PAUSE).await;
             }
         });
         outcome_of(select(woken, select(elsewhere, over)).await)
@@ -642,7 +642,7 @@ impl Shared {
         &self,
         operation: impl Future<Output = Result<T, StorageError>>,
     ) -> Result<T, StorageError> {
-        self.limited_to(self.config.storage_timeout, operation)
+        self.limited_to(self.options.storage_timeout, operation)
             .await
     }
 
@@ -651,7 +651,7 @@ impl Shared {
         limit: Duration,
         operation: impl Future<Output = Result<T, StorageError>>,
     ) -> Result<T, StorageError> {
-        let done = self.config.env.within(limit, operation).await;
+        let done = self.options.env.within(limit, operation).await;
         done.unwrap_or_else(|| Err(StorageError::timeout()))
     }
 }

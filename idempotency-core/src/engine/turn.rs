@@ -71,7 +71,7 @@ impl Turn {
     pub async fn replace(self, response: StoredResponse) -> Result<Held, StorageError> {
         let replaced = self.try_replace(response).await;
         if let Err(error) = &replaced {
-            self.engine.config().emit(&Event::StorageFailed {
+            self.engine.shared.options.emit(&Event::StorageFailed {
                 key: self.key,
                 operation: Operation::Replace,
                 error,
@@ -88,7 +88,7 @@ impl Turn {
         if let Some(claim) = claim
             && !claim.was_held_throughout().await?
         {
-            engine.config().emit(&Event::Lost {
+            engine.shared.options.emit(&Event::Lost {
                 key: *key,
                 operation: Operation::Replace,
             });
@@ -100,7 +100,10 @@ impl Turn {
             outcome: Outcome::Response(response),
         };
         engine.replace(key, &record, self.ttl).await?;
-        engine.config().emit(&Event::Replaced { key: *key, status });
+        engine
+            .shared
+            .options
+            .emit(&Event::Replaced { key: *key, status });
         Ok(Held::Yes)
     }
 
@@ -128,7 +131,7 @@ impl Engine {
     /// A turn is waited for as long as the run before it may take: [`LockPolicy::max_hold`](crate::LockPolicy::max_hold). A
     /// running *original* is waited for as in [`begin`](Self::begin).
     pub async fn begin_manual(&self, encoded: &Encoded, progress: &Progress) -> ManualDecision {
-        let limit = self.config().lock.wait_timeout();
+        let limit = self.shared.options.lock.wait_timeout();
         let key = &encoded.key;
         loop {
             let decision = self.decide(encoded, progress, limit).await;
@@ -142,11 +145,11 @@ impl Engine {
                 Decision::Replay(replay) => {
                     match self.take_turn(encoded, replay.record, progress).await {
                         Ok(turn) => {
-                            self.config().emit(&Event::Conflict { key: *key });
+                            self.shared.options.emit(&Event::Conflict { key: *key });
                             ManualDecision::Conflict(turn)
                         }
                         Err(NoTurn::Refused(refused)) => {
-                            self.config().emit(&Event::Refused {
+                            self.shared.options.emit(&Event::Refused {
                                 key: Some(*key),
                                 refusal: refused.refusal,
                             });
@@ -171,10 +174,10 @@ impl Engine {
             key: key.turn(),
             fingerprint: None,
         };
-        let longest = self.config().lock.hold_limit();
+        let longest = self.shared.options.lock.hold_limit();
         let claim = match self.decide(&turn, progress, longest).await {
             // Given up, it leaves a tombstone, which is to block the key's conflicts no longer than a crash would.
-            Decision::Execute(claim) => Some(claim.ttl(self.config().lock.lease())),
+            Decision::Execute(claim) => Some(claim.ttl(self.shared.options.lease())),
             Decision::Unprotected => None,
             // The run before was held too long, and may still be at it.
             Decision::Replay(_) => return Err(NoTurn::Refused(Refused::new(Refusal::InFlight))),
@@ -186,7 +189,7 @@ impl Engine {
                 engine: self.clone(),
                 key,
                 record,
-                ttl: self.config().ttl,
+                ttl: self.shared.options.ttl,
                 claim,
             }),
             Err(no_turn) => {
@@ -202,7 +205,7 @@ impl Engine {
     /// Re-reads the record after taking the turn: the turn before may have replaced the one that was `seen`.
     async fn stands(&self, encoded: &Encoded, seen: Record) -> Result<Record, NoTurn> {
         let key = &encoded.key;
-        let found = self.shared.ledger.find(key, self.config().env.now());
+        let found = self.shared.ledger.find(key, self.shared.options.now());
         if let Found::Running { .. } = found {
             return Err(NoTurn::RecordIsGone);
         }
