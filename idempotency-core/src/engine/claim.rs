@@ -59,7 +59,7 @@ impl Claim {
     /// How long the outcome will be kept. Zero keeps none. Default: [`Config::ttl`](crate::Config::ttl).
     pub fn ttl(self, ttl: Duration) -> Self {
         // A run that is gone was removed by hand; it has no outcome to keep.
-        let _ = self.shared.ledger.change(self.token, |run| run.ttl = ttl);
+        let _ = self.shared.runs.change(self.token, |run| run.ttl = ttl);
         self
     }
 
@@ -88,14 +88,14 @@ impl Claim {
         let Self {
             shared, key, token, ..
         } = self;
-        if shared.ledger.change(*token, |run| run.is_unclaimed()) == Some(true) {
+        if shared.runs.change(*token, |run| run.is_unclaimed()) == Some(true) {
             return Ok(true);
         }
         let lease = shared.options.lease();
         let renewed = shared.limited(shared.storage.renew(key, *token, lease));
         let is_held = renewed.await? == Held::Yes;
         // Looked at last: the keeper may have taken the claim again just before it was renewed.
-        let is_whole = shared.ledger.change(*token, |run| run.is_held_throughout());
+        let is_whole = shared.runs.change(*token, |run| run.is_held_throughout());
         Ok(is_held && is_whole == Some(true))
     }
 
@@ -107,7 +107,7 @@ impl Claim {
         };
         let now = shared.options.now();
         let finish = shared
-            .ledger
+            .runs
             .change(self.token, |run| (run.finish(&record, now), run.since));
         let (ttl, since, is_offer) = match finish {
             Some((Finish::Store(ttl), since)) => (ttl, since, false),
@@ -126,7 +126,7 @@ impl Claim {
         match shared.limited(stored).await {
             Ok(held) => {
                 self.ended = true;
-                let _telling = shared.ledger.end(self.token);
+                let _telling = shared.runs.end(self.token);
                 keeper::completed(&shared, &self.key, since, &record, held);
                 match held {
                     Held::Yes => Completion::Stored,
@@ -137,7 +137,7 @@ impl Claim {
                 shared.failed(&self.key, Operation::Complete, &error);
                 if is_offer {
                     self.ended = true;
-                    drop(shared.ledger.end(self.token));
+                    drop(shared.runs.end(self.token));
                     return Completion::Lost;
                 }
                 match self.leave_to_keeper(true) {
@@ -158,14 +158,14 @@ impl Claim {
     fn end_without_record(&mut self) -> Option<Release> {
         let has_outcome = self
             .shared
-            .ledger
+            .runs
             .change(self.token, |run| run.has_outcome())?;
         if has_outcome {
             // The future that was storing it is dropped, or the claim was given up.
             self.leave_to_keeper(false);
             return None;
         }
-        let run = self.shared.ledger.end_but_stay(self.token)?;
+        let run = self.shared.runs.end_but_stay(self.token)?;
         Some(Release {
             shared: self.shared.clone(),
             key: self.key,
@@ -218,9 +218,9 @@ impl Drop for Release {
         } = self;
         match self.claimed {
             Some(claimed) => keeper::release(shared, *key, *token, claimed),
-            None => shared.ledger.waiters.wake_one(key),
+            None => shared.runs.waiters.wake_one(key),
         }
-        shared.ledger.leave();
+        shared.runs.leave();
     }
 }
 
@@ -238,7 +238,7 @@ impl Begun {
     pub(super) fn enter(shared: &Arc<Shared>, key: EncodedKey) -> Option<Self> {
         // Made before the place is taken: an environment of a user's may panic.
         let token = Token::random_from(&shared.options.env);
-        shared.ledger.enter().then(|| Self {
+        shared.runs.enter().then(|| Self {
             shared: shared.clone(),
             key,
             token,
@@ -293,7 +293,7 @@ impl Begun {
             fingerprint: run.fingerprint,
             ended: false,
         };
-        self.shared.ledger.add(self.token, run);
+        self.shared.runs.add(self.token, run);
         keeper::keep(&self.shared);
         claim
     }
@@ -301,7 +301,7 @@ impl Begun {
     /// The storage did not grant the claim.
     pub(super) fn not_acquired(mut self) {
         self.ended = true;
-        self.shared.ledger.leave();
+        self.shared.runs.leave();
     }
 
     /// The storage did not answer: the claim may exist, and the keeper releases it.
@@ -316,6 +316,6 @@ impl Drop for Begun {
             return;
         }
         keeper::release(&self.shared, self.key, self.token, Claimed::Perhaps);
-        self.shared.ledger.leave();
+        self.shared.runs.leave();
     }
 }

@@ -34,14 +34,14 @@ const STORES: usize = 64;
 
 /// Sees to it that a claim that was just made is renewed.
 pub(super) fn keep(shared: &Arc<Shared>) {
-    if shared.ledger.need_first_keeper() {
+    if shared.runs.expect_keeper() {
         start(shared);
     }
 }
 
 /// Has a keeper look at what there is to do now.
 pub(super) fn wake(shared: &Arc<Shared>) {
-    if shared.ledger.need_keeper() {
+    if shared.runs.call_keeper() {
         start(shared);
     }
 }
@@ -77,7 +77,7 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, failed: bool) -> bool {
         })
     };
     let mut late = None;
-    let next = shared.ledger.advance(token, |run| {
+    let next = shared.runs.advance(token, |run| {
         let next = run.defer(now, failed, hold);
         late = run.late_record().map(|record| (run.key, record));
         next
@@ -87,7 +87,7 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, failed: bool) -> bool {
     }
     if let Some((key, record)) = late {
         shared.options.emit(&Event::Deferred { key });
-        shared.ledger.waiters.hand_over(&key, &record);
+        shared.runs.waiters.hand_over(&key, &record);
     }
     wake(shared);
     true
@@ -101,7 +101,7 @@ pub(super) fn release(shared: &Arc<Shared>, key: EncodedKey, token: Token, claim
 
 fn unclaim(shared: &Shared, key: &EncodedKey, token: Token, claimed: Claimed) {
     let options = &shared.options;
-    shared.ledger.release(Release {
+    shared.runs.release(Release {
         key: *key,
         token,
         claimed,
@@ -126,7 +126,7 @@ pub(super) async fn try_release(
         Err(error) => {
             shared.failed(key, Operation::Release, &error);
             let options = &shared.options;
-            shared.ledger.pause_releases(options.now(), options.lease());
+            shared.runs.pause_releases(options.now(), options.lease());
             return false;
         }
     };
@@ -159,8 +159,8 @@ pub(super) fn completed(
     };
     shared.options.emit(&event);
     match held {
-        Held::Yes => shared.ledger.waiters.hand_over(key, record),
-        Held::Lost => shared.ledger.waiters.wake_all(key),
+        Held::Yes => shared.runs.waiters.hand_over(key, record),
+        Held::Lost => shared.runs.waiters.wake_all(key),
     }
 }
 
@@ -184,14 +184,14 @@ impl Keeper {
         let slack = lease / 12;
         // A new claim does not wake the keeper, so it sleeps no longer than until that would be due.
         let longest = (lease / 3).min(options.lock.hold_limit());
-        shared.ledger.start_over();
+        shared.runs.start_over();
 
         let mut under_way = FuturesUnordered::<BoxFuture<'_, Done>>::new();
         let mut storing = 0;
         let mut to_store = VecDeque::new();
         loop {
             let now = options.now();
-            for (token, job) in shared.ledger.take_due(now, now.saturating_add(slack)) {
+            for (token, job) in shared.runs.take_due(now, now.saturating_add(slack)) {
                 match job {
                     Job::Renew => under_way.push(Box::pin(async move {
                         guarded(shared, token, job, renew(shared, token)).await;
@@ -208,33 +208,33 @@ impl Keeper {
                     let work = async {
                         match job {
                             Job::Tombstone => store_tombstone(shared, token).await,
-                            _ => store_late(shared, token).await,
+                            _ => store_outcome(shared, token).await,
                         }
                     };
                     guarded(shared, token, job, work).await;
                     Done::Store
                 }));
             }
-            for release in shared.ledger.drop_releases(now) {
-                shared.ledger.waiters.wake_one(&release.key);
+            for release in shared.runs.drop_releases(now) {
+                shared.runs.waiters.wake_one(&release.key);
             }
-            while let Some(release) = shared.ledger.take_release(now) {
+            while let Some(release) = shared.runs.take_release(now) {
                 under_way.push(Box::pin(async move {
                     release_late(shared, release).await;
                     Done::Other
                 }));
             }
 
-            if under_way.is_empty() && shared.ledger.dismiss_keeper() {
+            if under_way.is_empty() && shared.runs.dismiss_keeper() {
                 break;
             }
             let now = options.now();
-            let wake_at = shared.ledger.next_due().min(now.saturating_add(longest));
+            let wake_at = shared.runs.next_due().min(now.saturating_add(longest));
             if wake_at <= now && under_way.is_empty() {
                 continue;
             }
             let asleep = pin!(options.env.sleep(wake_at.saturating_sub(now)));
-            let woken = pin!(shared.ledger.work());
+            let woken = pin!(shared.runs.work());
             let first = match under_way.is_empty() {
                 true => {
                     let _ = select(asleep, woken).await;
@@ -257,7 +257,7 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         if !self.leaving {
-            self.shared.ledger.lose_keeper();
+            self.shared.runs.lose_keeper();
         }
     }
 }
@@ -266,7 +266,7 @@ impl Drop for Keeper {
 async fn guarded(shared: &Shared, token: Token, job: Job, work: impl Future<Output = ()>) {
     if AssertUnwindSafe(work).catch_unwind().await.is_err() {
         let now = shared.options.now();
-        let _ = shared.ledger.change(token, |run| run.put_off(job, now));
+        let _ = shared.runs.change(token, |run| run.put_off(job, now));
     }
 }
 
@@ -288,7 +288,7 @@ async fn limited<T>(
 
 /// Lets the claim live for another lease; takes it again where the storage has forgotten it.
 async fn renew(shared: &Shared, token: Token) {
-    let Some(key) = shared.ledger.change(token, |run| run.key) else {
+    let Some(key) = shared.runs.change(token, |run| run.key) else {
         return;
     };
     let lease = shared.options.lease();
@@ -296,16 +296,16 @@ async fn renew(shared: &Shared, token: Token) {
     let now = shared.options.now();
     match renewed {
         Ok(Held::Yes) => {
-            let _ = shared.ledger.change(token, |run| run.renewed(now));
+            let _ = shared.runs.change(token, |run| run.renewed(now));
         }
         Ok(Held::Lost) => {
-            if shared.ledger.change(token, Run::claim_is_gone) == Some(true) {
+            if shared.runs.change(token, Run::claim_is_gone) == Some(true) {
                 reclaim(shared, token).await;
             }
         }
         Err(error) => {
             shared.failed(&key, Operation::Renew, &error);
-            let _ = shared.ledger.change(token, |run| run.renewal_failed(now));
+            let _ = shared.runs.change(token, |run| run.renewal_failed(now));
         }
     }
 }
@@ -313,9 +313,7 @@ async fn renew(shared: &Shared, token: Token) {
 /// The claim is not ours any more. If that is because the storage lost it (a restart without its data), and nobody else has
 /// begun, it is ours again; the operation still runs, so nobody else may begin.
 async fn reclaim(shared: &Shared, token: Token) {
-    let Some((key, fingerprint)) = shared
-        .ledger
-        .change(token, |run| (run.key, run.fingerprint))
+    let Some((key, fingerprint)) = shared.runs.change(token, |run| (run.key, run.fingerprint))
     else {
         return;
     };
@@ -327,7 +325,7 @@ async fn reclaim(shared: &Shared, token: Token) {
     let begun = limited(shared, shared.storage.begin(&key, &claim)).await;
     let now = shared.options.now();
     match begun {
-        Ok(Begin::Acquired) => match shared.ledger.change(token, |run| run.reclaimed(now)) {
+        Ok(Begin::Acquired) => match shared.runs.change(token, |run| run.reclaimed(now)) {
             Some(true) => shared.options.emit(&Event::Reclaimed { key }),
             // It was released or removed meanwhile, which is why the claim was gone.
             _ => unclaim(shared, &key, token, Claimed::Perhaps),
@@ -335,7 +333,7 @@ async fn reclaim(shared: &Shared, token: Token) {
         Ok(Begin::InFlight { .. } | Begin::Completed(_)) => lost(shared, &key, token),
         Err(error) => {
             shared.failed(&key, Operation::Begin, &error);
-            let is_wanted = shared.ledger.change(token, |run| {
+            let is_wanted = shared.runs.change(token, |run| {
                 run.renewal_failed(now);
                 run.answers()
             });
@@ -348,67 +346,67 @@ async fn reclaim(shared: &Shared, token: Token) {
 }
 
 fn lost(shared: &Shared, key: &EncodedKey, token: Token) {
-    if shared.ledger.change(token, Run::lose) == Some(true) {
+    if shared.runs.change(token, Run::lose) == Some(true) {
         shared.options.emit(&Event::Lost {
             key: *key,
             operation: Operation::Renew,
         });
-        shared.ledger.waiters.wake_all(key);
+        shared.runs.waiters.wake_all(key);
     }
 }
 
 /// The claim was held too long: a tombstone makes sure that the operation, which may still be at it, is never run again. It is
 /// stored again and again while the operation runs, each time for the TTL and a lease.
 async fn store_tombstone(shared: &Shared, token: Token) {
-    let Some((key, since, tombstone, ttl)) = shared.ledger.change(token, |run| {
+    let Some((key, since, tombstone, ttl)) = shared.runs.change(token, |run| {
         (run.key, run.since, run.tombstone(), run.tombstone_ttl())
     }) else {
         return;
     };
     // This process answers with it from now on, whatever becomes of the storage.
-    shared.ledger.waiters.hand_over(&key, &tombstone);
+    shared.runs.waiters.hand_over(&key, &tombstone);
     let stored = shared.storage.complete(&key, token, &tombstone, ttl);
     let stored = limited(shared, stored).await;
     let now = shared.options.now();
-    let _telling = shared.ledger.telling();
+    let _telling = shared.runs.telling();
     match stored {
         Ok(Held::Yes) => {
-            let is_first = shared.ledger.change(token, |run| run.tombstone_stored(now));
+            let is_first = shared.runs.change(token, |run| run.tombstone_stored(now));
             match is_first {
                 Some(Some(false)) => return,
                 Some(Some(true)) | None => {}
                 // The operation ended meanwhile, and left it to us.
-                Some(None) => drop(shared.ledger.end(token)),
+                Some(None) => drop(shared.runs.end(token)),
             }
             if is_first.is_some() {
                 completed(shared, &key, since, &tombstone, Held::Yes);
             }
         }
         Ok(Held::Lost) => {
-            if shared.ledger.advance(token, Run::tombstone_lost).is_some() {
+            if shared.runs.advance(token, Run::tombstone_lost).is_some() {
                 completed(shared, &key, since, &tombstone, Held::Lost);
             }
         }
         Err(error) => {
             shared.failed(&key, Operation::Complete, &error);
-            let _ = shared.ledger.change(token, |run| run.tombstone_failed(now));
+            let _ = shared.runs.change(token, |run| run.tombstone_failed(now));
         }
     }
 }
 
 /// Tries again to store an outcome.
-async fn store_late(shared: &Shared, token: Token) {
+async fn store_outcome(shared: &Shared, token: Token) {
     let late = shared
-        .ledger
+        .runs
         .change(token, |run| Some((run.key, run.since, run.late()?)));
     let Some(Some((key, since, late))) = late else {
         return;
     };
     let now = shared.options.now();
     if late.expires <= now {
-        let _telling = shared.ledger.telling();
+        let _telling = shared.runs.telling();
         if shared
-            .ledger
+            .runs
             .advance(token, |run| run.late_stored(late.replaced))
             == Some(Next::Over)
         {
@@ -417,11 +415,11 @@ async fn store_late(shared: &Shared, token: Token) {
         return;
     }
     let stored = try_to_store(shared, &key, token, &late).await;
-    let _telling = shared.ledger.telling();
+    let _telling = shared.runs.telling();
     match stored {
         Ok((record, held)) => {
             let next = shared
-                .ledger
+                .runs
                 .advance(token, |run| run.late_stored(late.replaced));
             if next == Some(Next::Over) {
                 completed(shared, &key, since, &record, held);
@@ -431,7 +429,7 @@ async fn store_late(shared: &Shared, token: Token) {
             shared.failed(&key, operation, &error);
             let now = shared.options.now();
             let _ = shared
-                .ledger
+                .runs
                 .change(token, |run| run.late_failed(now, failure));
         }
     }
@@ -460,7 +458,7 @@ async fn try_to_store(
     let mut offered = record.clone();
     let mut is_last = false;
     if is_claimed {
-        let answered = shared.ledger.change(token, |run| {
+        let answered = shared.runs.change(token, |run| {
             run.renewed(now);
             run.answered()
         });
@@ -474,7 +472,7 @@ async fn try_to_store(
         match limited(shared, storage.begin(key, &claim)).await {
             // The storage had lost the claim.
             Ok(Begin::Acquired) => {
-                let answered = shared.ledger.change(token, |run| {
+                let answered = shared.runs.change(token, |run| {
                     run.renewed(shared.options.now());
                     run.answered()
                 });
@@ -545,13 +543,13 @@ async fn release_late(shared: &Shared, release: Release) {
     let told = told.await.unwrap_or_else(|_| {
         // A storage that panics did not answer.
         let options = &shared.options;
-        shared.ledger.pause_releases(options.now(), options.lease());
+        shared.runs.pause_releases(options.now(), options.lease());
         false
     });
     if told {
-        shared.ledger.released();
-        shared.ledger.waiters.wake_one(&key);
+        shared.runs.released();
+        shared.runs.waiters.wake_one(&key);
         return;
     }
-    shared.ledger.release_failed(release);
+    shared.runs.release_failed(release);
 }

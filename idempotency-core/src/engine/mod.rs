@@ -2,8 +2,8 @@
 //!
 //! [`Engine::begin`] answers with a [`Decision`]. On [`Decision::Execute`] the caller runs the operation and ends the
 //! [`Claim`]; the engine's *keeper*, one task for all claims, renews it meanwhile, so how long an operation takes, or whether
-//! it blocks its thread, does not matter. The *ledger* lists the operations of this process: their duplicates wait here and do not
-//! ask the storage, whatever the storage says about the lease.
+//! it blocks its thread, does not matter. The [`Runs`] list the operations of this process: their
+//! duplicates wait here and do not ask the storage, whatever the storage says about the lease.
 
 use std::{
     fmt,
@@ -20,8 +20,8 @@ use futures_util::future::{Either, select};
 use tokio::sync::Notify;
 
 use self::{
-    ledger::{Found, Ledger},
     options::Options,
+    runs::{Found, Runs},
     waiters::Waiter,
 };
 use crate::{
@@ -33,10 +33,10 @@ use crate::{
 mod call;
 mod claim;
 mod keeper;
-mod ledger;
 mod options;
 mod releases;
 mod run;
+mod runs;
 mod turn;
 mod waiters;
 
@@ -78,7 +78,7 @@ pub struct Engine {
 struct Shared {
     storage: AnyStorage,
     options: Options,
-    ledger: Ledger,
+    runs: Runs,
     /// For [`Engine::config`]. The engine itself reads its `options`.
     config: Config,
 }
@@ -186,7 +186,7 @@ impl Progress {
 /// How long a duplicate pauses after the storage failed to wait for it.
 const WAIT_FAILED_PAUSE: Duration = Duration::from_millis(50);
 
-/// The result of one look at ledger and storage.
+/// The result of one look at the runs and the storage.
 enum Attempt {
     Decided(Decision),
     InFlight(Waiter),
@@ -200,7 +200,7 @@ impl Engine {
         Self {
             shared: Arc::new(Shared {
                 storage: AnyStorage::new(storage),
-                ledger: Ledger::new(options.max_running, options.max_waiting),
+                runs: Runs::new(options.max_running, options.max_waiting),
                 options,
                 config,
             }),
@@ -226,7 +226,7 @@ impl Engine {
     /// Decides, waiting up to `limit` for a running original. Emits no event for the decision.
     async fn decide(&self, encoded: &Encoded, progress: &Progress, limit: Duration) -> Decision {
         let shared = &self.shared;
-        let waiters = &shared.ledger.waiters;
+        let waiters = &shared.runs.waiters;
         let env = &shared.options.env;
         let mut waiting: Option<Waiting<'_>> = None;
         let mut waited_here = false;
@@ -296,7 +296,7 @@ impl Engine {
     ) -> Result<(), StorageError> {
         let shared = &self.shared;
         let expires = shared.options.now().saturating_add(ttl);
-        if shared.ledger.replace(key, record, expires) {
+        if shared.runs.replace(key, record, expires) {
             return Ok(());
         }
         shared
@@ -314,22 +314,22 @@ impl Engine {
     pub async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
         let shared = &self.shared;
         // Read first: a run that claims the key after the removal must not be forgotten.
-        let holder = shared.ledger.holder(key);
+        let holder = shared.runs.holder(key);
         let removed = shared.limited(shared.storage.remove(key)).await?;
-        let forgotten = shared.ledger.forget(key, holder);
+        let forgotten = shared.runs.forget(key, holder);
         Ok(removed || forgotten)
     }
 
     /// How many operations of this engine run, or have an outcome that is still to be stored.
     #[must_use]
     pub fn running(&self) -> usize {
-        self.shared.ledger.running()
+        self.shared.runs.running()
     }
 
     /// How many duplicates wait in this engine.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.shared.ledger.waiting()
+        self.shared.runs.waiting()
     }
 
     /// Returns once no operation of this engine runs and every outcome is stored or given up.
@@ -339,7 +339,7 @@ impl Engine {
     pub async fn drain(&self) {
         // Runs that ended outside a runtime, or in one that has ended, are still to be released at the storage.
         keeper::wake(&self.shared);
-        self.shared.ledger.drained().await;
+        self.shared.runs.drained().await;
     }
 
     /// The configuration of this engine.
@@ -353,11 +353,11 @@ impl Engine {
         &self.shared.storage
     }
 
-    /// One look at the ledger and, where it does not know, one atomic step of the storage.
+    /// One look at the runs and, where they do not know, one atomic step of the storage.
     async fn attempt(&self, encoded: &Encoded, progress: &Progress, waited: Duration) -> Attempt {
         let shared = &self.shared;
         let key = &encoded.key;
-        match shared.ledger.find(key, shared.options.now()) {
+        match shared.runs.find(key, shared.options.now()) {
             Found::Outcome(record) | Found::GivenUp(record) => {
                 return Attempt::Decided(replay(encoded, record, waited));
             }
@@ -401,10 +401,10 @@ impl Engine {
             .limited(shared.storage.begin(&encoded.key, &new))
             .await;
         if shared.is_to_be_cleared(&answer) {
-            clearing = shared.ledger.clear(&encoded.key);
+            clearing = shared.runs.clear(&encoded.key);
             if clearing.is_none() {
                 begun.not_acquired();
-                return match shared.ledger.subscribe(&encoded.key, shared.options.now()) {
+                return match shared.runs.subscribe(&encoded.key, shared.options.now()) {
                     Ok(waiter) => Attempt::InFlight(waiter),
                     Err(record) => Attempt::Decided(replay(encoded, record, waited)),
                 };
@@ -412,7 +412,7 @@ impl Engine {
             since = shared.options.now();
             answer = Box::pin(shared.clear_and_begin(&encoded.key, &new)).await;
         }
-        // Until the claim is in the ledger, or it is known that there is none.
+        // Until the run is listed, or it is known that there is none.
         let _clearing = clearing;
         match answer {
             Ok(Begin::Acquired) => {
@@ -450,7 +450,7 @@ impl Engine {
             }
             Ok(Begin::InFlight { fingerprint, .. }) => {
                 begun.not_acquired();
-                match shared.ledger.subscribe(&encoded.key, shared.options.now()) {
+                match shared.runs.subscribe(&encoded.key, shared.options.now()) {
                     Ok(waiter) => in_flight(encoded, fingerprint, waiter),
                     Err(record) => Attempt::Decided(replay(encoded, record, waited)),
                 }
@@ -477,7 +477,7 @@ struct Wake<'a> {
 impl Drop for Wake<'_> {
     fn drop(&mut self) {
         if self.is_ours {
-            self.shared.ledger.waiters.wake_one(self.key);
+            self.shared.runs.waiters.wake_one(self.key);
         }
     }
 }
@@ -496,7 +496,7 @@ impl Waiting<'_> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.shared.ledger.stop_waiting();
+        self.shared.runs.stop_waiting();
     }
 }
 
@@ -608,7 +608,7 @@ impl Shared {
 
     /// Takes a place under `max_waiting`, if there is one.
     fn start_waiting(&self, key: &EncodedKey, now: Duration) -> Option<Waiting<'_>> {
-        if !self.ledger.start_waiting() {
+        if !self.runs.start_waiting() {
             return None;
         }
         self.options.emit(&Event::Waiting { key: *key });

@@ -5,7 +5,7 @@
 
 use std::{fmt, time::Duration};
 
-use super::{Claim, Decision, Engine, Progress, Refused, differ, ledger::Found};
+use super::{Claim, Decision, Engine, Progress, Refused, differ, runs::Found};
 use crate::{
     Encoded, EncodedKey, Entry, Event, Held, Operation, Outcome, Record, Refusal, StorageError,
     StoredResponse,
@@ -205,7 +205,7 @@ impl Engine {
     /// Re-reads the record after taking the turn: the turn before may have replaced the one that was `seen`.
     async fn stands(&self, encoded: &Encoded, seen: Record) -> Result<Record, NoTurn> {
         let key = &encoded.key;
-        let found = self.shared.ledger.find(key, self.shared.options.now());
+        let found = self.shared.runs.find(key, self.shared.options.now());
         if let Found::Running { .. } = found {
             return Err(NoTurn::RecordIsGone);
         }

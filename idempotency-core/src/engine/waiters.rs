@@ -14,12 +14,12 @@ use crate::{EncodedKey, Record, key::HashKeys};
 /// A `std` mutex guards them: every section is a few map operations, and none spans an await or runs code that is not ours.
 #[derive(Debug, Default)]
 pub(super) struct Waiters {
-    by_key: Arc<Mutex<HashMap<EncodedKey, Queue, HashKeys>>>,
+    by_key: Arc<Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>>,
 }
 
 /// Those that wait for one run of a key.
 #[derive(Debug, Default)]
-struct Queue {
+struct KeyWaiters {
     wakes: Arc<Wakes>,
     count_here: usize,
     count_elsewhere: usize,
@@ -34,7 +34,7 @@ struct Wakes {
     outcome: OnceLock<Record>,
 }
 
-impl Queue {
+impl KeyWaiters {
     fn count(&mut self, is_local: bool) -> &mut usize {
         match is_local {
             true => &mut self.count_here,
@@ -111,15 +111,15 @@ impl Waiters {
         queue.wakes.wake_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<EncodedKey, Queue, HashKeys>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<EncodedKey, KeyWaiters, HashKeys>> {
         lock(&self.by_key)
     }
 }
 
 /// The map stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.
 fn lock(
-    by_key: &Mutex<HashMap<EncodedKey, Queue, HashKeys>>,
-) -> MutexGuard<'_, HashMap<EncodedKey, Queue, HashKeys>> {
+    by_key: &Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>,
+) -> MutexGuard<'_, HashMap<EncodedKey, KeyWaiters, HashKeys>> {
     by_key.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -146,7 +146,7 @@ impl Waiter {
 
 /// A waiter's place; the last one to leave takes the key's queue with it.
 struct Place {
-    by_key: Arc<Mutex<HashMap<EncodedKey, Queue, HashKeys>>>,
+    by_key: Arc<Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>>,
     wakes: Arc<Wakes>,
     key: EncodedKey,
     is_local: bool,

@@ -19,8 +19,8 @@ use crate::{EncodedKey, Fingerprint, Record, Token, key::HashKeys};
 
 /// The runs of an engine by token, and what its keeper has to do.
 #[derive(Debug)]
-pub(super) struct Ledger {
-    state: Mutex<State>,
+pub(super) struct Runs {
+    table: Mutex<Table>,
     pub(super) waiters: Waiters,
     /// Woken when nothing runs any more.
     drained: Notify,
@@ -31,13 +31,13 @@ pub(super) struct Ledger {
 }
 
 #[derive(Debug, Default)]
-struct State {
-    runs: HashMap<Token, Entry, HashKeys>,
+struct Table {
+    runs: HashMap<Token, Listed, HashKeys>,
     /// The run that answers for a key here.
     by_key: HashMap<EncodedKey, Token, HashKeys>,
     /// What the keeper has to look at, by time: claims, and outcomes that are still to be stored.
-    claims: Queue,
-    outcomes: Queue,
+    claims: DueQueue,
+    outcomes: DueQueue,
     releases: Releases,
     /// Requests between `enter` and `add` or `leave`.
     entered: usize,
@@ -51,16 +51,16 @@ struct State {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Listed {
     run: Run,
     /// When the queues have it.
     queued: Due,
 }
 
 #[derive(Debug, Default)]
-struct Queue(BTreeSet<(Duration, Token)>);
+struct DueQueue(BTreeSet<(Duration, Token)>);
 
-impl Queue {
+impl DueQueue {
     /// [`Duration::MAX`] is never.
     fn move_to(&mut self, token: Token, from: Duration, to: Duration) {
         if from == to {
@@ -82,7 +82,7 @@ impl Queue {
     }
 }
 
-/// What the ledger knows of a key.
+/// What the runs know of a key.
 pub(super) enum Found {
     Nothing,
     Running {
@@ -95,10 +95,10 @@ pub(super) enum Found {
     GivenUp(Record),
 }
 
-impl State {
+impl Table {
     /// Changes a run, and what follows from it. `None` if there is no such run (any more).
     fn change<T>(&mut self, token: Token, change: impl FnOnce(&mut Run) -> T) -> Option<T> {
-        let Entry { run, queued } = self.runs.get_mut(&token)?;
+        let Listed { run, queued } = self.runs.get_mut(&token)?;
         let had_place = run.has_place;
         let result = change(run);
         if had_place && !run.has_place {
@@ -120,7 +120,7 @@ impl State {
     }
 
     fn remove(&mut self, token: Token) -> Option<Run> {
-        let Entry { run, queued } = self.runs.remove(&token)?;
+        let Listed { run, queued } = self.runs.remove(&token)?;
         self.claims.move_to(token, queued.claim, Duration::MAX);
         self.outcomes.move_to(token, queued.outcome, Duration::MAX);
         self.places -= usize::from(run.has_place);
@@ -142,10 +142,10 @@ impl State {
     }
 }
 
-impl Ledger {
+impl Runs {
     pub(super) fn new(max_running: usize, max_waiting: usize) -> Self {
         Self {
-            state: Mutex::default(),
+            table: Mutex::default(),
             waiters: Waiters::default(),
             drained: Notify::new(),
             work: Notify::new(),
@@ -154,14 +154,14 @@ impl Ledger {
         }
     }
 
-    /// The state stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The table stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn find(&self, key: &EncodedKey, now: Duration) -> Found {
-        let state = self.lock();
-        let Some(run) = state.of_key(key) else {
+        let table = self.lock();
+        let Some(run) = table.of_key(key) else {
             return Found::Nothing;
         };
         match run.answer(now) {
@@ -178,8 +178,8 @@ impl Ledger {
 
     /// A waiter that is woken by whatever happens to `key` here from now on, or the outcome that is here already.
     pub(super) fn subscribe(&self, key: &EncodedKey, now: Duration) -> Result<Waiter, Record> {
-        let state = self.lock();
-        let run = state.of_key(key);
+        let table = self.lock();
+        let run = table.of_key(key);
         if let Some(Answer::Outcome(record) | Answer::GivenUp(record)) =
             run.map(|run| run.answer(now))
         {
@@ -194,31 +194,31 @@ impl Ledger {
     /// with [`add`](Self::add).
     #[must_use]
     pub(super) fn enter(&self) -> bool {
-        let mut state = self.lock();
-        let free = state.places + state.entered < self.max_running;
+        let mut table = self.lock();
+        let free = table.places + table.entered < self.max_running;
         if free {
-            state.entered += 1;
+            table.entered += 1;
         }
         free
     }
 
     pub(super) fn leave(&self) {
-        let mut state = self.lock();
-        state.entered -= 1;
-        self.check_drained(&state);
+        let mut table = self.lock();
+        table.entered -= 1;
+        self.check_drained(&table);
     }
 
     /// Adds a run in the place of one that entered.
     pub(super) fn add(&self, token: Token, run: Run) {
-        let mut state = self.lock();
-        state.entered -= 1;
-        state.places += 1;
+        let mut table = self.lock();
+        table.entered -= 1;
+        table.places += 1;
         if run.answers() {
-            state.by_key.insert(run.key, token);
+            table.by_key.insert(run.key, token);
         }
         let queued = run.due();
-        state.claims.move_to(token, Duration::MAX, queued.claim);
-        state.runs.insert(token, Entry { run, queued });
+        table.claims.move_to(token, Duration::MAX, queued.claim);
+        table.runs.insert(token, Listed { run, queued });
     }
 
     /// Changes a run. `None` if there is no such run (any more).
@@ -232,22 +232,22 @@ impl Ledger {
         token: Token,
         change: impl FnOnce(&mut Run) -> Next,
     ) -> Option<Next> {
-        let mut state = self.lock();
-        let next = state.change(token, change)?;
+        let mut table = self.lock();
+        let next = table.change(token, change)?;
         if next == Next::Over {
-            state.remove(token);
-            self.check_drained(&state);
+            table.remove(token);
+            self.check_drained(&table);
         }
         Some(next)
     }
 
     /// Ends a run.
     pub(super) fn end(&self, token: Token) -> Telling<'_> {
-        let mut state = self.lock();
-        state.telling += 1;
+        let mut table = self.lock();
+        table.telling += 1;
         Telling {
-            ledger: self,
-            _run: state.remove(token),
+            runs: self,
+            _run: table.remove(token),
         }
     }
 
@@ -255,27 +255,27 @@ impl Ledger {
     pub(super) fn telling(&self) -> Telling<'_> {
         self.lock().telling += 1;
         Telling {
-            ledger: self,
+            runs: self,
             _run: None,
         }
     }
 
     /// Ends a run whose end is still to be told to the storage: it counts as entered until [`leave`](Self::leave).
     pub(super) fn end_but_stay(&self, token: Token) -> Option<Run> {
-        let mut state = self.lock();
-        let run = state.remove(token)?;
-        state.entered += 1;
+        let mut table = self.lock();
+        let run = table.remove(token)?;
+        table.entered += 1;
         Some(run)
     }
 
     /// Puts `record` in the place of an outcome that is still to be stored. Says whether there is one under `key`.
     #[must_use]
     pub(super) fn replace(&self, key: &EncodedKey, record: &Record, expires: Duration) -> bool {
-        let mut state = self.lock();
-        let Some(token) = state.by_key.get(key).copied() else {
+        let mut table = self.lock();
+        let Some(token) = table.by_key.get(key).copied() else {
             return false;
         };
-        state.change(token, |run| run.replace(record, expires)) == Some(true)
+        table.change(token, |run| run.replace(record, expires)) == Some(true)
     }
 
     /// The run that answers for `key` here.
@@ -285,15 +285,15 @@ impl Ledger {
 
     /// The key was removed by hand while `holder` was its run, which answers for nothing any more. Says whether it did.
     pub(super) fn forget(&self, key: &EncodedKey, holder: Option<Token>) -> bool {
-        let mut state = self.lock();
-        let forgotten = holder.filter(|token| state.by_key.get(key) == Some(token));
+        let mut table = self.lock();
+        let forgotten = holder.filter(|token| table.by_key.get(key) == Some(token));
         if let Some(token) = forgotten {
-            if state.change(token, Run::forget) == Some(Next::Over) {
-                state.remove(token);
+            if table.change(token, Run::forget) == Some(Next::Over) {
+                table.remove(token);
             }
-            self.check_drained(&state);
+            self.check_drained(&table);
         }
-        drop(state);
+        drop(table);
         self.waiters.wake_all(key);
         forgotten.is_some()
     }
@@ -306,12 +306,12 @@ impl Ledger {
 
     /// Takes what is due at `now`, and the renewals that are up to `horizon`.
     pub(super) fn take_due(&self, now: Duration, horizon: Duration) -> Vec<(Token, Job)> {
-        let mut state = self.lock();
-        let claims = state.claims.until(horizon);
-        let outcomes = state.outcomes.until(now);
+        let mut table = self.lock();
+        let claims = table.claims.until(horizon);
+        let outcomes = table.outcomes.until(now);
         let mut jobs = Vec::with_capacity(claims.len() + outcomes.len());
         for token in claims.into_iter().chain(outcomes) {
-            let taken = state.change(token, |run| {
+            let taken = table.change(token, |run| {
                 (run.take_renewal(horizon), run.take_store(now))
             });
             let (renewal, store) = taken.unwrap_or_default();
@@ -322,9 +322,9 @@ impl Ledger {
 
     /// When the keeper must look again at the latest.
     pub(super) fn next_due(&self) -> Duration {
-        let state = self.lock();
-        let runs = state.claims.first().min(state.outcomes.first());
-        runs.min(state.releases.due())
+        let table = self.lock();
+        let runs = table.claims.first().min(table.outcomes.first());
+        runs.min(table.releases.due())
     }
 
     /// Leaves a claim to the keeper to be released.
@@ -337,9 +337,9 @@ impl Ledger {
     }
 
     pub(super) fn released(&self) {
-        let mut state = self.lock();
-        state.releases.answered();
-        self.check_drained(&state);
+        let mut table = self.lock();
+        table.releases.answered();
+        self.check_drained(&table);
     }
 
     /// The storage did not answer a release.
@@ -353,17 +353,17 @@ impl Ledger {
 
     /// Drops the claims that need no release any more, because their lease is over, and gives them.
     pub(super) fn drop_releases(&self, now: Duration) -> Vec<Release> {
-        let mut state = self.lock();
-        let over = state.releases.drop_ended(now);
+        let mut table = self.lock();
+        let over = table.releases.drop_ended(now);
         if !over.is_empty() {
-            self.check_drained(&state);
+            self.check_drained(&table);
         }
         over
     }
 
     /// Says whether a keeper must be started, which the caller then has to do; wakes the one that lives.
     #[must_use]
-    pub(super) fn need_keeper(&self) -> bool {
+    pub(super) fn call_keeper(&self) -> bool {
         let lives = std::mem::replace(&mut self.lock().keeper_alive, true);
         if lives {
             self.work.notify_one();
@@ -373,30 +373,30 @@ impl Ledger {
 
     /// The same for a claim that was just made, which no keeper that lives has to look at before it would anyway.
     #[must_use]
-    pub(super) fn need_first_keeper(&self) -> bool {
+    pub(super) fn expect_keeper(&self) -> bool {
         !std::mem::replace(&mut self.lock().keeper_alive, true)
     }
 
     /// A keeper begins. One before it may have been dropped in the middle of its work.
     pub(super) fn start_over(&self) {
-        let mut state = self.lock();
-        state.releases.start_over();
-        let tokens: Vec<Token> = state.runs.keys().copied().collect();
+        let mut table = self.lock();
+        table.releases.start_over();
+        let tokens: Vec<Token> = table.runs.keys().copied().collect();
         for token in tokens {
-            state.change(token, Run::start_over);
+            table.change(token, Run::start_over);
         }
         // What that one was releasing is left to its lease.
-        self.check_drained(&state);
+        self.check_drained(&table);
     }
 
     /// The keeper has nothing under way: says whether it may end, since nothing is left to look after.
     #[must_use]
     pub(super) fn dismiss_keeper(&self) -> bool {
-        let mut state = self.lock();
-        let has_run = !state.claims.0.is_empty() || !state.outcomes.0.is_empty();
-        let is_idle = !has_run && state.releases.is_empty();
+        let mut table = self.lock();
+        let has_run = !table.claims.0.is_empty() || !table.outcomes.0.is_empty();
+        let is_idle = !has_run && table.releases.is_empty();
         if is_idle {
-            state.keeper_alive = false;
+            table.keeper_alive = false;
         }
         is_idle
     }
@@ -415,10 +415,10 @@ impl Ledger {
 
     #[must_use]
     pub(super) fn start_waiting(&self) -> bool {
-        let mut state = self.lock();
-        let free = state.waiting < self.max_waiting;
+        let mut table = self.lock();
+        let free = table.waiting < self.max_waiting;
         if free {
-            state.waiting += 1;
+            table.waiting += 1;
         }
         free
     }
@@ -435,7 +435,7 @@ impl Ledger {
     pub(super) fn clear(&self, key: &EncodedKey) -> Option<Clearing<'_>> {
         let may = self.lock().clearing.insert(*key);
         may.then_some(Clearing {
-            ledger: self,
+            runs: self,
             key: *key,
         })
     }
@@ -451,8 +451,8 @@ impl Ledger {
         }
     }
 
-    fn check_drained(&self, state: &State) {
-        if state.is_drained() {
+    fn check_drained(&self, table: &Table) {
+        if table.is_drained() {
             self.drained.notify_waiters();
         }
     }
@@ -461,28 +461,28 @@ impl Ledger {
 /// Who drains finds everybody told: observers, and those who wait. Until it is dropped, not everybody is.
 #[must_use]
 pub(super) struct Telling<'a> {
-    ledger: &'a Ledger,
+    runs: &'a Runs,
     /// Not to be dropped under the lock.
     _run: Option<Run>,
 }
 
 impl Drop for Telling<'_> {
     fn drop(&mut self) {
-        let mut state = self.ledger.lock();
-        state.telling -= 1;
-        self.ledger.check_drained(&state);
+        let mut table = self.runs.lock();
+        table.telling -= 1;
+        self.runs.check_drained(&table);
     }
 }
 
-/// See [`Ledger::clear`].
+/// See [`Runs::clear`].
 pub(super) struct Clearing<'a> {
-    ledger: &'a Ledger,
+    runs: &'a Runs,
     key: EncodedKey,
 }
 
 impl Drop for Clearing<'_> {
     fn drop(&mut self) {
-        self.ledger.lock().clearing.remove(&self.key);
-        self.ledger.waiters.wake_all(&self.key);
+        self.runs.lock().clearing.remove(&self.key);
+        self.runs.waiters.wake_all(&self.key);
     }
 }
