@@ -175,7 +175,6 @@ mod receipt;
 mod record;
 mod request;
 mod response;
-mod run;
 mod service;
 mod settings;
 
@@ -232,8 +231,8 @@ pub mod engine {
     pub use idempotency_core::SimulatedClock;
     #[doc(inline)]
     pub use idempotency_core::{
-        Claim, Completion, Decision, Engine, Env, Environment, Event, ManualDecision, Observer,
-        Operation, Progress, Ran, Refusal, Refused, Replay, Spawner, TracingObserver, Turn,
+        Claim, Completion, Decision, Engine, Env, Environment, Event, Observer, Operation,
+        Progress, Ran, Refusal, Refused, Replay, Spawner, TracingObserver,
     };
 }
 

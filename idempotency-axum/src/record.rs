@@ -54,7 +54,7 @@ use futures_util::{
 };
 use http::{HeaderMap, StatusCode, header};
 use http_body::{Body as _, Frame};
-use idempotency_core::{Progress, TombstoneReason};
+use idempotency_core::{Claim, Progress, StoredResponse, TombstoneReason};
 use tracing::{Instrument, Span};
 
 use self::tape::{Tail, Tape};
@@ -63,7 +63,6 @@ use crate::{
     buffer::{Buffer, Overflow},
     detach::Route,
     response,
-    run::Run,
 };
 
 mod tape;
@@ -71,9 +70,9 @@ mod tape;
 /// A frame of a body, or what it broke with.
 type Next = Result<Frame<Bytes>, axum::Error>;
 
-/// Ends `run` with this answer, now or when it has been read to its end, and gives the client what it is to get.
+/// Ends `claim` with this answer, now or when it has been read to its end, and gives the client what it is to get.
 pub(crate) async fn record(
-    run: Run,
+    claim: Claim,
     response: Response,
     engine: &Engine,
     progress: &Progress,
@@ -83,13 +82,13 @@ pub(crate) async fn record(
     let config = engine.config();
     let stored = |body| response::stored(parts.status, &parts.headers, body, config);
     if is_sent_without_body(parts.status) {
-        run.store(stored(Bytes::new())).await;
+        store(claim, stored(Bytes::new())).await;
         return Response::from_parts(parts, Body::empty());
     }
     let mut source = Source::new(&parts.headers, body);
     let limit = config.max_response_body;
     if let Some(reason) = unrecordable(&parts.headers, &source, limit) {
-        run.store_none(reason).await;
+        store_none(claim, reason).await;
         return Response::from_parts(parts, source.body);
     }
 
@@ -107,7 +106,7 @@ pub(crate) async fn record(
                     let tape = Arc::new(Tape::new(buffer));
                     let reader = tape.clone().reader(&source);
                     let recorder = Recorder {
-                        run: Some(run),
+                        claim: Some(claim),
                         source: Some(source),
                         next: None,
                         tape,
@@ -125,7 +124,7 @@ pub(crate) async fn record(
             },
             // It goes on to whoever catches it outside.
             Err(panic) => {
-                run.store_none(TombstoneReason::StreamBroken).await;
+                store_none(claim, TombstoneReason::StreamBroken).await;
                 resume_unwind(panic);
             }
         }
@@ -134,15 +133,29 @@ pub(crate) async fn record(
         End::Whole => {
             // Given back once it is stored.
             let (bytes, _reservation) = buffer.into_parts();
-            run.store(stored(bytes.clone())).await;
+            store(claim, stored(bytes.clone())).await;
             Body::from(bytes)
         }
         End::Unrecorded(reason, next) => {
-            run.store_none(reason).await;
+            store_none(claim, reason).await;
             Body::new(Tail::new(buffer, next, Some(source.body)))
         }
     };
     Response::from_parts(parts, body)
+}
+
+/// Keeps the answer for retries.
+///
+/// The engine tells its observers what became of the outcome, and the client gets its answer in any case; so neither this nor
+/// [`store_none`] returns anything.
+async fn store(claim: Claim, response: StoredResponse) {
+    let _ = claim.complete(response).await;
+}
+
+/// The handler is done, and left no answer that could be kept: it must not run again. Rare, so it is boxed: the future of a request is as
+/// large as the largest thing that it awaits.
+pub(crate) async fn store_none(claim: Claim, reason: TombstoneReason) {
+    let _ = Box::pin(claim.tombstone(reason)).await;
 }
 
 /// How a body ended, as far as recording goes.
@@ -252,7 +265,7 @@ impl Source {
 
 /// Reads a body to its end, and ends the run.
 struct Recorder {
-    run: Option<Run>,
+    claim: Option<Claim>,
     source: Option<Source>,
     /// What the body went on with when recording ended before it.
     next: Option<Next>,
@@ -281,16 +294,16 @@ impl Recorder {
                 Err(reason)
             }
         };
-        let Some(run) = self.run.take() else {
+        let Some(claim) = self.claim.take() else {
             return;
         };
         match recorded {
             Ok(body) => {
                 let config = self.engine.config();
                 let stored = response::stored(self.status, &self.headers, body, config);
-                run.store(stored).await;
+                store(claim, stored).await;
             }
-            Err(reason) => run.store_none(reason).await,
+            Err(reason) => store_none(claim, reason).await,
         }
     }
 
@@ -319,9 +332,9 @@ impl Recorder {
 /// Lets the client have the rest, also where the recorder is dropped before its end because its runtime is.
 impl Drop for Recorder {
     fn drop(&mut self) {
-        if let Some(run) = self.run.take() {
+        if let Some(claim) = self.claim.take() {
             // An outcome that is handed over will be stored, whatever becomes of this future.
-            let _ = run.store_none(TombstoneReason::StreamBroken).now_or_never();
+            let _ = store_none(claim, TombstoneReason::StreamBroken).now_or_never();
         }
         let rest = self.source.take().map(|source| source.body);
         let is_cut_short = rest.is_some() && self.progress.is_given_up();
@@ -395,8 +408,7 @@ mod tests {
         let frames = stream::poll_fn(move |cx| receiver.poll_recv(cx));
         let body = Body::from_stream(futures_util::StreamExt::map(frames, Ok::<_, Infallible>));
         let route = Route::of(&Request::new(()).into_parts().0);
-        let run = Run::First(claim);
-        let response = record(run, Response::new(body), &engine, &progress, &route).await;
+        let response = record(claim, Response::new(body), &engine, &progress, &route).await;
         Streaming {
             client: response.into_body(),
             engine,
