@@ -1,12 +1,13 @@
 //! The right to run an operation once, and its end.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, ops::ControlFlow, sync::Arc, time::Duration};
 
 use super::{
     Progress, Shared, keeper,
     manual::Previous,
     releases::Claimed,
-    run::{Finish, Run},
+    run::{Finish, Left, Run},
+    runs::Found,
 };
 use crate::{
     Encoded, EncodedKey, Fingerprint, Held, Operation, Outcome, Record, Storage, StorageError,
@@ -75,15 +76,30 @@ impl Claim {
     pub(super) fn enter(shared: &Arc<Shared>, encoded: &Encoded) -> Option<Self> {
         // Made before the place is taken: an environment of a user's may panic.
         let token = Token::random_from(&shared.options.env);
-        let claim = || Self {
+        let has_place = shared.runs.enter();
+        has_place.then(|| Self::entered(shared, encoded, token))
+    }
+
+    /// [`enter`](Self::enter), unless this process knows something of the key.
+    pub(super) fn find_or_enter(
+        shared: &Arc<Shared>,
+        encoded: &Encoded,
+        now: Duration,
+    ) -> ControlFlow<Found, Option<Self>> {
+        let token = Token::random_from(&shared.options.env);
+        let has_place = shared.runs.find_or_enter(&encoded.key, now)?;
+        ControlFlow::Continue(has_place.then(|| Self::entered(shared, encoded, token)))
+    }
+
+    fn entered(shared: &Arc<Shared>, encoded: &Encoded, token: Token) -> Self {
+        Self {
             shared: shared.clone(),
             key: encoded.key,
             token,
             fingerprint: encoded.fingerprint,
             stage: Stage::Entered(Some(Claimed::Perhaps)),
             previous: None,
-        };
-        shared.runs.enter().then(claim)
+        }
     }
 
     /// The storage did not grant the claim.
@@ -119,8 +135,9 @@ impl Claim {
 
     fn list(mut self, run: Run) -> Self {
         self.stage = Stage::Running;
-        self.shared.runs.add(self.token, run);
-        keeper::keep(&self.shared);
+        if self.shared.runs.add(self.token, run) {
+            keeper::start(&self.shared);
+        }
         self
     }
 
@@ -168,7 +185,7 @@ impl Claim {
             Some(previous) => previous.ttl = ttl,
             // A run that is gone was removed by hand; it has no outcome to keep.
             None => {
-                let _ = self.shared.runs.change(self.token, |run| run.ttl = ttl);
+                let _ = self.shared.runs.change(self.token, |run| run.keep_for(ttl));
             }
         }
         self
@@ -248,14 +265,17 @@ impl Claim {
         };
         let stored = shared.storage.complete(&self.key, self.token, &record, ttl);
         match shared.limited(stored).await {
-            Ok(held) => {
+            Ok(Held::Yes) => {
+                keeper::tell_observers(&shared, &self.key, since, &record, Held::Yes);
+                self.stage = Stage::Ended;
+                shared.runs.end_with(self.token, &self.key, &record);
+                Completion::Stored
+            }
+            Ok(Held::Lost) => {
                 self.stage = Stage::Ended;
                 let _telling = shared.runs.end(self.token);
-                keeper::completed(&shared, &self.key, since, &record, held);
-                match held {
-                    Held::Yes => Completion::Stored,
-                    Held::Lost => Completion::Lost,
-                }
+                keeper::completed(&shared, &self.key, since, &record, Held::Lost);
+                Completion::Lost
             }
             Err(error) => {
                 shared.failed(&self.key, Operation::Complete, &error);
@@ -284,13 +304,14 @@ impl Claim {
             return;
         }
         self.stage = Stage::Ended;
-        let runs = &self.shared.runs;
-        let has_outcome = runs.change(self.token, |run| run.has_outcome());
-        if has_outcome == Some(true) {
+        match self.shared.runs.withdraw(self.token) {
             // The future that was storing it is dropped, or the claim was given up.
-            self.leave_to_keeper(false);
-        } else if let Some(run) = runs.end_but_stay(self.token) {
-            self.stage = Stage::Entered(run.is_held().then_some(Claimed::Yes));
+            Some(Left::Outcome) => {
+                self.leave_to_keeper(false);
+            }
+            Some(Left::Claim) => self.stage = Stage::Entered(Some(Claimed::Yes)),
+            Some(Left::Nothing) => self.stage = Stage::Entered(None),
+            None => {}
         }
     }
 }

@@ -77,21 +77,26 @@ impl Engine {
         waited: Duration,
     ) -> ControlFlow<Decision, Waiter> {
         let shared = &self.shared;
-        match shared.runs.find(&encoded.key, shared.options.now()) {
-            Found::Outcome(record) | Found::GivenUp(record) => {
+        let now = shared.options.now();
+        let entered = match shared.options.lock.is_enabled() {
+            true => Claim::find_or_enter(shared, encoded, now),
+            false => ControlFlow::Break(shared.runs.find(&encoded.key, now)),
+        };
+        let claim = match entered {
+            ControlFlow::Break(Found::Outcome(record) | Found::GivenUp(record)) => {
                 return ControlFlow::Break(replay(encoded, record, waited));
             }
-            Found::Running {
+            ControlFlow::Break(Found::Running {
                 fingerprint,
                 waiter,
-            } => return in_flight(encoded, fingerprint, waiter),
-            Found::Nothing => {}
-        }
-        if !shared.options.lock.is_enabled() {
-            return ControlFlow::Break(self.look_up(encoded, progress, waited).await);
-        }
-        let Some(claim) = Claim::enter(shared, encoded) else {
-            return ControlFlow::Break(self.replay_only(encoded, waited).await);
+            }) => return in_flight(encoded, fingerprint, waiter),
+            ControlFlow::Break(Found::Nothing) => {
+                return ControlFlow::Break(self.look_up(encoded, progress, waited).await);
+            }
+            ControlFlow::Continue(None) => {
+                return ControlFlow::Break(self.replay_only(encoded, waited).await);
+            }
+            ControlFlow::Continue(Some(claim)) => claim,
         };
         progress.set(true);
         let attempt = self.ask(encoded, claim, progress, waited).await;

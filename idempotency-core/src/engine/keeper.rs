@@ -32,13 +32,6 @@ use crate::{
 /// How many outcomes the keeper stores at once. Renewals have no such limit: one that hangs delays only itself.
 const STORES: usize = 64;
 
-/// Sees to it that a claim that was just made is renewed.
-pub(super) fn keep(shared: &Arc<Shared>) {
-    if shared.runs.expect_keeper() {
-        start(shared);
-    }
-}
-
 /// Has a keeper look at what there is to do now.
 pub(super) fn wake(shared: &Arc<Shared>) {
     if shared.runs.call_keeper() {
@@ -46,7 +39,8 @@ pub(super) fn wake(shared: &Arc<Shared>) {
     }
 }
 
-fn start(shared: &Arc<Shared>) {
+/// Starts the keeper, where the runs say that there is none.
+pub(super) fn start(shared: &Arc<Shared>) {
     // Dropped before its end it gives its place free, also where an environment of a user's panics. That is not passed on: this is
     // called where a panic may be under way already.
     let keeper = Keeper {
@@ -134,8 +128,22 @@ pub(super) async fn try_release(
     true
 }
 
-/// The storage took an outcome, or said that the key is another's.
+/// The storage took an outcome, or said that the key is another's: tells the observers and those who wait.
 pub(super) fn completed(
+    shared: &Shared,
+    key: &EncodedKey,
+    since: Duration,
+    record: &Record,
+    held: Held,
+) {
+    tell_observers(shared, key, since, record, held);
+    match held {
+        Held::Yes => shared.runs.waiters.hand_over(key, record),
+        Held::Lost => shared.runs.waiters.wake_all(key),
+    }
+}
+
+pub(super) fn tell_observers(
     shared: &Shared,
     key: &EncodedKey,
     since: Duration,
@@ -158,10 +166,6 @@ pub(super) fn completed(
         },
     };
     shared.options.emit(&event);
-    match held {
-        Held::Yes => shared.runs.waiters.hand_over(key, record),
-        Held::Lost => shared.runs.waiters.wake_all(key),
-    }
 }
 
 struct Keeper {

@@ -3,7 +3,9 @@
 //! A `std` mutex guards it all: every section is a few map operations, and none spans an await or runs code that is not ours.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet, hash_map},
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap, HashSet, hash_map},
+    ops::ControlFlow,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -12,7 +14,7 @@ use tokio::sync::Notify;
 
 use super::{
     releases::{Release, Releases},
-    run::{Answer, Due, Job, Next, Run},
+    run::{Answer, Due, Job, Left, Next, Run},
     waiters::{Waiter, Waiters},
 };
 use crate::{EncodedKey, Fingerprint, Record, Token, key::HashKeys};
@@ -32,7 +34,7 @@ pub(super) struct Runs {
 
 #[derive(Debug, Default)]
 struct Table {
-    runs: HashMap<Token, Listed, HashKeys>,
+    runs: HashMap<Token, Run, HashKeys>,
     /// The run that answers for a key here.
     by_key: HashMap<EncodedKey, Token, HashKeys>,
     /// What the keeper has to look at, by time: claims, and outcomes that are still to be stored.
@@ -50,36 +52,60 @@ struct Table {
     clearing: HashSet<EncodedKey>,
 }
 
-#[derive(Debug)]
-struct Listed {
-    run: Run,
-    /// When the queues have it.
-    queued: Due,
-}
-
+/// When the keeper has to look at which run.
+///
+/// An entry whose run has ended, or is due at another time by now, stays until it is met: so the end of a run costs nothing here. All
+/// leases are of one length, so nearly every entry is pushed in order, which is cheap for a heap.
 #[derive(Debug, Default)]
-struct DueQueue(BTreeSet<(Duration, Token)>);
+struct DueQueue(BinaryHeap<Reverse<(Duration, Token)>>);
 
 impl DueQueue {
     /// [`Duration::MAX`] is never.
-    fn move_to(&mut self, token: Token, from: Duration, to: Duration) {
-        if from == to {
-            return;
-        }
-        self.0.remove(&(from, token));
-        if to != Duration::MAX {
-            self.0.insert((to, token));
+    fn push(&mut self, at: Duration, token: Token) {
+        if at != Duration::MAX {
+            self.0.push(Reverse((at, token)));
         }
     }
 
-    fn first(&self) -> Duration {
-        self.0.first().map_or(Duration::MAX, |(at, _)| *at)
+    fn first(&mut self, is_current: impl Fn(Duration, Token) -> bool) -> Duration {
+        while let Some(Reverse((at, token))) = self.0.peek() {
+            if is_current(*at, *token) {
+                return *at;
+            }
+            self.0.pop();
+        }
+        Duration::MAX
     }
 
-    fn until(&self, end: Duration) -> Vec<Token> {
-        let due = self.0.iter().take_while(|(at, _)| *at <= end);
-        due.map(|(_, token)| *token).collect()
+    fn take_until(
+        &mut self,
+        end: Duration,
+        is_current: impl Fn(Duration, Token) -> bool,
+    ) -> Vec<Token> {
+        let mut due = Vec::new();
+        while let Some(Reverse((at, token))) = self.0.peek().copied()
+            && at <= end
+        {
+            self.0.pop();
+            if is_current(at, token) {
+                due.push(token);
+            }
+        }
+        due
     }
+
+    fn drop_outdated(&mut self, is_current: impl Fn(Duration, Token) -> bool) {
+        self.0
+            .retain(|Reverse((at, token))| is_current(*at, *token));
+    }
+}
+
+/// Whether the queue of claims, or that of outcomes, says of a run what the run says itself.
+fn is_current(
+    runs: &HashMap<Token, Run, HashKeys>,
+    due: fn(Due) -> Duration,
+) -> impl Fn(Duration, Token) -> bool {
+    move |at, token| runs.get(&token).is_some_and(|run| due(run.due()) == at)
 }
 
 /// What the runs know of a key.
@@ -98,8 +124,8 @@ pub(super) enum Found {
 impl Table {
     /// Changes a run, and what follows from it. `None` if there is no such run (any more).
     fn change<T>(&mut self, token: Token, change: impl FnOnce(&mut Run) -> T) -> Option<T> {
-        let Listed { run, queued } = self.runs.get_mut(&token)?;
-        let had_place = run.has_place;
+        let run = self.runs.get_mut(&token)?;
+        let (had_place, before) = (run.has_place, run.due());
         let result = change(run);
         if had_place && !run.has_place {
             self.places -= 1;
@@ -113,16 +139,34 @@ impl Table {
             self.by_key.entry(run.key).or_insert(token);
         }
         let due = run.due();
-        self.claims.move_to(token, queued.claim, due.claim);
-        self.outcomes.move_to(token, queued.outcome, due.outcome);
-        *queued = due;
+        self.queue(token, before, due);
         Some(result)
     }
 
+    /// Queues a run for the keeper, if it is due at another time than before.
+    fn queue(&mut self, token: Token, before: Due, due: Due) {
+        if due.claim != before.claim {
+            self.claims.push(due.claim, token);
+        }
+        if due.outcome != before.outcome {
+            self.outcomes.push(due.outcome, token);
+        }
+        // Outdated entries are at most as many as runs, and a few.
+        let most = 2 * self.runs.len() + 64;
+        if self.claims.0.len() > most || self.outcomes.0.len() > most {
+            self.drop_outdated();
+        }
+    }
+
+    fn drop_outdated(&mut self) {
+        self.claims
+            .drop_outdated(is_current(&self.runs, |due| due.claim));
+        self.outcomes
+            .drop_outdated(is_current(&self.runs, |due| due.outcome));
+    }
+
     fn remove(&mut self, token: Token) -> Option<Run> {
-        let Listed { run, queued } = self.runs.remove(&token)?;
-        self.claims.move_to(token, queued.claim, Duration::MAX);
-        self.outcomes.move_to(token, queued.outcome, Duration::MAX);
+        let run = self.runs.remove(&token)?;
         self.places -= usize::from(run.has_place);
         if let hash_map::Entry::Occupied(holder) = self.by_key.entry(run.key)
             && *holder.get() == token
@@ -134,7 +178,30 @@ impl Table {
 
     fn of_key(&self, key: &EncodedKey) -> Option<&Run> {
         let token = self.by_key.get(key)?;
-        self.runs.get(token).map(|entry| &entry.run)
+        self.runs.get(token)
+    }
+
+    fn find(&self, key: &EncodedKey, now: Duration, waiters: &Waiters) -> Found {
+        let Some(run) = self.of_key(key) else {
+            return Found::Nothing;
+        };
+        match run.answer(now) {
+            Answer::Running => Found::Running {
+                fingerprint: run.fingerprint,
+                // Under the lock, so that an end of this run is not missed.
+                waiter: waiters.subscribe(key, true),
+            },
+            Answer::Outcome(record) => Found::Outcome(record),
+            Answer::GivenUp(record) => Found::GivenUp(record),
+            Answer::Nothing => Found::Nothing,
+        }
+    }
+
+    /// Takes a place among those that run, if there is one.
+    fn enter(&mut self, max_running: usize) -> bool {
+        let free = self.places + self.entered < max_running;
+        self.entered += usize::from(free);
+        free
     }
 
     fn is_drained(&self) -> bool {
@@ -160,19 +227,19 @@ impl Runs {
     }
 
     pub(super) fn find(&self, key: &EncodedKey, now: Duration) -> Found {
-        let table = self.lock();
-        let Some(run) = table.of_key(key) else {
-            return Found::Nothing;
-        };
-        match run.answer(now) {
-            Answer::Running => Found::Running {
-                fingerprint: run.fingerprint,
-                // Under the lock, so that an end of this run is not missed.
-                waiter: self.waiters.subscribe(key, true),
-            },
-            Answer::Outcome(record) => Found::Outcome(record),
-            Answer::GivenUp(record) => Found::GivenUp(record),
-            Answer::Nothing => Found::Nothing,
+        self.lock().find(key, now, &self.waiters)
+    }
+
+    /// [`find`](Self::find); if nothing is known of the key, [`enter`](Self::enter), in the same step.
+    pub(super) fn find_or_enter(
+        &self,
+        key: &EncodedKey,
+        now: Duration,
+    ) -> ControlFlow<Found, bool> {
+        let mut table = self.lock();
+        match table.find(key, now, &self.waiters) {
+            Found::Nothing => ControlFlow::Continue(table.enter(self.max_running)),
+            found => ControlFlow::Break(found),
         }
     }
 
@@ -194,12 +261,7 @@ impl Runs {
     /// with [`add`](Self::add).
     #[must_use]
     pub(super) fn enter(&self) -> bool {
-        let mut table = self.lock();
-        let free = table.places + table.entered < self.max_running;
-        if free {
-            table.entered += 1;
-        }
-        free
+        self.lock().enter(self.max_running)
     }
 
     pub(super) fn leave(&self) {
@@ -208,17 +270,20 @@ impl Runs {
         self.check_drained(&table);
     }
 
-    /// Adds a run in the place of one that entered.
-    pub(super) fn add(&self, token: Token, run: Run) {
+    /// Adds a run in the place of one that entered. Says whether a keeper must be started, which the caller then has to do: one that
+    /// lives need not be woken, since it looks before a new claim is due.
+    #[must_use]
+    pub(super) fn add(&self, token: Token, run: Run) -> bool {
         let mut table = self.lock();
         table.entered -= 1;
         table.places += 1;
         if run.answers() {
             table.by_key.insert(run.key, token);
         }
-        let queued = run.due();
-        table.claims.move_to(token, Duration::MAX, queued.claim);
-        table.runs.insert(token, Listed { run, queued });
+        let due = run.due();
+        table.runs.insert(token, run);
+        table.queue(token, Due::NEVER, due);
+        !std::mem::replace(&mut table.keeper_alive, true)
     }
 
     /// Changes a run. `None` if there is no such run (any more).
@@ -251,6 +316,19 @@ impl Runs {
         }
     }
 
+    /// Ends a run of whose outcome the observers were told, and hands the record to those who wait. It is one step, so nobody begins to
+    /// wait for a run that has ended.
+    pub(super) fn end_with(&self, token: Token, key: &EncodedKey, record: &Record) {
+        let mut table = self.lock();
+        let run = table.remove(token);
+        let handed = self.waiters.hand(key, record);
+        self.check_drained(&table);
+        drop(table);
+        // Not under the lock: what is dropped or woken may be somebody else's code.
+        drop(run);
+        handed.wake();
+    }
+
     /// Whoever may end a run holds this until all are told of it.
     pub(super) fn telling(&self) -> Telling<'_> {
         self.lock().telling += 1;
@@ -260,12 +338,18 @@ impl Runs {
         }
     }
 
-    /// Ends a run whose end is still to be told to the storage: it counts as entered until [`leave`](Self::leave).
-    pub(super) fn end_but_stay(&self, token: Token) -> Option<Run> {
+    /// Ends a run that has no outcome, and says what is left to do. If that is to tell the storage, or those who wait, it counts as entered
+    /// until [`leave`](Self::leave). `None` if there is no such run.
+    pub(super) fn withdraw(&self, token: Token) -> Option<Left> {
         let mut table = self.lock();
-        let run = table.remove(token)?;
+        let left = table.runs.get(&token)?.left();
+        if left == Left::Outcome {
+            return Some(left);
+        }
+        let _run = table.remove(token)?;
         table.entered += 1;
-        Some(run)
+        drop(table);
+        Some(left)
     }
 
     /// Puts `record` in the place of an outcome that is still to be stored. Says whether there is one under `key`.
@@ -307,14 +391,27 @@ impl Runs {
     /// Takes what is due at `now`, and the renewals that are up to `horizon`.
     pub(super) fn take_due(&self, now: Duration, horizon: Duration) -> Vec<(Token, Job)> {
         let mut table = self.lock();
-        let claims = table.claims.until(horizon);
-        let outcomes = table.outcomes.until(now);
+        let Table {
+            runs,
+            claims,
+            outcomes,
+            ..
+        } = &mut *table;
+        let claims = claims.take_until(horizon, is_current(runs, |due| due.claim));
+        let outcomes = outcomes.take_until(now, is_current(runs, |due| due.outcome));
         let mut jobs = Vec::with_capacity(claims.len() + outcomes.len());
         for token in claims.into_iter().chain(outcomes) {
             let taken = table.change(token, |run| {
-                (run.take_renewal(horizon), run.take_store(now))
+                let jobs = (run.take_renewal(horizon), run.take_store(now));
+                (jobs, run.due())
             });
-            let (renewal, store) = taken.unwrap_or_default();
+            let Some(((renewal, store), due)) = taken else {
+                continue;
+            };
+            // What is due after `now`, but is no renewal, was taken out of the queue too early.
+            if due.claim <= horizon {
+                table.claims.push(due.claim, token);
+            }
             jobs.extend(renewal.into_iter().chain(store).map(|job| (token, job)));
         }
         jobs
@@ -322,9 +419,16 @@ impl Runs {
 
     /// When the keeper must look again at the latest.
     pub(super) fn next_due(&self) -> Duration {
-        let table = self.lock();
-        let runs = table.claims.first().min(table.outcomes.first());
-        runs.min(table.releases.due())
+        let mut table = self.lock();
+        let Table {
+            runs,
+            claims,
+            outcomes,
+            ..
+        } = &mut *table;
+        let claim = claims.first(is_current(runs, |due| due.claim));
+        let outcome = outcomes.first(is_current(runs, |due| due.outcome));
+        claim.min(outcome).min(table.releases.due())
     }
 
     /// Leaves a claim to the keeper to be released.
@@ -371,12 +475,6 @@ impl Runs {
         !lives
     }
 
-    /// The same for a claim that was just made, which no keeper that lives has to look at before it would anyway.
-    #[must_use]
-    pub(super) fn expect_keeper(&self) -> bool {
-        !std::mem::replace(&mut self.lock().keeper_alive, true)
-    }
-
     /// A keeper begins. One before it may have been dropped in the middle of its work.
     pub(super) fn start_over(&self) {
         let mut table = self.lock();
@@ -393,6 +491,7 @@ impl Runs {
     #[must_use]
     pub(super) fn dismiss_keeper(&self) -> bool {
         let mut table = self.lock();
+        table.drop_outdated();
         let has_run = !table.claims.0.is_empty() || !table.outcomes.0.is_empty();
         let is_idle = !has_run && table.releases.is_empty();
         if is_idle {

@@ -101,14 +101,19 @@ impl Waiters {
         }
     }
 
-    /// Hands `record` to all that wait. Who comes later waits for another run.
+    /// Hands `record` to all that wait. A request that comes later waits for another run.
     pub(super) fn hand_over(&self, key: &EncodedKey, record: &Record) {
-        let Some(queue) = self.lock().remove(key) else {
-            return;
-        };
-        // Set once: the queue is out of the map.
-        let _ = queue.wakes.outcome.set(record.clone());
-        queue.wakes.wake_all();
+        self.hand(key, record).wake();
+    }
+
+    /// The same, without waking them yet.
+    pub(super) fn hand(&self, key: &EncodedKey, record: &Record) -> Handed {
+        let queue = self.lock().remove(key);
+        Handed(queue.map(|queue| {
+            // Set once: the queue is out of the map.
+            let _ = queue.wakes.outcome.set(record.clone());
+            queue.wakes
+        }))
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<EncodedKey, KeyWaiters, HashKeys>> {
@@ -121,6 +126,18 @@ fn lock(
     by_key: &Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>,
 ) -> MutexGuard<'_, HashMap<EncodedKey, KeyWaiters, HashKeys>> {
     by_key.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waiters that have a record and are still to be woken.
+#[must_use]
+pub(super) struct Handed(Option<Arc<Wakes>>);
+
+impl Handed {
+    pub(super) fn wake(self) {
+        if let Some(wakes) = self.0 {
+            wakes.wake_all();
+        }
+    }
 }
 
 /// A request that waits for a key.
