@@ -11,8 +11,8 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use http::{StatusCode, request::Parts};
 use idempotency_core::{
-    BoxError, Config, Decision, Encoded, Event, Key, ManualDecision, Outcome, Progress, Record,
-    Refusal, Reservation, StoreOn, TombstoneReason,
+    BoxError, Claim, Config, Decision, Encoded, Event, Key, Outcome, Progress, Record, Refusal,
+    Reservation, StoreOn, TombstoneReason,
 };
 use tower_service::Service;
 
@@ -23,10 +23,9 @@ use crate::{
     plan::Shared,
     policy::Terms,
     problem::Problem,
-    recording::record,
+    recording::{record, store_none},
     request::encode,
     response::{self, DoNotRecord},
-    run::Run,
 };
 
 /// The answer to a request that was refused before it had an encoded key.
@@ -118,55 +117,32 @@ impl Exchange {
             }
             return Ok(response);
         };
-        let (run, conflict) = match self.begin(&encoded).await {
-            Begun::Run(run, conflict) => (run, conflict),
-            Begun::Answered(response) => return Ok(response),
-            Begun::Unprotected => {
+        let progress = &self.progress;
+        let decision = match self.terms.manual {
+            true => Box::pin(self.engine.begin_manual(&encoded, progress)).await,
+            false => self.engine.begin_with(&encoded, progress).await,
+        };
+        let claim = match decision {
+            Decision::Execute(claim) => claim,
+            Decision::Replay(replay) => return Ok(self.replay(&encoded, &replay.record)),
+            Decision::Refuse(refused) => {
+                let problem = Problem::new(refused.refusal, self.config());
+                return Ok(self.shared.respond(problem));
+            }
+            Decision::Unprotected => {
                 let protection = self.protection(key, &encoded, Conflict::default());
                 let request = self.request(&protection, parts, body);
                 return Box::pin(call(inner, request)).await;
             }
         };
+        let claim = match self.terms.ttl {
+            Some(ttl) => claim.ttl(ttl),
+            None => claim,
+        };
+        let conflict = Conflict(claim.previous().cloned());
         let protection = self.protection(key, &encoded, conflict);
         let request = self.request(&protection, parts, body);
-        self.execute(inner, run, request, &protection).await
-    }
-
-    async fn begin(&self, encoded: &Encoded) -> Begun {
-        let decision = if self.terms.manual {
-            Box::pin(self.engine.begin_manual(encoded, &self.progress)).await
-        } else {
-            match self.engine.begin_with(encoded, &self.progress).await {
-                Decision::Execute(claim) => ManualDecision::Execute(claim),
-                Decision::Replay(replay) => {
-                    return Begun::Answered(self.replay(encoded, &replay.record));
-                }
-                Decision::Refuse(refused) => ManualDecision::Refuse(refused),
-                Decision::Unprotected => ManualDecision::Unprotected,
-            }
-        };
-        match decision {
-            ManualDecision::Execute(claim) => {
-                let claim = match self.terms.ttl {
-                    Some(ttl) => claim.ttl(ttl),
-                    None => claim,
-                };
-                Begun::Run(Run::First(claim), Conflict::default())
-            }
-            ManualDecision::Conflict(turn) => {
-                let turn = match self.terms.ttl {
-                    Some(ttl) => turn.ttl(ttl),
-                    None => turn,
-                };
-                let conflict = Conflict(Some(turn.record().clone()));
-                Begun::Run(Run::Conflict(Box::new(turn)), conflict)
-            }
-            ManualDecision::Refuse(refused) => {
-                let problem = Problem::new(refused.refusal, self.config());
-                Begun::Answered(self.shared.respond(problem))
-            }
-            ManualDecision::Unprotected => Begun::Unprotected,
-        }
+        self.execute(inner, claim, request, &protection).await
     }
 
     fn config(&self) -> &Config {
@@ -265,7 +241,7 @@ impl Exchange {
     async fn execute<S, R>(
         &self,
         mut inner: S,
-        run: Run,
+        claim: Claim,
         request: Request,
         protection: &Protection,
     ) -> Result<Response, S::Error>
@@ -274,17 +250,17 @@ impl Exchange {
         R: http_body::Body<Data = Bytes> + Send + 'static,
         R::Error: Into<BoxError>,
     {
-        // A panic is resumed once the run has ended.
+        // A panic is resumed once the claim has ended.
         let ready = AssertUnwindSafe(poll_fn(|cx| inner.poll_ready(cx))).catch_unwind();
         match ready.await {
             Ok(Ok(())) => {}
             // The handler was not called.
             Ok(Err(error)) => {
-                run.release().await;
+                claim.release().await;
                 return Err(error);
             }
             Err(panic) => {
-                run.release().await;
+                claim.release().await;
                 resume_unwind(panic);
             }
         }
@@ -304,8 +280,8 @@ impl Exchange {
             Ok(Ok(response)) => response.map(Body::new),
             failed => {
                 match stores {
-                    Ok(false) => run.release().await,
-                    Ok(true) | Err(_) => run.store_none(TombstoneReason::HandlerFailed).await,
+                    Ok(false) => claim.release().await,
+                    Ok(true) | Err(_) => store_none(claim, TombstoneReason::HandlerFailed).await,
                 }
                 match failed {
                     Ok(result) => return result.map(|response| response.map(Body::new)),
@@ -321,17 +297,17 @@ impl Exchange {
                     route,
                     ..
                 } = self;
-                Ok(record(run, response, engine, progress, route).await)
+                Ok(record(claim, response, engine, progress, route).await)
             }
             Ok(false) => {
-                run.release().await;
+                claim.release().await;
                 if is_kept && status.is_redirection() && status != StatusCode::NOT_MODIFIED {
                     self.shared.warn_of_redirect(self.route.path());
                 }
                 Ok(response)
             }
             Err(panic) => {
-                run.store_none(TombstoneReason::HandlerFailed).await;
+                store_none(claim, TombstoneReason::HandlerFailed).await;
                 resume_unwind(panic);
             }
         }
@@ -387,12 +363,4 @@ where
 {
     poll_fn(|cx| inner.poll_ready(cx)).await?;
     Ok(inner.call(request).await?.map(Body::new))
-}
-
-/// The engine's decision, as far as the exchange acts on it.
-enum Begun {
-    /// The handler runs; on a conflict with the recorded outcome.
-    Run(Run, Conflict),
-    Answered(Response),
-    Unprotected,
 }

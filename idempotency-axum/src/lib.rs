@@ -180,7 +180,6 @@ pub mod problem;
 mod recording;
 mod request;
 mod response;
-mod run;
 mod service;
 #[cfg(feature = "settings")]
 mod settings;
@@ -247,8 +246,8 @@ pub mod engine {
     pub use idempotency_core::SimulatedClock;
     #[doc(inline)]
     pub use idempotency_core::{
-        Claim, Completion, Decision, Engine, Env, Environment, Event, ManualDecision, Observer,
-        Operation, Progress, Ran, Refusal, Refused, Replay, Spawner, TracingObserver, Turn,
+        Claim, Completion, Decision, Engine, Env, Environment, Event, Observer, Operation,
+        Progress, Ran, Refusal, Refused, Replay, Spawner, TracingObserver,
     };
 }
 

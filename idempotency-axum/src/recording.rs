@@ -55,7 +55,7 @@ use futures_util::{
 };
 use http::{HeaderMap, StatusCode, header};
 use http_body::{Body as _, Frame};
-use idempotency_core::{Progress, TombstoneReason};
+use idempotency_core::{Claim, Progress, StoredResponse, TombstoneReason};
 use tracing::{Instrument, Span};
 
 use self::tape::{Tail, Tape};
@@ -64,7 +64,6 @@ use crate::{
     buffer::{Buffer, Overflow},
     detach::Route,
     response,
-    run::Run,
 };
 
 mod tape;
@@ -72,9 +71,9 @@ mod tape;
 /// A frame of a body, or its error.
 type Next = Result<Frame<Bytes>, axum::Error>;
 
-/// Ends `run` with this answer, now or once the body was read to its end. Returns the response for the client.
+/// Ends `claim` with this answer, now or once the body was read to its end. Returns the response for the client.
 pub(crate) async fn record(
-    run: Run,
+    claim: Claim,
     response: Response,
     engine: &Engine,
     progress: &Progress,
@@ -84,13 +83,13 @@ pub(crate) async fn record(
     let config = engine.config();
     let stored = |body| response::stored(parts.status, &parts.headers, body, config);
     if is_sent_without_body(parts.status) {
-        run.store(stored(Bytes::new())).await;
+        store(claim, stored(Bytes::new())).await;
         return Response::from_parts(parts, Body::empty());
     }
     let mut source = Source::new(&parts.headers, body);
     let limit = config.max_response_body;
     if let Some(reason) = unrecordable(&parts.headers, &source, limit) {
-        run.store_none(reason).await;
+        store_none(claim, reason).await;
         return Response::from_parts(parts, source.body);
     }
 
@@ -108,7 +107,7 @@ pub(crate) async fn record(
                     let tape = Arc::new(Tape::new(buffer));
                     let reader = tape.clone().reader(&source);
                     let recorder = Recorder {
-                        run: Some(run),
+                        claim: Some(claim),
                         source: Some(source),
                         next: None,
                         tape,
@@ -126,7 +125,7 @@ pub(crate) async fn record(
             },
             // The panic is resumed once the run has ended.
             Err(panic) => {
-                run.store_none(TombstoneReason::StreamBroken).await;
+                store_none(claim, TombstoneReason::StreamBroken).await;
                 resume_unwind(panic);
             }
         }
@@ -135,15 +134,29 @@ pub(crate) async fn record(
         End::Whole => {
             // Released once the record is stored.
             let (bytes, _reservation) = buffer.into_parts();
-            run.store(stored(bytes.clone())).await;
+            store(claim, stored(bytes.clone())).await;
             Body::from(bytes)
         }
         End::Unrecorded(reason, next) => {
-            run.store_none(reason).await;
+            store_none(claim, reason).await;
             Body::new(Tail::new(buffer, next, Some(source.body)))
         }
     };
     Response::from_parts(parts, body)
+}
+
+/// Stores the answer for retries.
+///
+/// The engine reports to its observers whether the outcome was stored, and the client gets its answer in any case. So neither this nor
+/// [`store_none`] returns anything.
+async fn store(claim: Claim, response: StoredResponse) {
+    let _ = claim.complete(response).await;
+}
+
+/// Stores a tombstone: the handler ran, and its answer can't be stored. Boxed, because it is rare, and a request's future is as large as
+/// the largest future that it awaits.
+pub(crate) async fn store_none(claim: Claim, reason: TombstoneReason) {
+    let _ = Box::pin(claim.tombstone(reason)).await;
 }
 
 /// The result of reading a body.
@@ -253,7 +266,7 @@ impl Source {
 
 /// Reads a body to its end, and ends the run.
 struct Recorder {
-    run: Option<Run>,
+    claim: Option<Claim>,
     source: Option<Source>,
     /// The frame or error at which recording ended.
     next: Option<Next>,
@@ -282,16 +295,16 @@ impl Recorder {
                 Err(reason)
             }
         };
-        let Some(run) = self.run.take() else {
+        let Some(claim) = self.claim.take() else {
             return;
         };
         match recorded {
             Ok(body) => {
                 let config = self.engine.config();
                 let stored = response::stored(self.status, &self.headers, body, config);
-                run.store(stored).await;
+                store(claim, stored).await;
             }
-            Err(reason) => run.store_none(reason).await,
+            Err(reason) => store_none(claim, reason).await,
         }
     }
 
@@ -320,9 +333,9 @@ impl Recorder {
 /// Hands the rest to the client, also if the recorder is dropped early with its runtime.
 impl Drop for Recorder {
     fn drop(&mut self) {
-        if let Some(run) = self.run.take() {
+        if let Some(claim) = self.claim.take() {
             // The first poll hands the outcome to the engine, which stores it even if this future is dropped.
-            let _ = run.store_none(TombstoneReason::StreamBroken).now_or_never();
+            let _ = store_none(claim, TombstoneReason::StreamBroken).now_or_never();
         }
         let rest = self.source.take().map(|source| source.body);
         let is_cut_short = rest.is_some() && self.progress.is_given_up();
@@ -396,8 +409,7 @@ mod tests {
         let frames = stream::poll_fn(move |cx| receiver.poll_recv(cx));
         let body = Body::from_stream(futures_util::StreamExt::map(frames, Ok::<_, Infallible>));
         let route = Route::of(&Request::new(()).into_parts().0);
-        let run = Run::First(claim);
-        let response = record(run, Response::new(body), &engine, &progress, &route).await;
+        let response = record(claim, Response::new(body), &engine, &progress, &route).await;
         Streaming {
             client: response.into_body(),
             engine,

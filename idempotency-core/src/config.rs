@@ -89,7 +89,7 @@ pub struct Config {
     pub documentation: Option<HeaderValue>,
     /// See [`Config::env`].
     pub env: Env,
-    observers: Observers,
+    pub(crate) observers: Observers,
 }
 
 // Not `#[non_exhaustive]`: a middleware does one of these.

@@ -92,9 +92,7 @@ pub use self::{
         BasicKeyEncoder, Encoded, Fingerprint, FingerprintFieldsEncoder, FingerprintKeyEncoder,
         KeyEncoder, KeyOnlyEncoder, RequestView,
     },
-    engine::{
-        Claim, Completion, Decision, Engine, ManualDecision, Progress, Ran, Refused, Replay, Turn,
-    },
+    engine::{Claim, Completion, Decision, Engine, Progress, Ran, Refused, Replay},
     env::{Env, Environment, Spawner},
     error::{BoxError, StorageError, StorageErrorKind},
     event::{Event, Observer, Operation, Refusal, TracingObserver},

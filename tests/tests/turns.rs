@@ -14,8 +14,8 @@ use std::{
 };
 
 use idempotency_axum::{
-    Completion, Encoded, Engine, Entry, Held, LockPolicy, ManualDecision, OnStorageError,
-    Operation, Outcome, Progress, Refusal, Storage, TombstoneReason, Turn,
+    Claim, Completion, Decision, Encoded, Engine, Entry, LockPolicy, OnStorageError, Operation,
+    Outcome, Progress, Record, Refusal, Storage, TombstoneReason,
 };
 use idempotency_tests::{
     Fault,
@@ -25,37 +25,49 @@ use idempotency_tests::{
 };
 use tokio::task::JoinHandle;
 
-async fn manual(engine: &Engine, encoded: &Encoded) -> ManualDecision {
+async fn manual(engine: &Engine, encoded: &Encoded) -> Decision {
     engine.begin_manual(encoded, &Progress::new()).await
 }
 
 /// A `begin_manual` in a task of its own.
-fn ask(engine: &Engine, encoded: Encoded) -> JoinHandle<ManualDecision> {
+fn ask(engine: &Engine, encoded: Encoded) -> JoinHandle<Decision> {
     let engine = engine.clone();
     tokio::spawn(async move { manual(&engine, &encoded).await })
 }
 
 #[track_caller]
-fn turn_of(decision: ManualDecision) -> Turn {
+fn turn_of(decision: Decision) -> Claim {
     match decision {
-        ManualDecision::Conflict(turn) => turn,
+        Decision::Execute(claim) if claim.previous().is_some() => claim,
         other => panic!("expected a turn: {other:?}"),
     }
 }
 
 #[track_caller]
-fn manual_refusal_of(decision: ManualDecision) -> Refusal {
+fn previous(turn: &Claim) -> &Record {
+    turn.previous().expect("a turn knows the record")
+}
+
+/// The claim of an operation that has no record.
+#[track_caller]
+fn first_of(decision: Decision) -> Claim {
     match decision {
-        ManualDecision::Refuse(refused) => refused.refusal,
+        Decision::Execute(claim) if claim.previous().is_none() => claim,
+        other => panic!("expected a first run: {other:?}"),
+    }
+}
+
+#[track_caller]
+fn manual_refusal_of(decision: Decision) -> Refusal {
+    match decision {
+        Decision::Refuse(refused) => refused.refusal,
         other => panic!("expected a refusal: {other:?}"),
     }
 }
 
 /// The operation ran, and answered with `text`.
 async fn ran(engine: &Engine, encoded: &Encoded, text: &'static str) {
-    let ManualDecision::Execute(claim) = manual(engine, encoded).await else {
-        panic!("the key is new");
-    };
+    let claim = first_of(manual(engine, encoded).await);
     assert_eq!(claim.complete(answer(text)).await, Completion::Stored);
 }
 
@@ -67,12 +79,12 @@ async fn a_turn_has_what_the_last_one_left() {
 
     let turn = turn_of(manual(&node.engine, &key).await);
     assert_eq!(turn.key(), key.key);
-    assert_eq!(*turn.record(), record("one"));
-    assert_eq!(turn.replace(answer("two")).await.unwrap(), Held::Yes);
+    assert_eq!(*previous(&turn), record("one"));
+    assert_eq!(turn.complete(answer("two")).await, Completion::Stored);
 
     let turn = turn_of(manual(&node.engine, &key).await);
-    assert_eq!(*turn.record(), record("two"));
-    turn.keep().await;
+    assert_eq!(*previous(&turn), record("two"));
+    turn.release().await;
     assert_replays(node.engine.begin(&key).await, "two");
     assert_eq!(node.events.count("conflict"), 2);
     assert_eq!(node.events.count("replaced"), 1);
@@ -87,8 +99,8 @@ async fn a_dropped_turn_keeps_the_record_and_lets_the_next_one_in() {
     ran(&node.engine, &key, "one").await;
     drop(turn_of(manual(&node.engine, &key).await));
     let turn = turn_of(manual(&node.engine, &key).await);
-    assert_eq!(*turn.record(), record("one"));
-    turn.keep().await;
+    assert_eq!(*previous(&turn), record("one"));
+    turn.release().await;
     node.assert_quiet().await;
 }
 
@@ -100,7 +112,7 @@ async fn a_new_record_has_a_ttl_of_its_own() {
     node.clock.advance(Duration::from_secs(3600));
     let turn = turn_of(manual(&node.engine, &key).await);
     let ttl = Duration::from_secs(60);
-    let _ = turn.ttl(ttl).replace(answer("two")).await.unwrap();
+    let _ = turn.ttl(ttl).complete(answer("two")).await;
     node.clock.advance(ttl - Duration::from_millis(1));
     assert_replays(node.engine.begin(&key).await, "two");
     node.clock.advance(Duration::from_millis(1));
@@ -123,13 +135,13 @@ async fn turns_are_taken_one_at_a_time_here_and_elsewhere() {
         runs.push(tokio::spawn(async move {
             let turn = turn_of(manual(&engine, &key).await);
             assert_eq!(running.fetch_add(1, Ordering::SeqCst), 0, "two at once");
-            let Outcome::Response(last) = &turn.record().outcome else {
+            let Outcome::Response(last) = &previous(&turn).outcome else {
                 panic!("there is an answer");
             };
             let last: usize = std::str::from_utf8(last.body()).unwrap().parse().unwrap();
             tokio::task::yield_now().await;
             running.fetch_sub(1, Ordering::SeqCst);
-            let _ = turn.replace(answer(texts[last + 1])).await.unwrap();
+            let _ = turn.complete(answer(texts[last + 1])).await;
         }));
     }
     for run in runs {
@@ -149,8 +161,8 @@ async fn a_turn_is_waited_for_longer_than_an_original() {
     let next = ask(&node.engine, key);
     node.pass(LEASE * 4).await;
     assert_eq!(node.engine.waiting(), 1);
-    turn.keep().await;
-    turn_of(next.await.unwrap()).keep().await;
+    turn.release().await;
+    turn_of(next.await.unwrap()).release().await;
     node.assert_quiet().await;
 }
 
@@ -169,10 +181,10 @@ async fn a_turn_is_waited_for_as_long_as_one_may_be_held() {
     node.pass(LEASE * 4).await;
     let refused = manual_refusal_of(manual(&node.engine, &key).await);
     assert_eq!(refused, Refusal::InFlight);
-    assert_eq!(turn.replace(answer("late")).await.unwrap(), Held::Lost);
+    assert_eq!(turn.complete(answer("late")).await, Completion::Lost);
     node.pass(LEASE * 2).await;
     let next = turn_of(manual(&node.engine, &key).await);
-    assert_eq!(next.replace(answer("two")).await.unwrap(), Held::Yes);
+    assert_eq!(next.complete(answer("two")).await, Completion::Stored);
     assert_replays(node.engine.begin(&key).await, "two");
     node.assert_quiet().await;
 }
@@ -187,9 +199,9 @@ async fn a_turn_that_another_node_took_over_changes_nothing() {
     // This process is stopped for longer than its lease; the other goes on.
     node.clock.advance(LEASE * 2);
     let turn = turn_of(manual(&peer, &key).await);
-    assert_eq!(turn.replace(answer("two")).await.unwrap(), Held::Yes);
+    assert_eq!(turn.complete(answer("two")).await, Completion::Stored);
 
-    assert_eq!(stopped.replace(answer("late")).await.unwrap(), Held::Lost);
+    assert_eq!(stopped.complete(answer("late")).await, Completion::Lost);
     // What it would have stored, and then its turn.
     assert_eq!(node.events.count("lost"), 2);
     assert_replays(peer.begin(&key).await, "two");
@@ -204,8 +216,8 @@ async fn a_turn_at_a_tombstone_can_put_an_answer_there() {
     let _ = claim.tombstone(TombstoneReason::StreamBroken).await;
     let turn = turn_of(manual(&node.engine, &key).await);
     let tombstone = Outcome::Tombstone(TombstoneReason::StreamBroken);
-    assert_eq!(turn.record().outcome, tombstone);
-    let _ = turn.replace(answer("one")).await.unwrap();
+    assert_eq!(previous(&turn).outcome, tombstone);
+    let _ = turn.complete(answer("one")).await;
     assert_replays(node.engine.begin(&key).await, "one");
 }
 
@@ -216,7 +228,7 @@ async fn another_request_is_refused_before_it_waits_for_a_turn() {
     let turn = turn_of(manual(&node.engine, &printed(1, 1)).await);
     let refused = manual_refusal_of(manual(&node.engine, &printed(1, 2)).await);
     assert_eq!(refused, Refusal::KeyReused);
-    let _ = turn.replace(answer("two")).await.unwrap();
+    let _ = turn.complete(answer("two")).await;
     let still = manual_refusal_of(manual(&node.engine, &printed(1, 2)).await);
     assert_eq!(still, Refusal::KeyReused);
     node.assert_quiet().await;
@@ -232,10 +244,8 @@ async fn a_record_that_goes_while_its_turn_is_waited_for_lets_the_operation_run(
     idle().await;
     assert!(node.engine.remove(&key.key).await.unwrap());
     // There is nothing to replace any more.
-    let _ = turn.replace(answer("two")).await.unwrap();
-    let ManualDecision::Execute(claim) = next.await.unwrap() else {
-        panic!("the record is gone");
-    };
+    let _ = turn.complete(answer("two")).await;
+    let claim = first_of(next.await.unwrap());
     let _ = claim.complete(answer("three")).await;
     assert_replays(node.engine.begin(&key).await, "three");
     node.assert_quiet().await;
@@ -252,7 +262,7 @@ async fn drain_waits_for_a_turn() {
     let drained = tokio::spawn(async move { engine.drain().await });
     idle().await;
     assert!(!drained.is_finished());
-    turn.keep().await;
+    turn.release().await;
     drained.await.unwrap();
 }
 
@@ -266,10 +276,10 @@ async fn progress_tells_when_a_turn_may_be_there() {
     let mut next = std::pin::pin!(node.engine.begin_manual(&key, &progress));
     assert!(poll_times(next.as_mut(), 20).await.is_none());
     assert!(!progress.is_committed(), "it waits");
-    first.keep().await;
+    first.release().await;
     let turn = turn_of(next.await);
     assert!(progress.is_committed());
-    turn.keep().await;
+    turn.release().await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -286,7 +296,7 @@ async fn a_begin_for_a_turn_that_is_dropped_at_any_point_leaves_nothing() {
             }
         }
         idle().await;
-        turn_of(manual(&node.engine, &key).await).keep().await;
+        turn_of(manual(&node.engine, &key).await).release().await;
         node.assert_quiet().await;
     }
 }
@@ -302,8 +312,8 @@ async fn a_record_that_is_still_to_be_stored_can_be_replaced() {
     assert_eq!(claim.complete(answer("one")).await, Completion::Deferred);
 
     let turn = turn_of(manual(&node.engine, &key).await);
-    assert_eq!(*turn.record(), record("one"));
-    assert_eq!(turn.replace(answer("two")).await.unwrap(), Held::Yes);
+    assert_eq!(*previous(&turn), record("one"));
+    assert_eq!(turn.complete(answer("two")).await, Completion::Stored);
     assert_replays(node.engine.begin(&key).await, "two");
 
     node.storage.heal(Operation::Complete);
@@ -322,7 +332,7 @@ async fn a_record_that_was_stored_unnoticed_is_replaced_all_the_same() {
     let claim = claim_of(node.engine.begin(&key).await);
     assert_eq!(claim.complete(answer("one")).await, Completion::Deferred);
     let turn = turn_of(manual(&node.engine, &key).await);
-    let _ = turn.replace(answer("two")).await.unwrap();
+    let _ = turn.complete(answer("two")).await;
 
     node.storage.heal(Operation::Complete);
     node.pass(LEASE).await;
@@ -348,7 +358,7 @@ async fn a_record_that_is_replaced_while_it_is_stored_is_replaced() {
     node.clock.advance(Duration::from_millis(200));
     idle().await;
     assert_eq!(node.storage.calls(Operation::Complete), before + 1);
-    let _ = turn.replace(answer("two")).await.unwrap();
+    let _ = turn.complete(answer("two")).await;
     gate.add_permits(100);
 
     node.pass(LEASE).await;
@@ -364,7 +374,7 @@ async fn a_replacement_that_fails_is_said_and_keeps_the_record() {
     ran(&node.engine, &key, "one").await;
     node.storage.set(Operation::Replace, Fault::FailBefore);
     let turn = turn_of(manual(&node.engine, &key).await);
-    assert!(turn.replace(answer("two")).await.is_err());
+    assert_eq!(turn.complete(answer("two")).await, Completion::Kept);
     assert_eq!(node.events.count("storage_failed"), 1);
     assert_replays(node.engine.begin(&key).await, "one");
     node.assert_quiet().await;
@@ -379,7 +389,7 @@ async fn a_storage_that_fails_gives_no_turn() {
     let refused = manual_refusal_of(manual(&node.engine, &key).await);
     assert_eq!(refused, Refusal::StorageUnavailable);
     node.storage.heal(Operation::Get);
-    turn_of(manual(&node.engine, &key).await).keep().await;
+    turn_of(manual(&node.engine, &key).await).release().await;
     node.assert_quiet().await;
 }
 
@@ -391,8 +401,8 @@ async fn without_protection_a_conflict_is_still_one() {
     ran(&node.engine, &key, "one").await;
     node.storage.set(Operation::Get, Fault::FailBefore);
     let turn = turn_of(manual(&node.engine, &key).await);
-    assert_eq!(*turn.record(), record("one"));
-    let _ = turn.replace(answer("two")).await.unwrap();
+    assert_eq!(*previous(&turn), record("one"));
+    let _ = turn.complete(answer("two")).await;
     assert_replays(node.engine.begin(&key).await, "two");
     node.assert_quiet().await;
 }
@@ -404,8 +414,8 @@ async fn without_locks_turns_are_not_waited_for() {
     ran(&node.engine, &key, "one").await;
     let one = turn_of(manual(&node.engine, &key).await);
     let two = turn_of(manual(&node.engine, &key).await);
-    assert_eq!(one.replace(answer("two")).await.unwrap(), Held::Yes);
-    assert_eq!(two.replace(answer("three")).await.unwrap(), Held::Yes);
+    assert_eq!(one.complete(answer("two")).await, Completion::Stored);
+    assert_eq!(two.complete(answer("three")).await, Completion::Stored);
     assert_replays(node.engine.begin(&key).await, "three");
     node.assert_quiet().await;
 }
@@ -419,16 +429,16 @@ async fn a_replaced_tombstone_is_shown_where_its_operation_still_runs() {
     let hung = claim_of(node.engine.begin(&key).await);
     node.pass(max_hold).await;
     let turn = turn_of(manual(&peer, &key).await);
-    assert_eq!(turn.replace(answer("two")).await.unwrap(), Held::Yes);
+    assert_eq!(turn.complete(answer("two")).await, Completion::Stored);
 
     let turn = turn_of(manual(&node.engine, &key).await);
-    assert_eq!(turn.record(), &record("two"));
-    turn.keep().await;
+    assert_eq!(previous(&turn), &record("two"));
+    turn.release().await;
     // The tombstone is refreshed while the operation runs, and does not come back.
     node.pass(LEASE).await;
     let turn = turn_of(manual(&node.engine, &key).await);
-    assert_eq!(turn.record(), &record("two"));
-    turn.keep().await;
+    assert_eq!(previous(&turn), &record("two"));
+    turn.release().await;
     drop(hung);
     node.assert_quiet().await;
 }

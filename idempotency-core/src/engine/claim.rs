@@ -1,14 +1,16 @@
 //! The right to run an operation once, and its end.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{fmt, ops::ControlFlow, sync::Arc, time::Duration};
 
 use super::{
     Progress, Shared, keeper,
+    manual::Previous,
     releases::Claimed,
-    run::{Finish, Run},
+    run::{Finish, Left, Run},
+    runs::Found,
 };
 use crate::{
-    EncodedKey, Fingerprint, Held, Operation, Outcome, Record, Storage, StorageError,
+    Encoded, EncodedKey, Fingerprint, Held, Operation, Outcome, Record, Storage, StorageError,
     StoredResponse, Token, TombstoneReason,
 };
 
@@ -19,13 +21,33 @@ use crate::{
 ///
 /// A claim that is dropped is released in the background. Once an outcome was handed to it, dropping the future of that call changes
 /// nothing: the outcome will be stored.
+///
+/// # On a conflict
+///
+/// [`Engine::begin_manual`](crate::Engine::begin_manual) also gives a claim for a key that has a record, which the claim then
+/// [knows](Self::previous). It is the right to answer the conflict: no other such claim of the key is given out meanwhile, on any node,
+/// unless claims are switched off ([`LockPolicy::disabled`](crate::LockPolicy::disabled)). [`complete`](Self::complete) replaces the
+/// record; every other end keeps it.
 #[must_use = "a claim that is dropped is released, and the operation may run again"]
 pub struct Claim {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
+    /// What is claimed at the storage.
     key: EncodedKey,
     token: Token,
     fingerprint: Option<Fingerprint>,
-    ended: bool,
+    stage: Stage,
+    /// Of a claim on a conflict; rare, so it is boxed.
+    previous: Option<Box<Previous>>,
+}
+
+/// How far a claim is.
+enum Stage {
+    /// It has a place under `max_running` and no run: the storage is asked for the claim, or is to be told of its end. `None` if the
+    /// storage has nothing to release.
+    Entered(Option<Claimed>),
+    /// Its run is listed.
+    Running,
+    Ended,
 }
 
 // Not `#[non_exhaustive]`: these are all the ends there are.
@@ -37,17 +59,112 @@ pub enum Completion {
     Stored,
     /// The storage could not take it yet. This process answers the key from memory, and keeps trying until the TTL is over.
     Deferred,
-    /// Another holder has the key: nothing was stored.
+    /// Another holder has the key: nothing was stored. On a conflict also: the claim was held longer than
+    /// [`LockPolicy::max_hold`](crate::LockPolicy::max_hold), so another may have run since.
     Lost,
     /// The claim was held longer than [`LockPolicy::max_hold`](crate::LockPolicy::max_hold): a tombstone stands instead.
     Expired,
+    /// On a conflict: the record of the run before stays, because there is no answer to replace it with, or because the storage failed to
+    /// replace it. If it failed, the record most likely stays.
+    Kept,
 }
 
 impl Claim {
-    /// The key that is claimed.
+    /// Takes a place under `max_running` before the storage is asked for a claim; `None` if all are taken.
+    ///
+    /// If it is dropped before the answer is known, the keeper releases the claim that may have been made.
+    pub(super) fn enter(shared: &Arc<Shared>, encoded: &Encoded) -> Option<Self> {
+        // Made before the place is taken: an environment of a user's may panic.
+        let token = Token::random_from(&shared.options.env);
+        let has_place = shared.runs.enter();
+        has_place.then(|| Self::entered(shared, encoded, token))
+    }
+
+    /// [`enter`](Self::enter), unless this process knows something of the key.
+    pub(super) fn find_or_enter(
+        shared: &Arc<Shared>,
+        encoded: &Encoded,
+        now: Duration,
+    ) -> ControlFlow<Found, Option<Self>> {
+        let token = Token::random_from(&shared.options.env);
+        let has_place = shared.runs.find_or_enter(&encoded.key, now)?;
+        ControlFlow::Continue(has_place.then(|| Self::entered(shared, encoded, token)))
+    }
+
+    fn entered(shared: &Arc<Shared>, encoded: &Encoded, token: Token) -> Self {
+        Self {
+            shared: shared.clone(),
+            key: encoded.key,
+            token,
+            fingerprint: encoded.fingerprint,
+            stage: Stage::Entered(Some(Claimed::Perhaps)),
+            previous: None,
+        }
+    }
+
+    /// The storage did not grant the claim.
+    pub(super) fn leave(mut self) {
+        self.stage = Stage::Ended;
+        self.shared.runs.leave();
+    }
+
+    /// The storage granted the claim. The lease counts from `since`, when it was asked.
+    pub(super) fn run(self, since: Duration, progress: &Progress) -> Self {
+        let run = self.new_run(since, progress);
+        self.list(run)
+    }
+
+    /// The operation runs though the storage was not asked: claims are switched off.
+    pub(super) fn run_unclaimed(self, progress: &Progress) -> Self {
+        let run = self.new_run(self.shared.options.now(), progress);
+        self.list(run.without_claim())
+    }
+
+    fn new_run(&self, since: Duration, progress: &Progress) -> Run {
+        let options = &self.shared.options;
+        Run::held(
+            self.key,
+            self.fingerprint,
+            since,
+            options.ttl,
+            options.lease(),
+            options.lock.hold_limit(),
+            progress.clone(),
+        )
+    }
+
+    fn list(mut self, run: Run) -> Self {
+        self.stage = Stage::Running;
+        if self.shared.runs.add(self.token, run) {
+            keeper::start(&self.shared);
+        }
+        self
+    }
+
+    /// For a conflict: the claim is the right to answer it.
+    pub(super) fn on_conflict(mut self, previous: Previous) -> Self {
+        self.previous = Some(Box::new(previous));
+        self
+    }
+
+    /// For a conflict that is answered though the storage failed to give a claim.
+    pub(super) fn unprotected(shared: &Arc<Shared>, previous: Previous) -> Self {
+        Self {
+            shared: shared.clone(),
+            key: previous.key,
+            token: Token::random_from(&shared.options.env),
+            fingerprint: None,
+            stage: Stage::Ended,
+            previous: Some(Box::new(previous)),
+        }
+    }
+
+    /// The key whose operation may run.
     #[must_use]
     pub fn key(&self) -> EncodedKey {
-        self.key
+        self.previous
+            .as_ref()
+            .map_or(self.key, |previous| previous.key)
     }
 
     /// Names this claim at the storage.
@@ -56,46 +173,70 @@ impl Claim {
         self.token
     }
 
+    /// The record of the run before, if this claim is on a conflict.
+    #[must_use]
+    pub fn previous(&self) -> Option<&Record> {
+        self.previous.as_ref().map(|previous| &previous.record)
+    }
+
     /// How long the outcome will be kept. Zero keeps none. Default: [`Config::ttl`](crate::Config::ttl).
-    pub fn ttl(self, ttl: Duration) -> Self {
-        // A run that is gone was removed by hand; it has no outcome to keep.
-        let _ = self.shared.ledger.change(self.token, |run| run.ttl = ttl);
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        match &mut self.previous {
+            Some(previous) => previous.ttl = ttl,
+            // A run that is gone was removed by hand; it has no outcome to keep.
+            None => {
+                let _ = self.shared.runs.change(self.token, |run| run.keep_for(ttl));
+            }
+        }
         self
     }
 
-    /// Stores the operation's answer and ends the claim.
-    pub async fn complete(self, response: StoredResponse) -> Completion {
-        self.finish(Outcome::Response(response)).await
-    }
-
-    /// Ends the claim with a tombstone: the operation ran, has no answer to replay, and must not run again.
-    pub async fn tombstone(self, reason: TombstoneReason) -> Completion {
-        self.finish(Outcome::Tombstone(reason)).await
-    }
-
-    /// Ends the claim without a record: a retry runs.
-    ///
-    /// Where the storage fails it is tried again in the background, until the lease is over anyway.
-    pub async fn release(mut self) {
-        self.ended = true;
-        if let Some(release) = self.end_without_record() {
-            release.run().await;
+    /// Stores the operation's answer and ends the claim. On a conflict the answer takes the place of the record, and the TTL starts anew.
+    pub async fn complete(mut self, response: StoredResponse) -> Completion {
+        match self.previous.take() {
+            None => self.finish(Outcome::Response(response)).await,
+            Some(previous) => Box::pin(self.replace(*previous, response)).await,
         }
     }
 
-    /// Whether this claim was held without interruption. Always true if claims are switched off.
+    /// Ends the claim with a tombstone: the operation ran, has no answer to replay, and must not run again. On a conflict the record stays.
+    pub async fn tombstone(self, reason: TombstoneReason) -> Completion {
+        match self.previous {
+            None => self.finish(Outcome::Tombstone(reason)).await,
+            Some(_) => {
+                self.release().await;
+                Completion::Kept
+            }
+        }
+    }
+
+    /// Ends the claim without a record: a retry runs. On a conflict the record stays.
+    ///
+    /// Where the storage fails it is tried again in the background, until the lease is over anyway.
+    pub async fn release(mut self) {
+        self.end_without_record();
+        if let Stage::Entered(Some(claimed)) = self.stage
+            && keeper::try_release(&self.shared, &self.key, self.token, claimed).await
+        {
+            self.stage = Stage::Entered(None);
+        }
+    }
+
+    /// Whether this claim was held without interruption. Always true if there is none.
     pub(super) async fn was_held_throughout(&self) -> Result<bool, StorageError> {
         let Self {
             shared, key, token, ..
         } = self;
-        if shared.ledger.change(*token, |run| run.is_unclaimed()) == Some(true) {
+        if matches!(self.stage, Stage::Ended)
+            || shared.runs.change(*token, |run| run.is_unclaimed()) == Some(true)
+        {
             return Ok(true);
         }
-        let lease = shared.config.lock.lease();
+        let lease = shared.options.lease();
         let renewed = shared.limited(shared.storage.renew(key, *token, lease));
         let is_held = renewed.await? == Held::Yes;
         // Looked at last: the keeper may have taken the claim again just before it was renewed.
-        let is_whole = shared.ledger.change(*token, |run| run.is_held_throughout());
+        let is_whole = shared.runs.change(*token, |run| run.is_held_throughout());
         Ok(is_held && is_whole == Some(true))
     }
 
@@ -105,9 +246,9 @@ impl Claim {
             fingerprint: self.fingerprint,
             outcome,
         };
-        let now = shared.config.env.now();
+        let now = shared.options.now();
         let finish = shared
-            .ledger
+            .runs
             .change(self.token, |run| (run.finish(&record, now), run.since));
         let (ttl, since, is_offer) = match finish {
             Some((Finish::Store(ttl), since)) => (ttl, since, false),
@@ -118,26 +259,29 @@ impl Claim {
             }
             // Removed by hand, or this is a second end, which consuming `self` rules out.
             None => {
-                self.ended = true;
+                self.stage = Stage::Ended;
                 return Completion::Lost;
             }
         };
         let stored = shared.storage.complete(&self.key, self.token, &record, ttl);
         match shared.limited(stored).await {
-            Ok(held) => {
-                self.ended = true;
-                let _telling = shared.ledger.end(self.token);
-                keeper::completed(&shared, &self.key, since, &record, held);
-                match held {
-                    Held::Yes => Completion::Stored,
-                    Held::Lost => Completion::Lost,
-                }
+            Ok(Held::Yes) => {
+                keeper::tell_observers(&shared, &self.key, since, &record, Held::Yes);
+                self.stage = Stage::Ended;
+                shared.runs.end_with(self.token, &self.key, &record);
+                Completion::Stored
+            }
+            Ok(Held::Lost) => {
+                self.stage = Stage::Ended;
+                let _telling = shared.runs.end(self.token);
+                keeper::completed(&shared, &self.key, since, &record, Held::Lost);
+                Completion::Lost
             }
             Err(error) => {
                 shared.failed(&self.key, Operation::Complete, &error);
                 if is_offer {
-                    self.ended = true;
-                    drop(shared.ledger.end(self.token));
+                    self.stage = Stage::Ended;
+                    drop(shared.runs.end(self.token));
                     return Completion::Lost;
                 }
                 match self.leave_to_keeper(true) {
@@ -150,172 +294,48 @@ impl Claim {
 
     /// Leaves the outcome to the keeper; `failed`: after the storage refused it. Says whether there was one to leave.
     fn leave_to_keeper(&mut self, failed: bool) -> bool {
-        self.ended = true;
+        self.stage = Stage::Ended;
         keeper::defer(&self.shared, self.token, failed)
     }
 
-    /// Ends the run. What is left is to tell the storage, or the keeper; `None` if that is done.
-    fn end_without_record(&mut self) -> Option<Release> {
-        let has_outcome = self
-            .shared
-            .ledger
-            .change(self.token, |run| run.has_outcome())?;
-        if has_outcome {
-            // The future that was storing it is dropped, or the claim was given up.
-            self.leave_to_keeper(false);
-            return None;
+    /// Ends the run, if there is one. What is left is to tell the storage, or the keeper.
+    fn end_without_record(&mut self) {
+        if !matches!(self.stage, Stage::Running) {
+            return;
         }
-        let run = self.shared.ledger.end_but_stay(self.token)?;
-        Some(Release {
-            shared: self.shared.clone(),
-            key: self.key,
-            token: self.token,
-            claimed: run.is_held().then_some(Claimed::Yes),
-        })
+        self.stage = Stage::Ended;
+        match self.shared.runs.withdraw(self.token) {
+            // The future that was storing it is dropped, or the claim was given up.
+            Some(Left::Outcome) => {
+                self.leave_to_keeper(false);
+            }
+            Some(Left::Claim) => self.stage = Stage::Entered(Some(Claimed::Yes)),
+            Some(Left::Nothing) => self.stage = Stage::Entered(None),
+            None => {}
+        }
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        if !self.ended {
-            drop(self.end_without_record());
+        self.end_without_record();
+        let Stage::Entered(claimed) = self.stage else {
+            return;
+        };
+        match claimed {
+            Some(claimed) => keeper::release(&self.shared, self.key, self.token, claimed),
+            None => self.shared.runs.waiters.wake_one(&self.key),
         }
+        self.shared.runs.leave();
     }
 }
 
 impl fmt::Debug for Claim {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Claim")
-            .field("key", &self.key)
+            .field("key", &self.key())
             .field("token", &self.token)
+            .field("previous", &self.previous())
             .finish_non_exhaustive()
-    }
-}
-
-/// A run that has ended and is still to be released at the storage. If it is dropped before, the keeper does it.
-struct Release {
-    shared: Arc<Shared>,
-    key: EncodedKey,
-    token: Token,
-    /// `None` if the storage has no claim of it, or that is over.
-    claimed: Option<Claimed>,
-}
-
-impl Release {
-    async fn run(mut self) {
-        if let Some(claimed) = self.claimed
-            && keeper::try_release(&self.shared, &self.key, self.token, claimed).await
-        {
-            self.claimed = None;
-        }
-    }
-}
-
-impl Drop for Release {
-    fn drop(&mut self) {
-        let Self {
-            shared, key, token, ..
-        } = self;
-        match self.claimed {
-            Some(claimed) => keeper::release(shared, *key, *token, claimed),
-            None => shared.ledger.waiters.wake_one(key),
-        }
-        shared.ledger.leave();
-    }
-}
-
-/// A place under `max_running`, held while the storage is asked for a claim.
-///
-/// If it is dropped before the answer, the keeper releases the claim that may have been taken.
-pub(super) struct Begun {
-    shared: Arc<Shared>,
-    key: EncodedKey,
-    token: Token,
-    ended: bool,
-}
-
-impl Begun {
-    pub(super) fn enter(shared: &Arc<Shared>, key: EncodedKey) -> Option<Self> {
-        // Made before the place is taken: an environment of a user's may panic.
-        let token = Token::random_from(&shared.config.env);
-        shared.ledger.enter().then(|| Self {
-            shared: shared.clone(),
-            key,
-            token,
-            ended: false,
-        })
-    }
-
-    pub(super) fn token(&self) -> Token {
-        self.token
-    }
-
-    /// The storage granted the claim. The lease counts from `since`, when it was asked.
-    pub(super) fn acquired(
-        self,
-        fingerprint: Option<Fingerprint>,
-        since: Duration,
-        progress: &Progress,
-    ) -> Claim {
-        let run = self.run(fingerprint, since, progress);
-        self.into_claim(run)
-    }
-
-    pub(super) fn without_claim(
-        self,
-        fingerprint: Option<Fingerprint>,
-        progress: &Progress,
-    ) -> Claim {
-        let now = self.shared.config.env.now();
-        let run = self.run(fingerprint, now, progress).without_claim();
-        self.into_claim(run)
-    }
-
-    fn run(&self, fingerprint: Option<Fingerprint>, since: Duration, progress: &Progress) -> Run {
-        let config = &self.shared.config;
-        Run::held(
-            self.key,
-            fingerprint,
-            since,
-            config.ttl,
-            config.lock.lease(),
-            config.lock.hold_limit(),
-            progress.clone(),
-        )
-    }
-
-    fn into_claim(mut self, run: Run) -> Claim {
-        self.ended = true;
-        let claim = Claim {
-            shared: self.shared.clone(),
-            key: self.key,
-            token: self.token,
-            fingerprint: run.fingerprint,
-            ended: false,
-        };
-        self.shared.ledger.add(self.token, run);
-        keeper::keep(&self.shared);
-        claim
-    }
-
-    /// The storage did not grant the claim.
-    pub(super) fn not_acquired(mut self) {
-        self.ended = true;
-        self.shared.ledger.leave();
-    }
-
-    /// The storage did not answer: the claim may exist, and the keeper releases it.
-    pub(super) fn unknown(self) {
-        drop(self);
-    }
-}
-
-impl Drop for Begun {
-    fn drop(&mut self) {
-        if self.ended {
-            return;
-        }
-        keeper::release(&self.shared, self.key, self.token, Claimed::Perhaps);
-        self.shared.ledger.leave();
     }
 }

@@ -32,21 +32,15 @@ use crate::{
 /// How many outcomes the keeper stores at once. Renewals have no such limit: one that hangs delays only itself.
 const STORES: usize = 64;
 
-/// Sees to it that a claim that was just made is renewed.
-pub(super) fn keep(shared: &Arc<Shared>) {
-    if shared.ledger.need_first_keeper() {
-        start(shared);
-    }
-}
-
 /// Has a keeper look at what there is to do now.
 pub(super) fn wake(shared: &Arc<Shared>) {
-    if shared.ledger.need_keeper() {
+    if shared.runs.call_keeper() {
         start(shared);
     }
 }
 
-fn start(shared: &Arc<Shared>) {
+/// Starts the keeper, where the runs say that there is none.
+pub(super) fn start(shared: &Arc<Shared>) {
     // Dropped before its end it gives its place free, also where an environment of a user's panics. That is not passed on: this is
     // called where a panic may be under way already.
     let keeper = Keeper {
@@ -54,7 +48,7 @@ fn start(shared: &Arc<Shared>) {
         leaving: false,
     };
     let started = catch_unwind(AssertUnwindSafe(|| {
-        let spawner = shared.config.env.background()?;
+        let spawner = shared.options.env.background()?;
         spawner.spawn(keeper.run().with_current_subscriber());
         Some(())
     }));
@@ -69,15 +63,15 @@ fn start(shared: &Arc<Shared>) {
 /// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key. `failed`: the storage refused
 /// it. Says whether there was one to leave: a key that was removed by hand has none.
 pub(super) fn defer(shared: &Arc<Shared>, token: Token, failed: bool) -> bool {
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     let hold = |record: &Record| {
-        shared.config.budget.count(match &record.outcome {
+        shared.options.budget.count(match &record.outcome {
             Outcome::Response(response) => response.body().len(),
             Outcome::Tombstone(_) => 0,
         })
     };
     let mut late = None;
-    let next = shared.ledger.advance(token, |run| {
+    let next = shared.runs.advance(token, |run| {
         let next = run.defer(now, failed, hold);
         late = run.late_record().map(|record| (run.key, record));
         next
@@ -86,8 +80,8 @@ pub(super) fn defer(shared: &Arc<Shared>, token: Token, failed: bool) -> bool {
         return false;
     }
     if let Some((key, record)) = late {
-        shared.config.emit(&Event::Deferred { key });
-        shared.ledger.waiters.hand_over(&key, &record);
+        shared.options.emit(&Event::Deferred { key });
+        shared.runs.waiters.hand_over(&key, &record);
     }
     wake(shared);
     true
@@ -100,12 +94,12 @@ pub(super) fn release(shared: &Arc<Shared>, key: EncodedKey, token: Token, claim
 }
 
 fn unclaim(shared: &Shared, key: &EncodedKey, token: Token, claimed: Claimed) {
-    let config = &shared.config;
-    shared.ledger.release(Release {
+    let options = &shared.options;
+    shared.runs.release(Release {
         key: *key,
         token,
         claimed,
-        lease_end: config.env.now().saturating_add(config.lock.lease()),
+        lease_end: options.now().saturating_add(options.lease()),
     });
 }
 
@@ -125,19 +119,31 @@ pub(super) async fn try_release(
         Ok(Held::Lost) => return true,
         Err(error) => {
             shared.failed(key, Operation::Release, &error);
-            let config = &shared.config;
-            shared
-                .ledger
-                .pause_releases(config.env.now(), config.lock.lease());
+            let options = &shared.options;
+            shared.runs.pause_releases(options.now(), options.lease());
             return false;
         }
     };
-    shared.config.emit(&event);
+    shared.options.emit(&event);
     true
 }
 
-/// The storage took an outcome, or said that the key is another's.
+/// The storage took an outcome, or said that the key is another's: tells the observers and those who wait.
 pub(super) fn completed(
+    shared: &Shared,
+    key: &EncodedKey,
+    since: Duration,
+    record: &Record,
+    held: Held,
+) {
+    tell_observers(shared, key, since, record, held);
+    match held {
+        Held::Yes => shared.runs.waiters.hand_over(key, record),
+        Held::Lost => shared.runs.waiters.wake_all(key),
+    }
+}
+
+pub(super) fn tell_observers(
     shared: &Shared,
     key: &EncodedKey,
     since: Duration,
@@ -156,14 +162,10 @@ pub(super) fn completed(
         (Held::Yes, Outcome::Response(response)) => Event::Completed {
             key: *key,
             status: response.status(),
-            took: shared.config.env.now().saturating_sub(since),
+            took: shared.options.now().saturating_sub(since),
         },
     };
-    shared.config.emit(&event);
-    match held {
-        Held::Yes => shared.ledger.waiters.hand_over(key, record),
-        Held::Lost => shared.ledger.waiters.wake_all(key),
-    }
+    shared.options.emit(&event);
 }
 
 struct Keeper {
@@ -180,20 +182,20 @@ enum Done {
 impl Keeper {
     async fn run(mut self) {
         let shared = &self.shared.clone();
-        let config = &shared.config;
-        let lease = config.lock.lease();
+        let options = &shared.options;
+        let lease = options.lease();
         // Claims that are due a little later are renewed along, so that the keeper wakes for many at once.
         let slack = lease / 12;
         // A new claim does not wake the keeper, so it sleeps no longer than until that would be due.
-        let longest = (lease / 3).min(config.lock.hold_limit());
-        shared.ledger.start_over();
+        let longest = (lease / 3).min(options.lock.hold_limit());
+        shared.runs.start_over();
 
         let mut under_way = FuturesUnordered::<BoxFuture<'_, Done>>::new();
         let mut storing = 0;
         let mut to_store = VecDeque::new();
         loop {
-            let now = config.env.now();
-            for (token, job) in shared.ledger.take_due(now, now.saturating_add(slack)) {
+            let now = options.now();
+            for (token, job) in shared.runs.take_due(now, now.saturating_add(slack)) {
                 match job {
                     Job::Renew => under_way.push(Box::pin(async move {
                         guarded(shared, token, job, renew(shared, token)).await;
@@ -210,33 +212,33 @@ impl Keeper {
                     let work = async {
                         match job {
                             Job::Tombstone => store_tombstone(shared, token).await,
-                            _ => store_late(shared, token).await,
+                            _ => store_outcome(shared, token).await,
                         }
                     };
                     guarded(shared, token, job, work).await;
                     Done::Store
                 }));
             }
-            for release in shared.ledger.drop_releases(now) {
-                shared.ledger.waiters.wake_one(&release.key);
+            for release in shared.runs.drop_releases(now) {
+                shared.runs.waiters.wake_one(&release.key);
             }
-            while let Some(release) = shared.ledger.take_release(now) {
+            while let Some(release) = shared.runs.take_release(now) {
                 under_way.push(Box::pin(async move {
                     release_late(shared, release).await;
                     Done::Other
                 }));
             }
 
-            if under_way.is_empty() && shared.ledger.dismiss_keeper() {
+            if under_way.is_empty() && shared.runs.dismiss_keeper() {
                 break;
             }
-            let now = config.env.now();
-            let wake_at = shared.ledger.next_due().min(now.saturating_add(longest));
+            let now = options.now();
+            let wake_at = shared.runs.next_due().min(now.saturating_add(longest));
             if wake_at <= now && under_way.is_empty() {
                 continue;
             }
-            let asleep = pin!(config.env.sleep(wake_at.saturating_sub(now)));
-            let woken = pin!(shared.ledger.work());
+            let asleep = pin!(options.env.sleep(wake_at.saturating_sub(now)));
+            let woken = pin!(shared.runs.work());
             let first = match under_way.is_empty() {
                 true => {
                     let _ = select(asleep, woken).await;
@@ -259,7 +261,7 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         if !self.leaving {
-            self.shared.ledger.lose_keeper();
+            self.shared.runs.lose_keeper();
         }
     }
 }
@@ -267,8 +269,8 @@ impl Drop for Keeper {
 /// One storage that panics must not cost the other claims their renewal.
 async fn guarded(shared: &Shared, token: Token, job: Job, work: impl Future<Output = ()>) {
     if AssertUnwindSafe(work).catch_unwind().await.is_err() {
-        let now = shared.config.env.now();
-        let _ = shared.ledger.change(token, |run| run.put_off(job, now));
+        let now = shared.options.now();
+        let _ = shared.runs.change(token, |run| run.put_off(job, now));
     }
 }
 
@@ -278,8 +280,8 @@ async fn limited<T>(
     shared: &Shared,
     operation: impl Future<Output = Result<T, StorageError>>,
 ) -> Result<T, StorageError> {
-    let config = &shared.config;
-    let limit = config.storage_timeout.min(config.lock.lease() / 3);
+    let options = &shared.options;
+    let limit = options.storage_timeout.min(options.lease() / 3);
     let operation = AssertUnwindSafe(operation).catch_unwind();
     let operation = operation.map(|done| match done {
         Ok(done) => done,
@@ -290,24 +292,24 @@ async fn limited<T>(
 
 /// Lets the claim live for another lease; takes it again where the storage has forgotten it.
 async fn renew(shared: &Shared, token: Token) {
-    let Some(key) = shared.ledger.change(token, |run| run.key) else {
+    let Some(key) = shared.runs.change(token, |run| run.key) else {
         return;
     };
-    let lease = shared.config.lock.lease();
+    let lease = shared.options.lease();
     let renewed = limited(shared, shared.storage.renew(&key, token, lease)).await;
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     match renewed {
         Ok(Held::Yes) => {
-            let _ = shared.ledger.change(token, |run| run.renewed(now));
+            let _ = shared.runs.change(token, |run| run.renewed(now));
         }
         Ok(Held::Lost) => {
-            if shared.ledger.change(token, Run::claim_is_gone) == Some(true) {
+            if shared.runs.change(token, Run::claim_is_gone) == Some(true) {
                 reclaim(shared, token).await;
             }
         }
         Err(error) => {
             shared.failed(&key, Operation::Renew, &error);
-            let _ = shared.ledger.change(token, |run| run.renewal_failed(now));
+            let _ = shared.runs.change(token, |run| run.renewal_failed(now));
         }
     }
 }
@@ -315,29 +317,27 @@ async fn renew(shared: &Shared, token: Token) {
 /// The claim is not ours any more. If that is because the storage lost it (a restart without its data), and nobody else has
 /// begun, it is ours again; the operation still runs, so nobody else may begin.
 async fn reclaim(shared: &Shared, token: Token) {
-    let Some((key, fingerprint)) = shared
-        .ledger
-        .change(token, |run| (run.key, run.fingerprint))
+    let Some((key, fingerprint)) = shared.runs.change(token, |run| (run.key, run.fingerprint))
     else {
         return;
     };
     let claim = NewClaim {
         token,
         fingerprint,
-        lease: shared.config.lock.lease(),
+        lease: shared.options.lease(),
     };
     let begun = limited(shared, shared.storage.begin(&key, &claim)).await;
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     match begun {
-        Ok(Begin::Acquired) => match shared.ledger.change(token, |run| run.reclaimed(now)) {
-            Some(true) => shared.config.emit(&Event::Reclaimed { key }),
+        Ok(Begin::Acquired) => match shared.runs.change(token, |run| run.reclaimed(now)) {
+            Some(true) => shared.options.emit(&Event::Reclaimed { key }),
             // It was released or removed meanwhile, which is why the claim was gone.
             _ => unclaim(shared, &key, token, Claimed::Perhaps),
         },
         Ok(Begin::InFlight { .. } | Begin::Completed(_)) => lost(shared, &key, token),
         Err(error) => {
             shared.failed(&key, Operation::Begin, &error);
-            let is_wanted = shared.ledger.change(token, |run| {
+            let is_wanted = shared.runs.change(token, |run| {
                 run.renewal_failed(now);
                 run.answers()
             });
@@ -350,80 +350,80 @@ async fn reclaim(shared: &Shared, token: Token) {
 }
 
 fn lost(shared: &Shared, key: &EncodedKey, token: Token) {
-    if shared.ledger.change(token, Run::lose) == Some(true) {
-        shared.config.emit(&Event::Lost {
+    if shared.runs.change(token, Run::lose) == Some(true) {
+        shared.options.emit(&Event::Lost {
             key: *key,
             operation: Operation::Renew,
         });
-        shared.ledger.waiters.wake_all(key);
+        shared.runs.waiters.wake_all(key);
     }
 }
 
 /// The claim was held too long: a tombstone makes sure that the operation, which may still be at it, is never run again. It is
 /// stored again and again while the operation runs, each time for the TTL and a lease.
 async fn store_tombstone(shared: &Shared, token: Token) {
-    let Some((key, since, tombstone, ttl)) = shared.ledger.change(token, |run| {
+    let Some((key, since, tombstone, ttl)) = shared.runs.change(token, |run| {
         (run.key, run.since, run.tombstone(), run.tombstone_ttl())
     }) else {
         return;
     };
     // This process answers with it from now on, whatever becomes of the storage.
-    shared.ledger.waiters.hand_over(&key, &tombstone);
+    shared.runs.waiters.hand_over(&key, &tombstone);
     let stored = shared.storage.complete(&key, token, &tombstone, ttl);
     let stored = limited(shared, stored).await;
-    let now = shared.config.env.now();
-    let _telling = shared.ledger.telling();
+    let now = shared.options.now();
+    let _telling = shared.runs.telling();
     match stored {
         Ok(Held::Yes) => {
-            let is_first = shared.ledger.change(token, |run| run.tombstone_stored(now));
+            let is_first = shared.runs.change(token, |run| run.tombstone_stored(now));
             match is_first {
                 Some(Some(false)) => return,
                 Some(Some(true)) | None => {}
                 // The operation ended meanwhile, and left it to us.
-                Some(None) => drop(shared.ledger.end(token)),
+                Some(None) => drop(shared.runs.end(token)),
             }
             if is_first.is_some() {
                 completed(shared, &key, since, &tombstone, Held::Yes);
             }
         }
         Ok(Held::Lost) => {
-            if shared.ledger.advance(token, Run::tombstone_lost).is_some() {
+            if shared.runs.advance(token, Run::tombstone_lost).is_some() {
                 completed(shared, &key, since, &tombstone, Held::Lost);
             }
         }
         Err(error) => {
             shared.failed(&key, Operation::Complete, &error);
-            let _ = shared.ledger.change(token, |run| run.tombstone_failed(now));
+            let _ = shared.runs.change(token, |run| run.tombstone_failed(now));
         }
     }
 }
 
 /// Tries again to store an outcome.
-async fn store_late(shared: &Shared, token: Token) {
+async fn store_outcome(shared: &Shared, token: Token) {
     let late = shared
-        .ledger
+        .runs
         .change(token, |run| Some((run.key, run.since, run.late()?)));
     let Some(Some((key, since, late))) = late else {
         return;
     };
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     if late.expires <= now {
-        let _telling = shared.ledger.telling();
+        let _telling = shared.runs.telling();
         if shared
-            .ledger
+            .runs
             .advance(token, |run| run.late_stored(late.replaced))
             == Some(Next::Over)
         {
-            shared.config.emit(&Event::Abandoned { key });
+            shared.options.emit(&Event::Abandoned { key });
         }
         return;
     }
     let stored = try_to_store(shared, &key, token, &late).await;
-    let _telling = shared.ledger.telling();
+    let _telling = shared.runs.telling();
     match stored {
         Ok((record, held)) => {
             let next = shared
-                .ledger
+                .runs
                 .advance(token, |run| run.late_stored(late.replaced));
             if next == Some(Next::Over) {
                 completed(shared, &key, since, &record, held);
@@ -431,9 +431,9 @@ async fn store_late(shared: &Shared, token: Token) {
         }
         Err((failure, operation, error)) => {
             shared.failed(&key, operation, &error);
-            let now = shared.config.env.now();
+            let now = shared.options.now();
             let _ = shared
-                .ledger
+                .runs
                 .change(token, |run| run.late_failed(now, failure));
         }
     }
@@ -449,7 +449,7 @@ async fn try_to_store(
     token: Token,
     late: &Late,
 ) -> Result<(Record, Held), (Failure, Operation, StorageError)> {
-    let lease = shared.config.lock.lease();
+    let lease = shared.options.lease();
     let storage = &shared.storage;
     let unanswered = |operation| move |error| (Failure::Unanswered, operation, error);
 
@@ -457,12 +457,12 @@ async fn try_to_store(
         .await
         .map_err(unanswered(Operation::Renew))?
         == Held::Yes;
-    let now = shared.config.env.now();
+    let now = shared.options.now();
     let record = late.record.clone();
     let mut offered = record.clone();
     let mut is_last = false;
     if is_claimed {
-        let answered = shared.ledger.change(token, |run| {
+        let answered = shared.runs.change(token, |run| {
             run.renewed(now);
             run.answered()
         });
@@ -476,8 +476,8 @@ async fn try_to_store(
         match limited(shared, storage.begin(key, &claim)).await {
             // The storage had lost the claim.
             Ok(Begin::Acquired) => {
-                let answered = shared.ledger.change(token, |run| {
-                    run.renewed(shared.config.env.now());
+                let answered = shared.runs.change(token, |run| {
+                    run.renewed(shared.options.now());
                     run.answered()
                 });
                 if answered.is_none() {
@@ -486,7 +486,7 @@ async fn try_to_store(
                     return Ok((record, Held::Lost));
                 }
                 is_last = answered == Some(true);
-                shared.config.emit(&Event::Reclaimed { key: *key });
+                shared.options.emit(&Event::Reclaimed { key: *key });
             }
             Ok(Begin::Completed(there)) if there == record => return Ok((record, Held::Yes)),
             // Ours or another's: a tombstone tells at little cost, since the storage keeps the first record of a token.
@@ -546,16 +546,14 @@ async fn release_late(shared: &Shared, release: Release) {
     let told = AssertUnwindSafe(try_release(shared, &key, token, claimed)).catch_unwind();
     let told = told.await.unwrap_or_else(|_| {
         // A storage that panics did not answer.
-        let config = &shared.config;
-        shared
-            .ledger
-            .pause_releases(config.env.now(), config.lock.lease());
+        let options = &shared.options;
+        shared.runs.pause_releases(options.now(), options.lease());
         false
     });
     if told {
-        shared.ledger.released();
-        shared.ledger.waiters.wake_one(&key);
+        shared.runs.released();
+        shared.runs.waiters.wake_one(&key);
         return;
     }
-    shared.ledger.release_failed(release);
+    shared.runs.release_failed(release);
 }

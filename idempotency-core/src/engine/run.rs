@@ -31,7 +31,7 @@ pub(super) struct Run {
     pub(super) key: EncodedKey,
     pub(super) fingerprint: Option<Fingerprint>,
     pub(super) since: Duration,
-    pub(super) ttl: Duration,
+    ttl: Duration,
     lease: Duration,
     phase: Phase,
     progress: Progress,
@@ -88,6 +88,13 @@ pub(super) struct Due {
     pub(super) outcome: Duration,
 }
 
+impl Due {
+    pub(super) const NEVER: Self = Self {
+        claim: Duration::MAX,
+        outcome: Duration::MAX,
+    };
+}
+
 /// What the keeper has to do for a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Job {
@@ -117,6 +124,18 @@ pub(super) enum Finish {
     Offer(Duration),
     /// The operation was given up before: a tombstone stands.
     Expired,
+}
+
+/// What is left to do for a run that ends without another outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub(super) enum Left {
+    /// It has an outcome that its own future did not store: the keeper does.
+    Outcome,
+    /// The storage has a claim of it to release.
+    Claim,
+    /// The storage has nothing of it.
+    Nothing,
 }
 
 /// Whether a run is over.
@@ -528,17 +547,18 @@ impl Run {
         Next::Goes
     }
 
-    /// Whether the operation has an outcome that its own future did not store.
-    pub(super) fn has_outcome(&self) -> bool {
-        matches!(
-            self.phase,
-            Phase::Finishing(_) | Phase::GivenUp(_) | Phase::Pending(_)
-        )
+    /// The operation is over, and gives no outcome (any more).
+    pub(super) fn left(&self) -> Left {
+        match self.phase {
+            Phase::Finishing(_) | Phase::GivenUp(_) | Phase::Pending(_) => Left::Outcome,
+            Phase::Held => Left::Claim,
+            Phase::Unclaimed | Phase::Lost => Left::Nothing,
+        }
     }
 
-    /// Whether the storage has a claim of it.
-    pub(super) fn is_held(&self) -> bool {
-        matches!(self.phase, Phase::Held)
+    /// The outcome will be kept for this long.
+    pub(super) fn keep_for(&mut self, ttl: Duration) {
+        self.ttl = ttl;
     }
 
     // ---- what is done by hand
@@ -667,7 +687,7 @@ mod tests {
         assert_eq!(run.take_store(SECOND + LEASE), Some(Job::Outcome));
         assert_eq!(run.late_record(), Some(record()));
         // The future goes on, and is dropped or fails.
-        assert!(run.has_outcome());
+        assert_eq!(run.left(), Left::Outcome);
         assert_eq!(run.defer(SECOND + LEASE, true, hold), Next::Goes);
         assert_eq!(run.late_stored(0), Next::Over);
     }

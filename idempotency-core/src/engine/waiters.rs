@@ -14,12 +14,12 @@ use crate::{EncodedKey, Record, key::HashKeys};
 /// A `std` mutex guards them: every section is a few map operations, and none spans an await or runs code that is not ours.
 #[derive(Debug, Default)]
 pub(super) struct Waiters {
-    by_key: Arc<Mutex<HashMap<EncodedKey, Queue, HashKeys>>>,
+    by_key: Arc<Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>>,
 }
 
 /// Those that wait for one run of a key.
 #[derive(Debug, Default)]
-struct Queue {
+struct KeyWaiters {
     wakes: Arc<Wakes>,
     count_here: usize,
     count_elsewhere: usize,
@@ -34,7 +34,7 @@ struct Wakes {
     outcome: OnceLock<Record>,
 }
 
-impl Queue {
+impl KeyWaiters {
     fn count(&mut self, is_local: bool) -> &mut usize {
         match is_local {
             true => &mut self.count_here,
@@ -101,26 +101,43 @@ impl Waiters {
         }
     }
 
-    /// Hands `record` to all that wait. Who comes later waits for another run.
+    /// Hands `record` to all that wait. A request that comes later waits for another run.
     pub(super) fn hand_over(&self, key: &EncodedKey, record: &Record) {
-        let Some(queue) = self.lock().remove(key) else {
-            return;
-        };
-        // Set once: the queue is out of the map.
-        let _ = queue.wakes.outcome.set(record.clone());
-        queue.wakes.wake_all();
+        self.hand(key, record).wake();
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<EncodedKey, Queue, HashKeys>> {
+    /// The same, without waking them yet.
+    pub(super) fn hand(&self, key: &EncodedKey, record: &Record) -> Handed {
+        let queue = self.lock().remove(key);
+        Handed(queue.map(|queue| {
+            // Set once: the queue is out of the map.
+            let _ = queue.wakes.outcome.set(record.clone());
+            queue.wakes
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<EncodedKey, KeyWaiters, HashKeys>> {
         lock(&self.by_key)
     }
 }
 
 /// The map stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.
 fn lock(
-    by_key: &Mutex<HashMap<EncodedKey, Queue, HashKeys>>,
-) -> MutexGuard<'_, HashMap<EncodedKey, Queue, HashKeys>> {
+    by_key: &Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>,
+) -> MutexGuard<'_, HashMap<EncodedKey, KeyWaiters, HashKeys>> {
     by_key.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Waiters that have a record and are still to be woken.
+#[must_use]
+pub(super) struct Handed(Option<Arc<Wakes>>);
+
+impl Handed {
+    pub(super) fn wake(self) {
+        if let Some(wakes) = self.0 {
+            wakes.wake_all();
+        }
+    }
 }
 
 /// A request that waits for a key.
@@ -146,7 +163,7 @@ impl Waiter {
 
 /// A waiter's place; the last one to leave takes the key's queue with it.
 struct Place {
-    by_key: Arc<Mutex<HashMap<EncodedKey, Queue, HashKeys>>>,
+    by_key: Arc<Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>>,
     wakes: Arc<Wakes>,
     key: EncodedKey,
     is_local: bool,

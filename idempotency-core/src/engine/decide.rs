@@ -1,0 +1,438 @@
+//! The way of a request to its decision.
+//!
+//! Each attempt looks at what runs in this process and, if that does not know the key, takes one atomic step at the storage. A
+//! duplicate of a running operation waits, and then attempts again.
+
+use std::{future::Future, ops::ControlFlow, pin::pin, time::Duration};
+
+use futures_util::future::{Either, select};
+
+use super::{
+    Claim, Decision, Engine, Progress, Refused, Replay, Shared, runs::Found, waiters::Waiter,
+};
+use crate::{
+    Begin, Encoded, EncodedKey, Entry, Event, Fingerprint, Held, NewClaim, OnStorageError,
+    OnUnreadable, Operation, Record, Refusal, Storage, StorageError, StorageErrorKind,
+};
+
+/// How long a duplicate pauses after the storage failed to wait for it.
+const WAIT_FAILED_PAUSE: Duration = Duration::from_millis(50);
+
+impl Engine {
+    /// Decides, waiting up to `limit` for a running original. Emits no event for the decision.
+    pub(super) async fn decide(
+        &self,
+        encoded: &Encoded,
+        progress: &Progress,
+        limit: Duration,
+    ) -> Decision {
+        let shared = &self.shared;
+        let waiters = &shared.runs.waiters;
+        let mut waiting: Option<Waiting<'_>> = None;
+        let mut waited_here = false;
+        let mut permit = Permit {
+            shared,
+            key: &encoded.key,
+            is_held: false,
+        };
+        loop {
+            let waited = waiting.as_ref().map_or(Duration::ZERO, Waiting::waited);
+            let waiter = match self.attempt(encoded, progress, waited).await {
+                ControlFlow::Continue(waiter) => waiter,
+                ControlFlow::Break(decision) => {
+                    permit.is_held &= !matches!(decision, Decision::Execute(_));
+                    return decision;
+                }
+            };
+            // An operation runs, and wakes a waiter when it ends.
+            permit.is_held = false;
+            if waited_here && !waiter.is_local() {
+                // The key is claimed elsewhere now, which the waiters of this process do not know.
+                waiters.wake_one_here(&encoded.key);
+            }
+            waited_here = waiter.is_local();
+            if waiting.is_none() {
+                waiting = shared.start_waiting(&encoded.key);
+            }
+            let Some(waiting) = &waiting else {
+                return refused(Refusal::Overloaded);
+            };
+            let left = limit.saturating_sub(waiting.waited());
+            if left.is_zero() {
+                return refused(Refusal::InFlight);
+            }
+            let outcome = Box::pin(shared.wait(&encoded.key, waiter, left)).await;
+            if let Some(record) = outcome {
+                return replay(encoded, record, waiting.waited());
+            }
+            permit.is_held = true;
+        }
+    }
+
+    /// One look at the runs and, if they do not know the key, one atomic step of the storage. `Continue`: the operation runs.
+    async fn attempt(
+        &self,
+        encoded: &Encoded,
+        progress: &Progress,
+        waited: Duration,
+    ) -> ControlFlow<Decision, Waiter> {
+        let shared = &self.shared;
+        let now = shared.options.now();
+        let entered = match shared.options.lock.is_enabled() {
+            true => Claim::find_or_enter(shared, encoded, now),
+            false => ControlFlow::Break(shared.runs.find(&encoded.key, now)),
+        };
+        let claim = match entered {
+            ControlFlow::Break(Found::Outcome(record) | Found::GivenUp(record)) => {
+                return ControlFlow::Break(replay(encoded, record, waited));
+            }
+            ControlFlow::Break(Found::Running {
+                fingerprint,
+                waiter,
+            }) => return in_flight(encoded, fingerprint, waiter),
+            ControlFlow::Break(Found::Nothing) => {
+                return ControlFlow::Break(self.look_up(encoded, progress, waited).await);
+            }
+            ControlFlow::Continue(None) => {
+                return ControlFlow::Break(self.replay_only(encoded, waited).await);
+            }
+            ControlFlow::Continue(Some(claim)) => claim,
+        };
+        progress.set(true);
+        let attempt = self.ask(encoded, claim, progress, waited).await;
+        if !matches!(attempt, ControlFlow::Break(Decision::Execute(_))) {
+            progress.set(false);
+        }
+        attempt
+    }
+
+    /// Asks the storage for the claim.
+    async fn ask(
+        &self,
+        encoded: &Encoded,
+        claim: Claim,
+        progress: &Progress,
+        waited: Duration,
+    ) -> ControlFlow<Decision, Waiter> {
+        let shared = &self.shared;
+        let key = &encoded.key;
+        let new = NewClaim {
+            token: claim.token(),
+            fingerprint: encoded.fingerprint,
+            lease: shared.options.lease(),
+        };
+        // Held until the run is listed, or it is known that there is none.
+        let mut clearing = None;
+        loop {
+            let mut since = shared.options.now();
+            let mut answer = shared.limited(shared.storage.begin(key, &new)).await;
+            if shared.is_to_be_cleared(&answer) {
+                if clearing.is_none() {
+                    clearing = shared.runs.clear(key);
+                }
+                if clearing.is_none() {
+                    claim.leave();
+                    return self.subscribe(encoded, None, waited);
+                }
+                since = shared.options.now();
+                answer = Box::pin(shared.clear_and_begin(key, &new)).await;
+            }
+            // The answer may have taken so long that the lease is over by now.
+            if let Ok(Begin::Acquired) = answer
+                && shared.has_aged(since)
+            {
+                since = shared.options.now();
+                match Box::pin(shared.renew_aged(key, &new, since)).await {
+                    Ok(Held::Yes) => {}
+                    Ok(Held::Lost) => continue,
+                    Err(error) => {
+                        drop(claim);
+                        let decision = shared.storage_failed(key, Operation::Renew, error);
+                        return ControlFlow::Break(decision);
+                    }
+                }
+            }
+            return match answer {
+                Ok(Begin::Acquired) => {
+                    ControlFlow::Break(Decision::Execute(claim.run(since, progress)))
+                }
+                Ok(Begin::Completed(record)) => {
+                    claim.leave();
+                    ControlFlow::Break(replay(encoded, record, waited))
+                }
+                Ok(Begin::InFlight { fingerprint, .. }) => {
+                    claim.leave();
+                    self.subscribe(encoded, fingerprint, waited)
+                }
+                Err(error) => {
+                    match error.kind() {
+                        // The storage answered, so it is known that nothing was claimed.
+                        StorageErrorKind::Full | StorageErrorKind::Unreadable => claim.leave(),
+                        _ => drop(claim),
+                    }
+                    ControlFlow::Break(shared.storage_failed(key, Operation::Begin, error))
+                }
+            };
+        }
+    }
+
+    /// Subscribes to the end of an operation that the storage knows, unless its outcome is here already.
+    fn subscribe(
+        &self,
+        encoded: &Encoded,
+        running: Option<Fingerprint>,
+        waited: Duration,
+    ) -> ControlFlow<Decision, Waiter> {
+        let shared = &self.shared;
+        match shared.runs.subscribe(&encoded.key, shared.options.now()) {
+            Ok(waiter) => in_flight(encoded, running, waiter),
+            Err(record) => ControlFlow::Break(replay(encoded, record, waited)),
+        }
+    }
+
+    /// For `LockPolicy::disabled`: looks for a record and claims nothing.
+    async fn look_up(&self, encoded: &Encoded, progress: &Progress, waited: Duration) -> Decision {
+        let shared = &self.shared;
+        match self.get(&encoded.key).await {
+            Ok(Some(Entry::Completed(record))) => replay(encoded, record, waited),
+            Ok(Some(Entry::Claimed { fingerprint, .. }))
+                if differ(fingerprint, encoded.fingerprint) =>
+            {
+                refused(Refusal::KeyReused)
+            }
+            Ok(_) => match Claim::enter(shared, encoded) {
+                Some(claim) => {
+                    let claim = claim.run_unclaimed(progress);
+                    progress.set(true);
+                    Decision::Execute(claim)
+                }
+                None => refused(Refusal::Overloaded),
+            },
+            Err(error) => shared.storage_failed(&encoded.key, Operation::Get, error),
+        }
+    }
+
+    /// At `max_running`: answers retries, and refuses operations that would run.
+    async fn replay_only(&self, encoded: &Encoded, waited: Duration) -> Decision {
+        let shared = &self.shared;
+        match self.get(&encoded.key).await {
+            Ok(Some(Entry::Completed(record))) => replay(encoded, record, waited),
+            Ok(_) => refused(Refusal::Overloaded),
+            Err(error) => shared.storage_failed(&encoded.key, Operation::Get, error),
+        }
+    }
+}
+
+/// The permit of a release, which one waiter gets. If that one does not run, it passes the permit on.
+struct Permit<'a> {
+    shared: &'a Shared,
+    key: &'a EncodedKey,
+    is_held: bool,
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        if self.is_held {
+            self.shared.runs.waiters.wake_one(self.key);
+        }
+    }
+}
+
+/// A duplicate that waits: since when, and its place under `max_waiting`.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    since: Duration,
+}
+
+impl Waiting<'_> {
+    fn waited(&self) -> Duration {
+        self.shared.options.now().saturating_sub(self.since)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.shared.runs.stop_waiting();
+    }
+}
+
+impl Shared {
+    /// Whether half the lease has passed since `since`.
+    fn has_aged(&self, since: Duration) -> bool {
+        let age = self.options.now().saturating_sub(since);
+        age >= self.options.lease() / 2
+    }
+
+    /// Renews a claim, `since` now, whose answer took long. Fails if that takes long too: the lease would be over before the keeper could
+    /// renew it.
+    async fn renew_aged(
+        &self,
+        key: &EncodedKey,
+        new: &NewClaim,
+        since: Duration,
+    ) -> Result<Held, StorageError> {
+        let renewed = self.storage.renew(key, new.token, new.lease);
+        let held = self.limited(renewed).await?;
+        match held == Held::Yes && self.has_aged(since) {
+            true => Err(StorageError::timeout()),
+            false => Ok(held),
+        }
+    }
+
+    /// Whether an unreadable record is in the way and is to be treated as absent.
+    fn is_to_be_cleared(&self, begin: &Result<Begin, StorageError>) -> bool {
+        let unreadable =
+            matches!(begin, Err(error) if error.kind() == StorageErrorKind::Unreadable);
+        unreadable && self.options.on_unreadable == OnUnreadable::TreatAsAbsent
+    }
+
+    /// `Storage::begin` in the place of an unreadable record, if it is still there.
+    async fn clear_and_begin(
+        &self,
+        key: &EncodedKey,
+        new: &NewClaim,
+    ) -> Result<Begin, StorageError> {
+        let begin = self.limited(self.storage.begin(key, new)).await;
+        if !self.is_to_be_cleared(&begin) {
+            return begin;
+        }
+        if let Err(error) = &begin {
+            self.failed(key, Operation::Begin, error);
+        }
+        self.limited(self.storage.remove(key)).await?;
+        self.limited(self.storage.begin(key, new)).await
+    }
+
+    /// Emits the event of a decision.
+    pub(super) fn announce(&self, key: &EncodedKey, decision: &Decision) {
+        let key = *key;
+        self.options.emit(&match decision {
+            Decision::Execute(claim) if claim.previous().is_some() => Event::Conflict { key },
+            Decision::Execute(_) => Event::Executing { key },
+            Decision::Replay(replay) => Event::Replayed {
+                key,
+                waited: replay.waited,
+            },
+            Decision::Refuse(refused) => Event::Refused {
+                key: Some(key),
+                refusal: refused.refusal,
+            },
+            Decision::Unprotected => Event::Unprotected { key },
+        });
+    }
+
+    pub(super) fn failed(&self, key: &EncodedKey, operation: Operation, error: &StorageError) {
+        self.options.emit(&Event::StorageFailed {
+            key: *key,
+            operation,
+            error,
+        });
+    }
+
+    pub(super) fn storage_failed(
+        &self,
+        key: &EncodedKey,
+        operation: Operation,
+        error: StorageError,
+    ) -> Decision {
+        self.failed(key, operation, &error);
+        match self.options.on_storage_error {
+            OnStorageError::RunUnprotected => Decision::Unprotected,
+            OnStorageError::Reject => Decision::Refuse(Refused {
+                refusal: Refusal::StorageUnavailable,
+                error: Some(error),
+            }),
+        }
+    }
+
+    /// Takes a place under `max_waiting`, if there is one.
+    fn start_waiting(&self, key: &EncodedKey) -> Option<Waiting<'_>> {
+        let since = self.options.now();
+        if !self.runs.start_waiting() {
+            return None;
+        }
+        let waiting = Waiting {
+            shared: self,
+            since,
+        };
+        self.options.emit(&Event::Waiting { key: *key });
+        Some(waiting)
+    }
+
+    /// Waits until the running original may have ended, `limit` at most. Returns its record, if this process has it.
+    async fn wait(&self, key: &EncodedKey, waiter: Waiter, limit: Duration) -> Option<Record> {
+        let is_local = waiter.is_local();
+        let woken = pin!(waiter.woken());
+        let over = pin!(self.options.env.sleep(limit));
+        if is_local {
+            return outcome_of(select(woken, over).await);
+        }
+        // The storage pushes or polls. What this process does to the key meanwhile wakes us too: it may begin to run here.
+        let elsewhere = pin!(async {
+            if let Err(error) = self.storage.wait(key, limit).await {
+                self.failed(key, Operation::Wait, &error);
+                // The caller asks the storage again, but not in a tight loop.
+                self.options.env.sleep(WAIT_FAILED_PAUSE).await;
+            }
+        });
+        outcome_of(select(woken, select(elsewhere, over)).await)
+    }
+
+    /// `operation` under the storage's time limit.
+    pub(super) async fn limited<T>(
+        &self,
+        operation: impl Future<Output = Result<T, StorageError>>,
+    ) -> Result<T, StorageError> {
+        self.limited_to(self.options.storage_timeout, operation)
+            .await
+    }
+
+    pub(super) async fn limited_to<T>(
+        &self,
+        limit: Duration,
+        operation: impl Future<Output = Result<T, StorageError>>,
+    ) -> Result<T, StorageError> {
+        let done = self.options.env.within(limit, operation).await;
+        done.unwrap_or_else(|| Err(StorageError::timeout()))
+    }
+}
+
+/// The record that the waiter was handed, unless something else came first.
+fn outcome_of<A, B>(first: Either<(Option<Record>, A), B>) -> Option<Record> {
+    match first {
+        Either::Left((outcome, _)) => outcome,
+        Either::Right(_) => None,
+    }
+}
+
+/// A duplicate of a running operation, or another request under its key.
+fn in_flight(
+    encoded: &Encoded,
+    running: Option<Fingerprint>,
+    waiter: Waiter,
+) -> ControlFlow<Decision, Waiter> {
+    match differ(running, encoded.fingerprint) {
+        true => ControlFlow::Break(refused(Refusal::KeyReused)),
+        false => ControlFlow::Continue(waiter),
+    }
+}
+
+/// A retry of the operation that left `record`, or another request under its key.
+fn replay(encoded: &Encoded, record: Record, waited: Duration) -> Decision {
+    match differ(record.fingerprint, encoded.fingerprint) {
+        true => refused(Refusal::KeyReused),
+        false => Decision::Replay(Replay { record, waited }),
+    }
+}
+
+pub(super) fn refused(refusal: Refusal) -> Decision {
+    Decision::Refuse(Refused {
+        refusal,
+        error: None,
+    })
+}
+
+/// Whether both requests are known, and not the same.
+pub(super) fn differ(one: Option<Fingerprint>, other: Option<Fingerprint>) -> bool {
+    matches!((one, other), (Some(one), Some(other)) if one != other)
+}
