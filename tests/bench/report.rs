@@ -235,7 +235,9 @@ fn bars_chart(title: &str, bars: &[(String, Spread)], mark: Option<f64>) -> Stri
 
     let highs = bars.iter().map(|(_, value)| value.high);
     let longest = highs.chain(mark).fold(f64::MIN_POSITIVE, f64::max);
-    let x = |value: f64| LABELS + value.max(0.0) / longest * WIDTH;
+    // A bar far beyond the mark is cut, or the others could not be told apart; its number stands beside it.
+    let longest = mark.map_or(longest, |mark| longest.min(2.0 * mark));
+    let x = |value: f64| LABELS + value.clamp(0.0, longest) / longest * WIDTH;
     let bottom = TOP + ROW * bars.len() as f64;
     let (width, height) = (LABELS + WIDTH + 70.0, bottom + 12.0);
     let mut svg = format!(
