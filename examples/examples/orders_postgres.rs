@@ -1,0 +1,92 @@
+//! An order service that keeps its records in PostgreSQL: any number of processes, and a retry after a restart still gets the first
+//! answer.
+//!
+//! `cargo run -p idempotency-examples --example orders_postgres` prints the `curl` lines to try:
+//!
+//! ```console
+//! $ curl -i -X POST http://127.0.0.1:3000/orders -H 'Idempotency-Key: order-1'
+//! HTTP/1.1 201 Created
+//! $ curl -i -X POST http://127.0.0.1:3000/orders -H 'Idempotency-Key: order-1'
+//! HTTP/1.1 409 Conflict
+//! idempotency-replayed: true
+//! ```
+//!
+//! Stop it, even with `kill -9`, start it again, and repeat the line: it is still a replay. Start a second one with another `PORT`: it
+//! shares the table. `DATABASE_URL` says where the database is (default: `postgres://localhost/orders`); `PORT` chooses another port
+//! than 3000, `PORT=0` any free one; `RUST_LOG=idempotency=debug` shows each step.
+
+use std::{
+    env,
+    error::Error,
+    net::SocketAddr,
+    process::{self, ExitCode},
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use axum::{Router, http::StatusCode, routing::post};
+use idempotency_axum::{IdempotencyLayer, PostgresStorage, idempotency_key};
+
+/// Counts executions of this process.
+static RUNS: AtomicU32 = AtomicU32::new(1);
+
+#[idempotency_key]
+async fn create_order() -> (StatusCode, String) {
+    let run = RUNS.fetch_add(1, Ordering::Relaxed);
+    let order = format!("order {run} of process {}\n", process::id());
+    (StatusCode::CREATED, order)
+}
+
+async fn run() -> Result<(), Box<dyn Error>> {
+    let url = env::var("DATABASE_URL").unwrap_or_else(|_| "postgres://localhost/orders".to_owned());
+    let storage = PostgresStorage::connect(url).await?;
+    // Makes the table when it is missing. All processes may do so at once.
+    storage.migrate().await?;
+    // Gives the room of expired records back, until it is dropped.
+    let _purger = storage.purge_every(Duration::from_secs(600));
+
+    let layer = IdempotencyLayer::enforce(storage);
+    let router = Router::new()
+        .route("/orders", post(create_order))
+        .layer(layer.clone());
+    let router = layer.check(router)?;
+
+    let listener = idempotency_examples::listen().await?;
+    print_what_to_try(listener.local_addr()?);
+    axum::serve(listener, router).await?;
+    Ok(())
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    idempotency_examples::log();
+    match run().await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            let mut source = error.source();
+            while let Some(error) = source {
+                eprintln!("  because: {error}");
+                source = error.source();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_what_to_try(address: SocketAddr) {
+    let curl = format!("curl -i -X POST http://{address}/orders");
+    println!(
+        "\
+An order service with its records in PostgreSQL, at http://{address}
+Try these lines in another terminal.
+
+# The first one runs: 201.
+{curl} -H 'Idempotency-Key: order-1'
+
+# The retry gets its answer, also after a restart: 409 with `idempotency-replayed: true`.
+{curl} -H 'Idempotency-Key: order-1'
+
+Ctrl-c stops."
+    );
+}
