@@ -5,7 +5,7 @@
 //! that died sends none, so waiters also poll: at a growing, jittered pace, and when the lease is over. The waiters of a key share its
 //! notifications and its polls.
 //!
-//! Whether notifications arrive is tried: the task notifies itself. Behind a proxy that pools transactions it hears nothing; then, and
+//! Whether notifications arrive is tried: the task notifies itself. Behind a proxy that pools transactions that notification does not arrive; then, and
 //! while the connection is lost, waiters only poll, more often.
 
 use std::{
@@ -38,12 +38,12 @@ const LATE: Duration = Duration::from_secs(1);
 /// How long the task and its connection outlive the last waiter: the next duplicate often comes soon.
 const IDLE: Duration = Duration::from_secs(5);
 
-/// How long the task may take to hear itself.
+/// How long the notification may take that the task sends to itself.
 const HELLO: Duration = Duration::from_secs(10);
 
-/// The first pause before the connection is tried again, the longest, and the one when it hears nothing.
+/// The first pause before the connection is tried again, the longest, and the one when notifications do not arrive.
 const RECONNECT: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(5)];
-const DEAF: Duration = Duration::from_secs(60);
+const UNCONFIRMED: Duration = Duration::from_secs(60);
 
 /// The keys with waiters of a storage and its clones. When it is dropped the task ends.
 pub(super) struct Waiting(Arc<Shared>);
@@ -55,7 +55,7 @@ struct Shared {
     state: Mutex<State>,
     /// There is something new for the task.
     news: Notify,
-    /// Whether the task hears has changed.
+    /// Whether notifications arrive has changed.
     changed: Arc<Notify>,
 }
 
@@ -64,19 +64,21 @@ struct State {
     /// The storage is dropped, so there are no more waiters.
     is_over: bool,
     slots: HashMap<EncodedKey, Slot>,
-    hears: Hears,
+    listening: Listening,
     /// A claim ended, and no notification came.
     is_suspect: bool,
 }
 
 #[derive(Clone, Copy, Default, PartialEq)]
-enum Hears {
+enum Listening {
     /// There is no task.
     #[default]
     Stopped,
     Connecting,
-    Yes,
-    No,
+    /// Notifications arrive.
+    Confirmed,
+    /// The connection is lost, or notifications do not arrive.
+    Failed,
 }
 
 /// A key that has waiters.
@@ -154,7 +156,7 @@ impl Shared {
         let (waiter, ended, first) = self.join(key);
         // Dropped before `waiter`, so that an unused permit is passed on while the other waiters are still registered.
         let mut ended = Box::pin(ended);
-        self.hears_soon(timeout.min(PUT_OFF)).await;
+        self.until_listening(timeout.min(PUT_OFF)).await;
         loop {
             let left = deadline.saturating_sub(env.now());
             if left.is_zero() {
@@ -202,13 +204,13 @@ impl Shared {
 
     /// Starts the task if there is none. It runs in the background, where nothing blocks it.
     fn see_to_the_task(self: &Arc<Self>, state: &mut State) {
-        if state.hears != Hears::Stopped || self.link.protocol == Protocol::Simple {
+        if state.listening != Listening::Stopped || self.link.protocol == Protocol::Simple {
             return;
         }
         let Some(spawner) = self.link.env.background() else {
             return;
         };
-        state.hears = Hears::Connecting;
+        state.listening = Listening::Connecting;
         spawner.spawn(
             ListenTask {
                 shared: self.clone(),
@@ -218,9 +220,9 @@ impl Shared {
         );
     }
 
-    async fn hears_soon(&self, limit: Duration) {
+    async fn until_listening(&self, limit: Duration) {
         let changed = self.changed.clone().notified_owned();
-        if self.state().hears == Hears::Connecting {
+        if self.state().listening == Listening::Connecting {
             self.link.env.within(limit, changed).await;
         }
     }
@@ -288,10 +290,10 @@ impl Shared {
     }
 
     /// From here on, notifications arrive or don't. What came before may be missed.
-    fn set_hears(&self, hears: Hears) {
+    fn set_listening(&self, listening: Listening) {
         let now = self.link.env.now();
         let mut state = self.state();
-        state.hears = hears;
+        state.listening = listening;
         state.is_suspect = false;
         for slot in state.slots.values_mut() {
             slot.pause = Duration::ZERO;
@@ -337,19 +339,19 @@ impl Waiter<'_> {
     /// Looks for all waiters of the key. Says whether this one has waited long enough.
     async fn look(&self, number: u64, first: u64) -> Result<bool, StorageError> {
         let shared = self.shared;
-        let hears = shared.state().hears == Hears::Yes;
+        let is_listening = shared.state().listening == Listening::Confirmed;
         let look = Look {
             shared,
             key: self.key,
             number,
         };
-        let seen = shared.see(self.key, hears).await;
+        let seen = shared.see(self.key, is_listening).await;
 
         let env = &shared.link.env;
         let now = env.now();
         let mut state = shared.state();
-        let is_connecting = state.hears == Hears::Connecting;
-        let [shortest, longest] = if hears { NOTIFIED } else { POLLED };
+        let is_connecting = state.listening == Listening::Connecting;
+        let [shortest, longest] = if is_listening { NOTIFIED } else { POLLED };
         let Some(slot) = state.slots.get_mut(self.key) else {
             return Ok(true);
         };
@@ -379,7 +381,7 @@ impl Waiter<'_> {
             Ok(Seen::Completed) => {
                 // A record is for all waiters.
                 slot.ended.notify_waiters();
-                is_missed = hears && number > first;
+                is_missed = is_listening && number > first;
                 Ok(true)
             }
             Err(error) => {
@@ -450,12 +452,12 @@ struct ListenTask {
 }
 
 /// Why it does not listen any more.
-enum Silence {
+enum End {
     /// Nobody waits.
     Idle,
     Lost,
-    /// It does not hear itself.
-    Deaf,
+    /// The notification that it sent to itself did not arrive.
+    Unconfirmed,
 }
 
 impl ListenTask {
@@ -463,24 +465,24 @@ impl ListenTask {
         let shared = self.shared.clone();
         let mut backoff = RECONNECT[0];
         loop {
-            let silence = self.listen(&mut backoff).await;
-            let mut pause = match silence {
-                Ok(Silence::Idle) => return,
-                Ok(Silence::Deaf) => {
+            let end = self.listen(&mut backoff).await;
+            let mut pause = match end {
+                Ok(End::Idle) => return,
+                Ok(End::Unconfirmed) => {
                     tracing::warn!(
                         target: "idempotency",
                         "PostgreSQL's notifications do not arrive, so duplicates look for the answer instead of being told; a proxy that pools transactions is the usual cause: call `.transaction_pooling()`, or connect without it"
                     );
-                    DEAF
+                    UNCONFIRMED
                 }
-                Ok(Silence::Lost) => backoff,
+                Ok(End::Lost) => backoff,
                 Err(error) => {
                     tracing::debug!(target: "idempotency", %error, source = ?std::error::Error::source(&error), "no connection to listen on");
                     backoff
                 }
             };
             backoff = (backoff * 2).min(RECONNECT[1]);
-            shared.set_hears(Hears::No);
+            shared.set_listening(Listening::Failed);
             while !pause.is_zero() {
                 if self.stops_if_idle() {
                     return;
@@ -493,14 +495,14 @@ impl ListenTask {
     }
 
     /// Connects, and passes notifications on until none come any more.
-    async fn listen(&mut self, backoff: &mut Duration) -> Result<Silence, StorageError> {
+    async fn listen(&mut self, backoff: &mut Duration) -> Result<End, StorageError> {
         let shared = self.shared.clone();
         let Shared { link, news, .. } = &*shared;
         let env = &link.env;
         let statements = link.statements()?;
         let rows = link.run(&statements.channel, &[]).await?;
         let Some(row) = rows.first() else {
-            return Ok(Silence::Lost);
+            return Ok(End::Lost);
         };
         let channel: String = column(row, "?column?")?;
 
@@ -537,11 +539,11 @@ impl ListenTask {
         };
         match env.within(HELLO, heard).await {
             Some(true) => {}
-            Some(false) => return Ok(Silence::Lost),
-            None => return Ok(Silence::Deaf),
+            Some(false) => return Ok(End::Lost),
+            None => return Ok(End::Unconfirmed),
         }
         *backoff = RECONNECT[0];
-        self.shared.set_hears(Hears::Yes);
+        self.shared.set_listening(Listening::Confirmed);
 
         let mut idle_since = None;
         loop {
@@ -565,17 +567,17 @@ impl ListenTask {
                         let is_late =
                             idle_since.is_some_and(|since| now.saturating_sub(since) >= IDLE);
                         if (is_over || is_late) && self.stops_if_idle() {
-                            return Ok(Silence::Idle);
+                            return Ok(End::Idle);
                         }
                         if self.shared.state().is_suspect {
-                            return Ok(Silence::Lost);
+                            return Ok(End::Lost);
                         }
                     }
                 }
             };
             match notification {
                 Ok(Some(notification)) => self.shared.notified(notification.payload()),
-                Ok(None) | Err(_) => return Ok(Silence::Lost),
+                Ok(None) | Err(_) => return Ok(End::Lost),
             }
         }
     }
@@ -586,7 +588,7 @@ impl ListenTask {
         if !state.is_over && !state.slots.is_empty() {
             return false;
         }
-        state.hears = Hears::Stopped;
+        state.listening = Listening::Stopped;
         drop(state);
         self.has_stopped = true;
         true
@@ -597,7 +599,7 @@ impl Drop for ListenTask {
     /// Its runtime may have ended before it did. The next waiter starts another task.
     fn drop(&mut self) {
         if !self.has_stopped {
-            self.shared.set_hears(Hears::Stopped);
+            self.shared.set_listening(Listening::Stopped);
         }
     }
 }
