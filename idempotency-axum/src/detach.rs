@@ -22,7 +22,7 @@ use crate::Engine;
 
 /// A future that continues in a task when it is dropped after `progress` is committed, until its claim is given up.
 ///
-/// A drop caused by a panic in its own poll does not continue it: its claim is released.
+/// A drop caused by a panic in its own poll does not continue it; a claim that is still held then is released.
 pub(crate) struct Detachable<T: 'static> {
     future: Option<BoxFuture<'static, T>>,
     progress: Progress,
@@ -118,7 +118,7 @@ async fn carry<T>(future: BoxFuture<'static, T>, progress: Progress, route: Rout
     }
 }
 
-/// The route of an operation, for the log: as few names as there are routes.
+/// Method and route pattern of an operation, for the log. The pattern, not the path, keeps the number of names low.
 #[derive(Clone, Debug)]
 pub(crate) struct Route {
     method: Method,

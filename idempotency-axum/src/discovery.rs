@@ -1,7 +1,8 @@
 //! How the layer learns a handler's policy.
 //!
-//! axum gives a layer an opaque route, before any request. The layer can clone it, which clones the handler inside. The handlers that our attributes and combinators make announce their policy when they are
-//! cloned while a *probe* is open on the thread; at any other time that costs one read of a thread-local flag.
+//! axum gives a layer an opaque route, before any request. The layer can clone it, which clones the handler inside. The handlers
+//! that our attributes and combinators make announce their policy when they are cloned while a *probe* is open on the thread; at
+//! any other time that costs one read of a thread-local flag.
 //!
 //! The layer keeps the clone that was made under the probe. Its handler then knows that a layer has seen it (its [`Seat`] is
 //! taken). So an optional handler that gets a request without a mark can tell "the layer found no key" from "there is no layer",

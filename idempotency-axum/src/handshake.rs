@@ -4,9 +4,9 @@
 //! ([`Decided`]), or that there is no key ([`WithoutKey`]). From the handler to the layer: that it was entered, or that the layer
 //! applied another policy than its own (both in the [`Protection`]).
 //!
-//! # Checks that the handler whose policy waived protection actually answered
+//! # The handler that waived protection must be the one that answers
 //!
-//! The layer learns a policy by cloning a service, and a clone may show a handler that never answers: one that a closure or a
+//! The layer learns a policy by cloning a service ([`discovery`](crate::discovery)), and a clone may show a handler that never answers: one that a closure or a
 //! state holds. So a request that is let through because of such a policy carries an [`Acknowledgement`], which a handler with
 //! that policy gives. What follows for a route and a method ([`Trust`]):
 //!
@@ -242,7 +242,7 @@ impl Receipt {
     }
 }
 
-/// The trust in all routes of a layer whose policy is more lenient than the mode's default.
+/// What is known of those routes of a layer whose policy is more lenient than the mode's default.
 ///
 /// A route is named by its handler and its pattern, so there are as many as the program has, whatever clients send. So few names
 /// are compared faster than hashed.

@@ -11,15 +11,15 @@
 //! ```
 //!
 //! An answer that its head shows to be unrecordable (an event stream, announced trailers, a length over the limit) gets its
-//! tombstone before its head goes out, and passes unchanged. After the tombstone an answer ends with its client, as it would
-//! without this layer.
+//! tombstone before its head goes out, and passes unchanged. After the tombstone the body is dropped when its client
+//! leaves, as it would be without this layer.
 //!
 //! # Where an answer ends
 //!
 //! An answer ends where its body says so: [`is_end_stream`](http_body::Body::is_end_stream), or no more frames. Trailers may follow
 //! the last byte, also where the length is known. A client that knows the length stops at the last byte, so the tape holds the last
-//! byte back until the record is stored. A body may, however, have produced all announced bytes, not have ended, and be pending.
-//! Then
+//! byte back until the record is stored. Some bodies produce all announced bytes and are then
+//! pending, without an end. For these:
 //!
 //! * the client gets the last byte at once, because the end may never come;
 //! * the body is read further, until its end (the answer is recorded), until trailers (they are passed on, and the record is a

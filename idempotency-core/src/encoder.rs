@@ -426,8 +426,8 @@ enum Content<'a> {
     Multipart([u8; 32]),
 }
 
-/// The names of a hash, by the content in it: a body that is the digest of another one's pieces must
-/// not meet that other one.
+/// Domain separation: a plain body whose bytes are the digest of a multipart body must not get the
+/// same hash as that one.
 struct Domain {
     bytes: &'static str,
     multipart: &'static str,
@@ -523,7 +523,7 @@ mod tests {
         }
     }
 
-    /// The rows of behaviour.md, "Answers", that an encoder decides.
+    /// The rows of the README's table of answers that an encoder decides.
     #[test]
     fn the_table_of_answers() {
         let first = Sample::new();

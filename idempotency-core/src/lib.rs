@@ -117,7 +117,7 @@ pub use self::env::SimulatedClock;
 #[cfg(feature = "settings")]
 pub use self::settings::{Opened, Settings, SettingsError, SettingsErrorKind};
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
-pub use self::storage::sql::{purger::Purger, table::InvalidTableName};
+pub use self::storage::sql::{purge_timer::Purger, table::InvalidTableName};
 #[cfg(feature = "memory")]
 pub use self::storage::{
     MokaCache, NearCache,

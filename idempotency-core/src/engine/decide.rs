@@ -3,20 +3,17 @@
 //! Each attempt looks at what runs in this process and, if that does not know the key, takes one atomic step at the storage. A
 //! duplicate of a running operation waits, and then attempts again.
 
-use std::{future::Future, ops::ControlFlow, pin::pin, time::Duration};
-
-use futures_util::future::{Either, select};
+use std::{future::Future, ops::ControlFlow, time::Duration};
 
 use super::{
-    Claim, Decision, Engine, Progress, Refused, Replay, Shared, runs::Found, waiters::Waiter,
+    Claim, Decision, Engine, Progress, Refused, Replay, Shared,
+    runs::Found,
+    waiters::{Permit, Waiter, Waiting},
 };
 use crate::{
     Begin, Encoded, EncodedKey, Entry, Event, Fingerprint, Held, NewClaim, OnStorageError,
     OnUnreadable, Operation, Record, Refusal, Storage, StorageError, StorageErrorKind,
 };
-
-/// How long a duplicate pauses after the storage failed to wait for it.
-const WAIT_FAILED_PAUSE: Duration = Duration::from_millis(50);
 
 impl Engine {
     /// Decides, waiting up to `limit` for a running original. Emits no event for the decision.
@@ -223,39 +220,6 @@ impl Engine {
     }
 }
 
-/// The permit of a release, which one waiter gets. If that one does not run, it passes the permit on.
-struct Permit<'a> {
-    shared: &'a Shared,
-    key: &'a EncodedKey,
-    is_held: bool,
-}
-
-impl Drop for Permit<'_> {
-    fn drop(&mut self) {
-        if self.is_held {
-            self.shared.runs.waiters.wake_one(self.key);
-        }
-    }
-}
-
-/// A duplicate that waits: since when, and its place under `max_waiting`.
-struct Waiting<'a> {
-    shared: &'a Shared,
-    since: Duration,
-}
-
-impl Waiting<'_> {
-    fn waited(&self) -> Duration {
-        self.shared.options.now().saturating_sub(self.since)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.shared.runs.stop_waiting();
-    }
-}
-
 impl Shared {
     /// Whether half the lease has passed since `since`.
     fn has_aged(&self, since: Duration) -> bool {
@@ -345,39 +309,6 @@ impl Shared {
         }
     }
 
-    /// Takes a place under `max_waiting`, if there is one.
-    fn start_waiting(&self, key: &EncodedKey) -> Option<Waiting<'_>> {
-        let since = self.options.now();
-        if !self.runs.start_waiting() {
-            return None;
-        }
-        let waiting = Waiting {
-            shared: self,
-            since,
-        };
-        self.options.emit(&Event::Waiting { key: *key });
-        Some(waiting)
-    }
-
-    /// Waits until the running original may have ended, `limit` at most. Returns its record, if this process has it.
-    async fn wait(&self, key: &EncodedKey, waiter: Waiter, limit: Duration) -> Option<Record> {
-        let is_local = waiter.is_local();
-        let woken = pin!(waiter.woken());
-        let over = pin!(self.options.env.sleep(limit));
-        if is_local {
-            return outcome_of(select(woken, over).await);
-        }
-        // The storage pushes or polls. What this process does to the key meanwhile wakes us too: it may begin to run here.
-        let elsewhere = pin!(async {
-            if let Err(error) = self.storage.wait(key, limit).await {
-                self.failed(key, Operation::Wait, &error);
-                // The caller asks the storage again, but not in a tight loop.
-                self.options.env.sleep(WAIT_FAILED_PAUSE).await;
-            }
-        });
-        outcome_of(select(woken, select(elsewhere, over)).await)
-    }
-
     /// `operation` under the storage's time limit.
     pub(super) async fn limited<T>(
         &self,
@@ -397,15 +328,7 @@ impl Shared {
     }
 }
 
-/// The record that the waiter was handed, unless something else came first.
-fn outcome_of<A, B>(first: Either<(Option<Record>, A), B>) -> Option<Record> {
-    match first {
-        Either::Left((outcome, _)) => outcome,
-        Either::Right(_) => None,
-    }
-}
-
-/// A duplicate of a running operation, or another request under its key.
+/// Decides about a request whose key runs: a duplicate waits, another request under the key is refused.
 fn in_flight(
     encoded: &Encoded,
     running: Option<Fingerprint>,
@@ -417,7 +340,7 @@ fn in_flight(
     }
 }
 
-/// A retry of the operation that left `record`, or another request under its key.
+/// Decides about a request whose key has a record: a retry gets it, another request under the key is refused.
 fn replay(encoded: &Encoded, record: Record, waited: Duration) -> Decision {
     match differ(record.fingerprint, encoded.fingerprint) {
         true => refused(Refusal::KeyReused),

@@ -41,8 +41,8 @@ pub(super) fn wake(shared: &Arc<Shared>) {
 
 /// Starts the keeper, where the runs say that there is none.
 pub(super) fn start(shared: &Arc<Shared>) {
-    // Dropped before its end it gives its place free, also where an environment of a user's panics. That is not passed on: this is
-    // called where a panic may be under way already.
+    // If a user's `Env` panics here, the drop of the keeper marks it as stopped. The panic is not passed on, because this may be called
+    // during another one.
     let keeper = Keeper {
         shared: shared.clone(),
         leaving: false,
@@ -489,7 +489,8 @@ async fn try_to_store(
                 shared.options.emit(&Event::Reclaimed { key: *key });
             }
             Ok(Begin::Completed(there)) if there == record => return Ok((record, Held::Yes)),
-            // Ours or another's: a tombstone tells at little cost, since the storage keeps the first record of a token.
+            // The claim or record may be ours or another's. Completing with a tombstone tells which, and it is small: for our token the
+            // storage keeps its first record.
             Ok(Begin::Completed(_) | Begin::InFlight { .. }) => offered = unstorable(&record),
             // What is there may be too large to arrive in time.
             Err(error) if error.kind() == StorageErrorKind::Timeout => {
@@ -516,7 +517,7 @@ async fn try_to_store(
         Err(error) => error,
     };
     if is_last {
-        // That the storage takes this one shows that it was the record.
+        // If the storage accepts the tombstone, the failure was due to the record.
         let tombstone = unstorable(&record);
         let completed = storage.complete(key, token, &tombstone, ttl);
         if let Ok(held) = limited(shared, completed).await {

@@ -1,13 +1,104 @@
-//! The duplicates that wait in this process, and how they are woken.
+//! How a duplicate waits for the running original, and how it is woken.
+//!
+//! [`Shared::wait`] waits; `decide` calls it, and then attempts again. If the original runs in this process, its end (in `runs`)
+//! wakes the duplicates, and hands them the record. If it runs elsewhere, [`Storage::wait`] returns at its end.
 
 use std::{
     collections::{HashMap, hash_map},
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    time::Duration,
 };
 
+use futures_util::future::{Either, select};
 use tokio::sync::{Notify, futures::OwnedNotified};
 
-use crate::{EncodedKey, Record, key::HashKeys};
+use super::Shared;
+use crate::{EncodedKey, Event, Operation, Record, Storage, key::HashKeys};
+
+/// How long a duplicate pauses after the storage failed to wait for it.
+const WAIT_FAILED_PAUSE: Duration = Duration::from_millis(50);
+
+impl Shared {
+    /// Takes a place under `max_waiting`, if there is one.
+    pub(super) fn start_waiting(&self, key: &EncodedKey) -> Option<Waiting<'_>> {
+        let since = self.options.now();
+        if !self.runs.start_waiting() {
+            return None;
+        }
+        let waiting = Waiting {
+            shared: self,
+            since,
+        };
+        self.options.emit(&Event::Waiting { key: *key });
+        Some(waiting)
+    }
+
+    /// Waits until the running original may have ended, `limit` at most. Returns its record, if this process has it.
+    pub(super) async fn wait(
+        &self,
+        key: &EncodedKey,
+        waiter: Waiter,
+        limit: Duration,
+    ) -> Option<Record> {
+        let is_local = waiter.is_local();
+        let woken = pin!(waiter.woken());
+        let over = pin!(self.options.env.sleep(limit));
+        if is_local {
+            return outcome_of(select(woken, over).await);
+        }
+        // The storage pushes or polls. What this process does to the key meanwhile wakes us too: it may begin to run here.
+        let elsewhere = pin!(async {
+            if let Err(error) = self.storage.wait(key, limit).await {
+                self.failed(key, Operation::Wait, &error);
+                // The caller asks the storage again, but not in a tight loop.
+                self.options.env.sleep(WAIT_FAILED_PAUSE).await;
+            }
+        });
+        outcome_of(select(woken, select(elsewhere, over)).await)
+    }
+}
+
+/// The record that the waiter was handed, unless something else came first.
+fn outcome_of<A, B>(first: Either<(Option<Record>, A), B>) -> Option<Record> {
+    match first {
+        Either::Left((outcome, _)) => outcome,
+        Either::Right(_) => None,
+    }
+}
+
+/// The permit of a release, which one waiter gets. If that one does not run, it passes the permit on.
+pub(super) struct Permit<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) key: &'a EncodedKey,
+    pub(super) is_held: bool,
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        if self.is_held {
+            self.shared.runs.waiters.wake_one(self.key);
+        }
+    }
+}
+
+/// A duplicate that waits: since when, and its place under `max_waiting`.
+pub(super) struct Waiting<'a> {
+    shared: &'a Shared,
+    since: Duration,
+}
+
+impl Waiting<'_> {
+    pub(super) fn waited(&self) -> Duration {
+        self.shared.options.now().saturating_sub(self.since)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.shared.runs.stop_waiting();
+    }
+}
 
 /// The waiting duplicates of an engine by key.
 ///
@@ -79,14 +170,14 @@ impl Waiters {
         }
     }
 
-    /// The key is free, or what one waiter was woken for did not come about.
+    /// Wakes one waiter: the key is free, or the waiter woken before did not run.
     pub(super) fn wake_one(&self, key: &EncodedKey) {
         if let Some(queue) = self.lock().get(key) {
             queue.wake_one();
         }
     }
 
-    /// The operation that ran in this process runs elsewhere now: one that waits for it here shall look.
+    /// Wakes one of the waiters for a run of this process, so that it attempts again: the key is claimed elsewhere now.
     pub(super) fn wake_one_here(&self, key: &EncodedKey) {
         if let Some(queue) = self.lock().get(key)
             && queue.count_here > 0

@@ -2,7 +2,7 @@
 
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
-pub(crate) mod purger;
+pub(crate) mod purge_timer;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;
 pub(crate) mod table;

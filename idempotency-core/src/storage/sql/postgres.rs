@@ -10,7 +10,7 @@ use self::{
     statements::Statements,
     waiting::Waiting,
 };
-use super::{purger::Purger, table::TableName};
+use super::{purge_timer::Purger, table::TableName};
 use crate::{
     Begin, EncodedKey, Entry, Fingerprint, Held, NewClaim, Record, Storage, StorageError,
     StorageErrorKind, Token,

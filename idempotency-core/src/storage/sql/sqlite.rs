@@ -17,7 +17,7 @@ use self::{
     waiters::{Seen, Waiters, Wake, Whom},
 };
 use super::{
-    purger::Purger,
+    purge_timer::Purger,
     table::{InvalidTableName, TableName},
 };
 use crate::{

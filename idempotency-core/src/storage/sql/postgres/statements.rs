@@ -149,7 +149,7 @@ impl Statements {
                  ) SELECT false AS taken, 0::bigint AS transaction, * FROM found \
                  UNION ALL SELECT true, txid_current(), * FROM taken"
             ),
-            // `xmin` is the transaction that has inserted the row: this one, or its end was not ours.
+            // `xmin` is the transaction that inserted the row. If it is not the current one, the operation has ended ours itself.
             record: format!(
                 "UPDATE {t} SET record = $3::bytea, \
                    expires_at = clock_timestamp() + make_interval(secs => $4::float8) \

@@ -1,6 +1,6 @@
-//! Removes expired rows now and then.
+//! Calls a storage's `purge_expired` at a regular pace.
 //!
-//! A database keeps a row after it has expired. Storages take an expired row for none, so purging only gives room back.
+//! A database keeps a row after it has expired. To the storages an expired row is absent, so a purge only gives room back.
 
 use std::{fmt, future::Future, pin::pin, time::Duration};
 
