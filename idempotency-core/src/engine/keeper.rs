@@ -1,4 +1,4 @@
-//! One task per engine that keeps its claims alive, and tells the storage what it could not be told in time.
+//! The keeper: one task per engine that renews its claims, and retries what the storage did not take in time.
 //!
 //! It lives while there is something to keep: started by the first claim, it looks at what is due and ends when nothing is left. So
 //! a request that is answered within a third of the lease costs no spawn and no timer beyond the one that the keeper already has.
@@ -32,7 +32,7 @@ use crate::{
 /// How many outcomes the keeper stores at once. Renewals have no such limit: one that hangs delays only itself.
 const STORES: usize = 64;
 
-/// Has a keeper look at what there is to do now.
+/// Wakes the keeper, or starts one: there is work before it would look.
 pub(super) fn wake(shared: &Arc<Shared>) {
     if shared.runs.call_keeper() {
         start(shared);
@@ -60,8 +60,8 @@ pub(super) fn start(shared: &Arc<Shared>) {
     }
 }
 
-/// Leaves the outcome of a finished run to the keeper, from now on this process's answer to the key. `failed`: the storage refused
-/// it. Says whether there was one to leave: a key that was removed by hand has none.
+/// Leaves the outcome of a finished run to the keeper; meanwhile this process answers the key with it. `failed`: the storage refused it.
+/// Returns whether there was an outcome: a key that was removed by hand has none.
 pub(super) fn defer(shared: &Arc<Shared>, token: Token, failed: bool) -> bool {
     let now = shared.options.now();
     let hold = |record: &Record| {
@@ -103,7 +103,7 @@ fn unclaim(shared: &Shared, key: &EncodedKey, token: Token, claimed: Claimed) {
     });
 }
 
-/// Tells the storage that a claim is over. Says whether it answered; where it did not, the others that are to be released wait too.
+/// Releases a claim at the storage. Returns whether the storage answered; if not, the other releases pause too.
 pub(super) async fn try_release(
     shared: &Shared,
     key: &EncodedKey,
@@ -173,7 +173,7 @@ struct Keeper {
     leaving: bool,
 }
 
-/// Work that came to its end.
+/// Which work has ended.
 enum Done {
     Store,
     Other,
@@ -266,7 +266,7 @@ impl Drop for Keeper {
     }
 }
 
-/// One storage that panics must not cost the other claims their renewal.
+/// Runs `work`; if the storage panics in it, the other claims are renewed all the same.
 async fn guarded(shared: &Shared, token: Token, job: Job, work: impl Future<Output = ()>) {
     if AssertUnwindSafe(work).catch_unwind().await.is_err() {
         let now = shared.options.now();
@@ -274,8 +274,8 @@ async fn guarded(shared: &Shared, token: Token, job: Job, work: impl Future<Outp
     }
 }
 
-/// `operation` under the time limit of the keeper: a renewal that hangs has to be tried again before the lease is over. A storage
-/// that panics has failed, and is tried again no more often than any other that fails.
+/// `operation` under the keeper's time limit: a renewal that hangs has to be tried again before the lease is over. A panic of the storage
+/// counts as a failure, and is retried at the same pace.
 async fn limited<T>(
     shared: &Shared,
     operation: impl Future<Output = Result<T, StorageError>>,
@@ -290,7 +290,7 @@ async fn limited<T>(
     shared.limited_to(limit, operation).await
 }
 
-/// Lets the claim live for another lease; takes it again where the storage has forgotten it.
+/// Renews the claim for another lease, or claims the key again if the storage has forgotten the claim.
 async fn renew(shared: &Shared, token: Token) {
     let Some(key) = shared.runs.change(token, |run| run.key) else {
         return;
@@ -314,8 +314,8 @@ async fn renew(shared: &Shared, token: Token) {
     }
 }
 
-/// The claim is not ours any more. If that is because the storage lost it (a restart without its data), and nobody else has
-/// begun, it is ours again; the operation still runs, so nobody else may begin.
+/// Claims the key again after the storage has lost the claim (a restart without its data), unless another holder has it by now. The
+/// operation still runs, so nobody else may begin.
 async fn reclaim(shared: &Shared, token: Token) {
     let Some((key, fingerprint)) = shared.runs.change(token, |run| (run.key, run.fingerprint))
     else {
@@ -439,7 +439,7 @@ async fn store_outcome(shared: &Shared, token: Token) {
     }
 }
 
-/// What of a late outcome the storage has now, and whether the key is ours.
+/// Tries to store a late outcome. Returns the record that the storage has now, and whether the key is ours.
 ///
 /// The storage is asked first what it has: the record may have arrived though its answer did not, and sending it again can take
 /// longer than any time limit.
@@ -528,7 +528,7 @@ async fn try_to_store(
     Err((Failure::Refused, Operation::Complete, error))
 }
 
-/// What stands for a record that the storage does not take.
+/// The tombstone in the place of a record that the storage does not take.
 fn unstorable(record: &Record) -> Record {
     Record {
         fingerprint: record.fingerprint,
@@ -536,7 +536,7 @@ fn unstorable(record: &Record) -> Record {
     }
 }
 
-/// Tells the storage of a claim that it could not be told of before.
+/// Releases a claim that could not be released before.
 async fn release_late(shared: &Shared, release: Release) {
     let Release {
         key,

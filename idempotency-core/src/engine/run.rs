@@ -37,14 +37,14 @@ pub(super) struct Run {
     progress: Progress,
     /// Whether it counts among those that may run.
     pub(super) has_place: bool,
-    /// Its claim was gone for a while, in which another may have held and released it.
+    /// The storage had no claim for a while, in which another may have held and released the key.
     interrupted: bool,
     /// How often its tombstone could not be stored.
     failures: u32,
-    /// When the keeper must renew the claim, and when it must store something.
+    /// When the keeper must renew the claim, and when it must store a record.
     renew_at: Duration,
     store_at: Duration,
-    /// What of that the keeper is doing now.
+    /// Whether the keeper does so now.
     renewing: bool,
     storing: bool,
 }
@@ -68,7 +68,7 @@ enum Phase {
 #[derive(Debug)]
 struct Pending {
     record: Record,
-    /// How often another record took its place since it is pending.
+    /// How often the record was replaced while it was pending.
     replaced: u32,
     attempts: u32,
     /// Whether the last attempt failed, and nothing was asked of the storage since.
@@ -76,7 +76,7 @@ struct Pending {
     /// How many attempts failed in a row though the storage answered another call for the key afterwards.
     refusals: u32,
     expires: Duration,
-    /// What it takes of the memory that may be held.
+    /// Counts its bytes against `Config::max_buffered`.
     _held: Option<Reservation>,
 }
 
@@ -146,7 +146,7 @@ pub(super) enum Next {
     Goes,
 }
 
-/// What a key's own run tells of it.
+/// What a request gets whose key has a run in this process.
 pub(super) enum Answer {
     Running,
     /// What is still to be stored.
@@ -201,9 +201,9 @@ impl Run {
         }
     }
 
-    // ---- what others ask of it
+    // ---- questions
 
-    /// Whether it answers for its key in this process.
+    /// Whether this run decides what other requests for its key get in this process.
     pub(super) fn answers(&self) -> bool {
         !matches!(self.phase, Phase::Unclaimed | Phase::Lost)
     }
@@ -254,7 +254,7 @@ impl Run {
         self.ttl.saturating_add(self.lease)
     }
 
-    // ---- what the keeper does
+    // ---- transitions of the keeper
 
     /// When the keeper must look at it next: for its claim, and for its outcome.
     pub(super) fn due(&self) -> Due {
@@ -273,7 +273,7 @@ impl Run {
         }
     }
 
-    /// Renewals that are due a little later, up to `horizon`, are taken along.
+    /// Starts a renewal that is due up to `horizon`.
     pub(super) fn take_renewal(&mut self, horizon: Duration) -> Option<Job> {
         if self.renewing || self.renew_at > horizon {
             return None;
@@ -319,7 +319,7 @@ impl Run {
         Some(job)
     }
 
-    /// It was held too long. Its place is free, and an operation without a client need not go on.
+    /// Gives the claim up after `max_hold`: its place is free, and an operation without a client need not go on.
     fn give_up(&mut self, phase: Phase) {
         self.phase = phase;
         self.has_place = false;
@@ -496,7 +496,7 @@ impl Run {
         }
     }
 
-    // ---- what its own future does
+    // ---- transitions of the claim
 
     /// The operation is over, with an outcome.
     pub(super) fn finish(&mut self, record: &Record, now: Duration) -> Finish {
@@ -561,7 +561,7 @@ impl Run {
         self.ttl = ttl;
     }
 
-    // ---- what is done by hand
+    // ---- transitions by `Engine::replace` and `Engine::remove`
 
     /// Puts `record` in the place of an outcome that is still to be stored. Says whether there is one.
     #[must_use]

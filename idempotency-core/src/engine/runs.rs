@@ -1,4 +1,4 @@
-//! What this process runs, and what of that its keeper has to look after, when.
+//! The runs of this process, the limits on them, and when the keeper has to look at which.
 //!
 //! A `std` mutex guards it all: every section is a few map operations, and none spans an await or runs code that is not ours.
 
@@ -24,9 +24,9 @@ use crate::{EncodedKey, Fingerprint, Record, Token, key::HashKeys};
 pub(super) struct Runs {
     table: Mutex<Table>,
     pub(super) waiters: Waiters,
-    /// Woken when nothing runs any more.
+    /// Notified when nothing runs any more.
     drained: Notify,
-    /// Woken when the keeper has something to do before it would look.
+    /// Notified when the keeper has something to do before it would look.
     work: Notify,
     max_running: usize,
     max_waiting: usize,
@@ -37,13 +37,13 @@ struct Table {
     runs: HashMap<Token, Run, HashKeys>,
     /// The run that answers for a key here.
     by_key: HashMap<EncodedKey, Token, HashKeys>,
-    /// What the keeper has to look at, by time: claims, and outcomes that are still to be stored.
+    /// When the keeper has to look at a run: for its claim, and for an outcome that is still to be stored.
     claims: DueQueue,
     outcomes: DueQueue,
     releases: Releases,
-    /// Requests between `enter` and `add` or `leave`.
+    /// Claims between `enter` and `add` or `leave`: they have a place and no run.
     entered: usize,
-    /// Ends that somebody is still to be told of.
+    /// How many [`Telling`] there are.
     telling: usize,
     /// Runs that count among those that may run.
     places: usize,
@@ -329,7 +329,7 @@ impl Runs {
         handed.wake();
     }
 
-    /// Whoever may end a run holds this until all are told of it.
+    /// Holds `drain` up until observers and waiters are told of a run that may have ended.
     pub(super) fn telling(&self) -> Telling<'_> {
         self.lock().telling += 1;
         Telling {
@@ -530,7 +530,7 @@ impl Runs {
         self.lock().waiting
     }
 
-    /// The right to clear what lies unreadable under `key` away; one at a time, so that nobody clears another's claim.
+    /// The right to remove an unreadable record of `key`; one at a time, so that nobody removes another's claim.
     pub(super) fn clear(&self, key: &EncodedKey) -> Option<Clearing<'_>> {
         let may = self.lock().clearing.insert(*key);
         may.then_some(Clearing {
@@ -557,7 +557,7 @@ impl Runs {
     }
 }
 
-/// Who drains finds everybody told: observers, and those who wait. Until it is dropped, not everybody is.
+/// While it is held, observers or waiters are still to be told of an end, and `drain` does not return.
 #[must_use]
 pub(super) struct Telling<'a> {
     runs: &'a Runs,

@@ -108,7 +108,7 @@ pub(super) struct Waiters {
     by_key: Arc<Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>>,
 }
 
-/// Those that wait for one run of a key.
+/// The waiters of one run of a key.
 #[derive(Debug, Default)]
 struct KeyWaiters {
     wakes: Arc<Wakes>,
@@ -116,12 +116,12 @@ struct KeyWaiters {
     count_elsewhere: usize,
 }
 
-/// Waiters for an operation that runs in this process hear of its end only here, so they are woken first.
+/// Waiters for an operation that runs in this process are woken only from here, so they come first; the others wait at the storage too.
 #[derive(Debug, Default)]
 struct Wakes {
     here: Arc<Notify>,
     elsewhere: Arc<Notify>,
-    /// What the run left. All who wait for it are handed this, and need not fetch it.
+    /// The record of the run, handed to every waiter, so that none has to fetch it.
     outcome: OnceLock<Record>,
 }
 
@@ -243,8 +243,8 @@ impl Waiter {
         self.place.is_local
     }
 
-    /// Returns when something ended under the key, with what it left, if that is known here. Dropped after it was woken by a release,
-    /// it passes the wake on.
+    /// Returns when a run of the key has ended, with its record if this process has it. A waiter that is dropped after a release woke it
+    /// passes the wake on.
     pub(super) async fn woken(self) -> Option<Record> {
         let Self { woken, place } = self;
         woken.await;
