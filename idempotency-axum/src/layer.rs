@@ -62,7 +62,8 @@ pub struct IdempotencyLayer {
 
 impl IdempotencyLayer {
     /// A request needs a key on the methods of [`Config::methods`], unless its handler says otherwise: all unsafe ones by default, POST and
-    /// PATCH with [`Config::ietf`], POST with [`Config::stripe`]. On other methods a key that is present is honoured.
+    /// PATCH with [`Config::ietf`], POST with [`Config::stripe`]. On other unsafe methods a key that is
+    /// present is honoured.
     ///
     /// `storage` is the default cache.
     pub fn enforce(storage: impl Storage) -> Self {
@@ -162,7 +163,7 @@ impl IdempotencyLayer {
         if let Some(misuse) = self.shared.misuses().first() {
             return Err(misuse.clone());
         }
-        // With a second handle on the routes they are cloned, and each handler with its route.
+        // The routes are cloned only while they are shared, so a second handle makes `with_state` clone them, and with them the handlers.
         let outside = discovery::outside_of_layers(|| router.clone().with_state::<()>(()));
         let unprotected = outside
             .into_iter()

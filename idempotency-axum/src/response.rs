@@ -13,7 +13,8 @@ use idempotency_core::{Config, StoredResponse};
 /// A part of a response by which a handler says that this answer is not kept, whatever its status: the key is released, and a retry
 /// runs again.
 ///
-/// For an error that is sent with the status of a success, as GraphQL does. On a conflict of a manual handler the record stays as it is.
+/// For an error that is sent with the status of a success, as GraphQL does. If a manual handler answers a conflict with it, the record
+/// stays as it is.
 ///
 /// ```
 /// use axum::{Json, response::IntoResponse};

@@ -206,8 +206,8 @@ impl Config {
     /// The methods on which a key is asked for, where the mode is `enforce` and the handler has no policy. Default: all except GET, HEAD,
     /// OPTIONS, TRACE and CONNECT, which never use keys, listed or not; POST and PATCH in [`Config::ietf`], POST in [`Config::stripe`].
     ///
-    /// A policy on the handler asks whatever the method. On other methods a key that is present is honoured all the same, except in
-    /// `exempt` mode.
+    /// A policy on the handler asks whatever the method. On other unsafe methods a key that is present is honoured all the same, except
+    /// in `exempt` mode.
     pub fn methods(mut self, methods: impl IntoIterator<Item = Method>) -> Self {
         self.methods = Some(methods.into_iter().collect());
         self

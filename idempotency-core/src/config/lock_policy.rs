@@ -70,7 +70,7 @@ impl LockPolicy {
         self.ttl
     }
 
-    pub(crate) fn hold_limit(&self) -> Duration {
+    pub(crate) fn longest_hold(&self) -> Duration {
         self.max_hold
     }
 }

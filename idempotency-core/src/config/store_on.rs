@@ -6,7 +6,7 @@ use http::StatusCode;
 
 /// Which answers are recorded and replayed, by status. Any other answer releases the key, and a retry runs again.
 ///
-/// Whatever the status, the middleware never records a 101, an answer with `DoNotRecord`, and a 405 or an unrouted 404 of the router.
+/// Whatever the status, the middleware never records a 101, the 500 of an extractor or handler that is not protected, an answer with `DoNotRecord`, and a 405 or an unrouted 404 of the router.
 /// An answer that can't be recorded in full (too large, an event stream) leaves a tombstone.
 ///
 /// ```

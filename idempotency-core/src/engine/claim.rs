@@ -128,7 +128,7 @@ impl Claim {
             since,
             options.ttl,
             options.lease(),
-            options.lock.hold_limit(),
+            options.lock.longest_hold(),
             progress.clone(),
         )
     }

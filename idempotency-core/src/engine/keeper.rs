@@ -1,4 +1,5 @@
-//! The keeper: one task per engine that renews its claims, and retries what the storage did not take in time.
+//! The keeper: one task per engine that renews its claims, retries outcomes that the storage did not take, and stores the tombstone of a
+//! run that is older than `max_hold`.
 //!
 //! It lives while there is something to keep: started by the first claim, it looks at what is due and ends when nothing is left. So
 //! a request that is answered within a third of the lease costs no spawn and no timer beyond the one that the keeper already has.
@@ -187,7 +188,7 @@ impl Keeper {
         // Claims that are due a little later are renewed along, so that the keeper wakes for many at once.
         let slack = lease / 12;
         // A new claim does not wake the keeper, so it sleeps no longer than until that would be due.
-        let longest = (lease / 3).min(options.lock.hold_limit());
+        let longest = (lease / 3).min(options.lock.longest_hold());
         shared.runs.start_over();
 
         let mut under_way = FuturesUnordered::<BoxFuture<'_, Done>>::new();

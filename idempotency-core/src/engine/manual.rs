@@ -60,7 +60,7 @@ impl Engine {
             fingerprint: None,
         };
         let claim = match self
-            .decide(&turn, progress, options.lock.hold_limit())
+            .decide(&turn, progress, options.lock.longest_hold())
             .await
         {
             // Given up, it leaves a tombstone, which is to block the key's conflicts no longer than a crash would.

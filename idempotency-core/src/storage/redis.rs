@@ -19,11 +19,11 @@ use crate::{
 
 mod cluster;
 pub(crate) mod connect;
-mod connection;
 mod layout;
 pub(crate) mod link;
 mod maker;
 pub(crate) mod prefix;
+mod reconnecting;
 mod scripts;
 pub(crate) mod server;
 mod source;
@@ -428,7 +428,7 @@ mod tests {
     use futures_util::future::{BoxFuture, ready};
     use redis::{Cmd, RedisResult, Value};
 
-    use super::{connection::Connection, link::Link, source::NotifySource, *};
+    use super::{link::Link, reconnecting::Connection, source::NotifySource, *};
 
     /// Gives these answers, and counts as another connection after the command of this name.
     #[derive(Clone)]

@@ -21,8 +21,8 @@ use redis::{
 use tokio::sync::oneshot;
 
 use super::{
-    connection::{Connection, Reconnecting, gone},
     maker::One,
+    reconnecting::{Connection, Reconnecting, gone},
 };
 use crate::Env;
 

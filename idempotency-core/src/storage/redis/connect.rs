@@ -11,10 +11,10 @@ use redis::{
 use self::{about::About, error::Reason};
 use super::{
     cluster::Cluster,
-    connection::Reconnecting,
     link::Link,
     maker::{self, One, tcp},
     prefix::Prefix,
+    reconnecting::Reconnecting,
     scripts,
     server::Server,
     source::{NotifySource, subscribing},

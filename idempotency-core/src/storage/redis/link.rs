@@ -5,7 +5,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 
-use super::{connection::Connection, scripts::Script};
+use super::{reconnecting::Connection, scripts::Script};
 use crate::{Env, StorageError, StorageErrorKind};
 
 /// The connections of a storage, and the time limit of a command; clones share them.

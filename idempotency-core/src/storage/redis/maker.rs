@@ -10,7 +10,7 @@ use redis::{
 };
 use tokio::sync::oneshot;
 
-use super::connection::gone;
+use super::reconnecting::gone;
 use crate::Env;
 
 /// Makes connections that lead to the same records.

@@ -5,10 +5,10 @@ use std::{sync::Arc, time::Duration};
 use redis::{Client, Cmd, Value, aio::ConnectionLike, sentinel::SentinelClient};
 
 use super::{
-    connection::{Own, Reconnecting},
     layout::{self, Found},
     link::{Failure, Link, Repeatable, bytes_of, milliseconds},
     maker::{Sentinels, with_tcp},
+    reconnecting::{Own, Reconnecting},
     scripts::{self, Script},
     source::NotifySource,
     waits::Waits,

@@ -149,7 +149,8 @@ impl Statements {
                  ) SELECT false AS taken, 0::bigint AS transaction, * FROM found \
                  UNION ALL SELECT true, txid_current(), * FROM taken"
             ),
-            // `xmin` is the transaction that inserted the row. If it is not the current one, the operation has ended ours itself.
+            // `xmin` is the transaction that inserted the row. If that is not the current one, the operation has ended our
+            // transaction itself.
             record: format!(
                 "UPDATE {t} SET record = $3::bytea, \
                    expires_at = clock_timestamp() + make_interval(secs => $4::float8) \
