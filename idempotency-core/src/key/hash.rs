@@ -44,7 +44,7 @@ impl EncodedKey {
         &self.0
     }
 
-    /// A key for a call that the handler makes to another service, like [`Key::derive`], but of
+    /// A key for a call that the handler makes to another service, like [`Key::derive`](crate::Key::derive), but of
     /// everything that the encoder put into this storage key.
     ///
     /// With the encoders of this crate two callers (two scopes) never derive the same result.

@@ -1,7 +1,7 @@
 //! Where claims and records are kept.
 //!
 //! A [`Storage`] decides who runs an operation, in one atomic step. [`MemoryStorage`](crate::MemoryStorage) serves one
-//! process. A [`LockedStorage`] is made of a [`Cache`] of three functions and a [`Lock`](crate::Lock); a
+//! process. A [`LockedStorage`] is made of a [`Cache`] of three functions and a [`Lock`]; a
 //! [`NearCache`] answers retries in this process before it asks another storage. To write your own, implement the trait and
 //! run [`conformance`] (feature `conformance`) against it: one documented test per rule.
 
