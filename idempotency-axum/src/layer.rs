@@ -148,7 +148,7 @@ impl IdempotencyLayer {
 
     /// Says before the server listens whether every route's policy can be kept: gives `router` back, or one of the mistakes.
     ///
-    /// Call it with each layer, once the router has its state. The layer must be on the router already, by `Router::layer` or
+    /// Call it with each layer, once the router has its state: without it the compiler says that `FromRef<()>` is not satisfied. The layer must be on the router already, by `Router::layer` or
     /// `route_layer`; one that `Handler::layer` put on is made for each request, so it can't be seen. A layer that a setter made of
     /// another one is a layer of its own: where this one is not on the router, a warning in the log says so. The router that comes back
     /// has its layers made, so that serving it does not make them again for each connection.

@@ -50,6 +50,8 @@
 //! The engine behind it, its claims, records and tombstones are described in [`Engine`] and [`Storage`]; the kinds of refusal
 //! in [`problem`].
 //!
+//! Examples of items that this crate re-exports say `use idempotency_core::…`; write `idempotency_axum` instead.
+//!
 //! The [`guide`] answers questions from practice: scopes, uploads, CORS, streams, clients, webhooks, tests, operation.
 //! [What a request costs](https://github.com/idempotency-rs/idempotency/tree/main/tests/bench) is measured beside bare axum, a floor
 //! and other libraries.

@@ -134,10 +134,11 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `storage.cache_name` | the name of the default cache for `cache_name` | `default` | `STORAGE.CACHE_NAME` |
 /// | `storage.store_on` | `store_on`, at its place in the original | | `STORAGE.STORE_ON_STATUSES` |
 /// | `storage.location` | `host[:port]` or a URL, for class `redis`; a URL for `postgres`; the path of a file for `sqlite` | | |
-/// | `storage.name` | prefix of the storage's keys, for class `redis`; name of the table, which is made if it is missing, for `postgres` and `sqlite` | `idempotency` | |
+/// | `storage.name` | prefix of the storage's keys, for class `redis`; name of the table, which is made if it is missing, for `postgres` and `sqlite`: 1 to 48 lower-case letters, digits and underscores, no digit first | `idempotency` | |
 /// | `storage.max_bytes` | bytes, for class `memory` | 64 MiB | |
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
 /// | `storage.require_noeviction` | whether a Redis that may evict is refused, for class `redis` and for a Redis lock | false: a warning | |
+/// | `storage.purge_every` | duration: how often expired rows are removed, for classes `postgres` and `sqlite` | 10 min | |
 /// | `storages.<name>` | a cache for `cache_name = "<name>"`: as `storage`, without `cache_name` and `store_on` | | |
 ///
 /// * A **duration** is text with units (`"30s"`, `"100ms"`, `"1h30m"`; `ms`, `s`, `m`, `h`, `d`) or a number of seconds.
@@ -473,6 +474,15 @@ impl Document {
             let message = format_args!("{name} is in `strip_headers` too; keep it in one of them");
             let field = format_args!("keep_headers[{index}]");
             return Err(SettingsError::new(Conflict, field, message));
+        }
+        let all = self.config().budget.limit();
+        if let Some(Bytes(body)) = self.max_request_body
+            && body > all
+        {
+            let message = format_args!(
+                "is {body} bytes, and `max_buffered` allows {all} for all bodies together, so such a body would never be taken; raise `max_buffered`"
+            );
+            return Err(SettingsError::new(Conflict, "max_request_body", message));
         }
         Ok(self)
     }

@@ -191,7 +191,7 @@ impl Arg {
             Some(Lit::Int(int)) if int.suffix().is_empty() => {
                 format!("put the number in quotes, with a unit: `max_request_body = \"{int}B\"`")
             }
-            _ => "give a string literal, as in `max_request_body = \"10MiB\"`".into(),
+            _ => "give a string literal, as in `max_request_body = \"10MiB\"`, or a constant to `KeyPolicy::max_request_body`".into(),
         })?;
         size(&text.value()).map_err(|message| Error::new(text.span(), message))
     }

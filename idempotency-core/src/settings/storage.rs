@@ -9,7 +9,7 @@ use super::{
         SettingsError,
         SettingsErrorKind::{Conflict, Invalid, Missing, Unavailable},
     },
-    scalar::{Flag, Lease, MaxHold, Name, Period, Room},
+    scalar::{Flag, Lease, MaxHold, Name, Period, PurgePeriod, Room},
     secret::Location,
     table::StoreOnSettings,
 };
@@ -54,7 +54,12 @@ storages! {
     max_bytes: Room,
     when_full: WhatWhenFull,
     require_noeviction: Flag,
+    purge_every: PurgePeriod,
 }
+
+/// How often a storage in a database is purged, unless the settings say otherwise.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+const PURGE_EVERY: Duration = Duration::from_secs(600);
 
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -267,7 +272,7 @@ impl StorageSettings {
         let storage = connecting.await.map_err(|error| {
             let (kind, field) = match error.kind() {
                 Url => (Invalid, "location"),
-                Table => (Invalid, "name"),
+                Table => return no_table_name(place),
                 _ => (Unavailable, "location"),
             };
             SettingsError::new(kind, format_args!("{}.{field}", place.table), &error)
@@ -278,7 +283,7 @@ impl StorageSettings {
             let field = format_args!("{}.location", place.table);
             SettingsError::new(Unavailable, field, message).because_of(error)
         })?;
-        Ok(AnyStorage::new(storage))
+        Ok(AnyStorage::new(storage.purging(self.purge_period())))
     }
 
     #[cfg(feature = "sqlite")]
@@ -292,16 +297,20 @@ impl StorageSettings {
                 .table(self.table_name(place))
                 .time_limit(place.time_limit);
             storage.migrate().await?;
-            Ok(AnyStorage::new(storage))
+            Ok(AnyStorage::new(storage.purging(self.purge_period())))
         };
         opened.await.map_err(|error: crate::SqliteStorageError| {
-            let (kind, field) = match error.kind() {
-                Path | InMemory => (Invalid, "location"),
-                TableName => (Invalid, "name"),
-                _ => (Unavailable, "location"),
+            let field = format_args!("{}.location", place.table);
+            let kind = match error.kind() {
+                TableName => return no_table_name(place),
+                InMemory => {
+                    let message = "is in memory and would be forgotten; give the path of a file, or set the class to \"memory\"";
+                    return SettingsError::new(Invalid, field, message);
+                }
+                Path => Invalid,
+                _ => Unavailable,
             };
-            SettingsError::new(kind, format_args!("{}.{field}", place.table), &error)
-                .because_of(error)
+            SettingsError::new(kind, field, &error).because_of(error)
         })
     }
 
@@ -316,6 +325,12 @@ impl StorageSettings {
                 format_args!("is missing or empty; give {form}"),
             )),
         }
+    }
+
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    fn purge_period(&self) -> Duration {
+        let chosen = self.purge_every.as_ref();
+        chosen.map_or(PURGE_EVERY, |PurgePeriod(period)| *period)
     }
 
     /// The name of the table. Each cache has its own, so caches in one database share nothing.
@@ -371,6 +386,14 @@ impl StorageSettings {
             _ => connecting,
         }
     }
+}
+
+/// A cache adds an underscore and its name to the table's.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+fn no_table_name(place: &Place<'_>) -> SettingsError {
+    let message = "can't be the name of a table: it takes 1 to 48 lower-case letters, digits and underscores, and no digit first; for \
+                   one of `storages`, an underscore and the name of the cache are a part of it";
+    SettingsError::new(Invalid, format_args!("{}.name", place.table), message)
 }
 
 /// A table of a database is no plain cache: its claims lie in it too.

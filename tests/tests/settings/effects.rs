@@ -8,7 +8,7 @@ use idempotency_axum::{
     Config, EncodedKey, Entry, IdempotencyHandler, IdempotencyKey, KeyPolicy, MisuseKind,
     OnStorageError, OnUnreadable,
 };
-use idempotency_tests::{postgres::Postgres, sqlite::SqliteFile};
+use idempotency_tests::{PATIENCE, postgres::Postgres, sqlite::SqliteFile};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tower::ServiceExt;
@@ -815,6 +815,24 @@ fn with(table: Value, more: Value) -> Value {
     };
     table.extend(more);
     Value::Object(table)
+}
+
+/// By the settings, every 50 ms: nobody else asks for it.
+#[tokio::test]
+async fn purge_every() {
+    let file = SqliteFile::new();
+    let storage = json!({ "class": "sqlite", "location": file.path(), "purge_every": "50ms" });
+    let app =
+        App::new(json!({ "ttl": "10ms", "storage_timeout": "60s", "storage": storage })).await;
+    assert_eq!(app.post("/orders").key("a").code().await, 201);
+    let looks = async {
+        while file.number("SELECT count(*) FROM idempotency").await > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, looks)
+        .await
+        .expect("the row goes");
 }
 
 /// Records outlive the layer, and each cache has a table of its own.

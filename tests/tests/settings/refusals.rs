@@ -725,8 +725,29 @@ async fn a_database_that_can_not_be_used() {
     ] {
         let error = try_layer(document.clone()).await.unwrap_err();
         assert_eq!((error.kind(), error.field()), (kind, field), "{document}");
+        if field == "storage.name" {
+            assert!(error.to_string().contains("lower-case letters"), "{error}");
+        }
         assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
     }
+}
+
+#[tokio::test]
+async fn a_body_that_never_fits() {
+    assert_refused(
+        json!({ "max_request_body": "300MiB" }),
+        "max_request_body",
+        &["`max_buffered`", "268435456"],
+    )
+    .await;
+    assert_refused(
+        json!({ "max_buffered": "1MiB", "max_request_body": "2MiB" }),
+        "max_request_body",
+        &["2097152", "1048576"],
+    )
+    .await;
+    let zero = json!({ "storage": { "class": "sqlite", "location": "x", "purge_every": 0 } });
+    assert_refused(zero, "storage.purge_every", &["without a pause"]).await;
 }
 
 #[tokio::test]

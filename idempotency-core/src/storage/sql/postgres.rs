@@ -53,6 +53,8 @@ pub struct PostgresStorage {
     link: Link,
     table: TableName,
     waiting: Arc<Waiting>,
+    /// For a storage of settings, whose purger nobody else holds.
+    _purger: Option<Arc<Purger>>,
 }
 
 impl PostgresStorage {
@@ -125,6 +127,7 @@ impl PostgresStorage {
             waiting: Arc::new(Waiting::new(link.clone())),
             link,
             table,
+            _purger: None,
         }
     }
 
@@ -237,6 +240,16 @@ impl PostgresStorage {
             let storage = storage.clone();
             async move { storage.purge_expired().await }
         })
+    }
+
+    /// Purges about every `period` for as long as a clone of the result exists.
+    #[cfg(feature = "settings")]
+    pub(crate) fn purging(self, period: Duration) -> Self {
+        let purger = self.purge_every(period);
+        Self {
+            _purger: Some(Arc::new(purger)),
+            ..self
+        }
     }
 
     /// Sends a statement that changes the row that it returns, if there is one to change.

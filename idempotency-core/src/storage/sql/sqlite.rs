@@ -70,6 +70,8 @@ pub struct SqliteStorage {
     statements: Result<Arc<Statements>, InvalidTableName>,
     waiters: Arc<Waiters>,
     env: Env,
+    /// For a storage of settings, whose purger nobody else holds.
+    _purger: Option<Arc<Purger>>,
 }
 
 impl SqliteStorage {
@@ -159,6 +161,7 @@ impl SqliteStorage {
             table,
             waiters: Arc::default(),
             env: Env::system(),
+            _purger: None,
         }
     }
 
@@ -282,6 +285,16 @@ impl SqliteStorage {
             let storage = storage.clone();
             async move { storage.purge_expired().await }
         })
+    }
+
+    /// Purges about every `period` for as long as a clone of the result exists.
+    #[cfg(feature = "settings")]
+    pub(crate) fn purging(self, period: Duration) -> Self {
+        let purger = self.purge_every(period);
+        Self {
+            _purger: Some(Arc::new(purger)),
+            ..self
+        }
     }
 
     /// Whether the database is a file, and keeps a write-ahead log.
