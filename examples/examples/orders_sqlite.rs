@@ -59,18 +59,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
 #[tokio::main]
 async fn main() -> ExitCode {
     idempotency_examples::log();
-    match run().await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            let mut source = error.source();
-            while let Some(error) = source {
-                eprintln!("  because: {error}");
-                source = error.source();
-            }
-            ExitCode::FAILURE
-        }
-    }
+    idempotency_examples::exit(run().await)
 }
 
 fn print_what_to_try(address: SocketAddr) {

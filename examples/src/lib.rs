@@ -1,7 +1,7 @@
 //! What the examples share: where they listen, and where their log goes. See `examples/examples`.
 #![forbid(unsafe_code)]
 
-use std::{env, error::Error, fmt, io};
+use std::{env, error::Error, fmt, io, process::ExitCode};
 
 use tokio::net::TcpListener;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
@@ -36,6 +36,21 @@ pub fn log() {
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .init();
+}
+
+/// The exit code of a program that ended so. An error goes to stderr, with its sources.
+#[must_use]
+pub fn exit(ended: Result<(), Box<dyn Error>>) -> ExitCode {
+    let Err(error) = ended else {
+        return ExitCode::SUCCESS;
+    };
+    eprintln!("error: {error}");
+    let mut source = error.source();
+    while let Some(error) = source {
+        eprintln!("  because: {error}");
+        source = error.source();
+    }
+    ExitCode::FAILURE
 }
 
 /// Why an example can't listen, and what helps.

@@ -269,3 +269,15 @@ impl Answer {
         )
     }
 }
+
+/// The first answer, given again by the default configuration.
+///
+/// # Panics
+///
+/// Panics if it is another one.
+#[track_caller]
+pub fn assert_replays(answer: &Answer, text: &str) {
+    assert_eq!(answer.code(), 409, "{answer:?}");
+    assert!(answer.is_replay(), "{answer:?}");
+    assert_eq!(answer.text(), text);
+}

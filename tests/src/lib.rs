@@ -25,7 +25,7 @@ pub mod sim;
 pub mod sqlite;
 
 pub use self::{
-    client::{Answer, Call, Protocol},
+    client::{Answer, Call, Protocol, assert_replays},
     example::Example,
     faults::{Fault, FaultyStorage},
     feed::{End, Feed, Length},

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, net::SocketAddr, process::Stdio, sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process::{Child, ChildStdin, Command},
@@ -10,7 +11,10 @@ use tokio::{
 };
 
 use super::server::send_signal;
-use crate::{PATIENCE, client::Call};
+use crate::{
+    PATIENCE,
+    client::{Call, assert_replays},
+};
 
 /// What a service is told when it starts.
 #[derive(Clone, Debug)]
@@ -102,6 +106,41 @@ pub struct Process {
     /// The lines that it has printed.
     said: Arc<watch::Sender<Vec<String>>>,
     address: SocketAddr,
+}
+
+/// Sends 2,000 requests over 50 keys to four services of `spec`: 50 run, all others get the answer of theirs.
+///
+/// # Panics
+///
+/// Panics if that is not so.
+pub async fn assert_fifty_of_two_thousand_run(spec: &Spec) {
+    let processes = join_all((0..4).map(|_| spec.start())).await;
+
+    let requests = (0..2_000).map(|n| {
+        let (process, key) = (&processes[n % 4], format!("key-{}", n / 4 % 50));
+        async move {
+            let answer = process.post("/orders").key(&key).send().await;
+            (key, answer)
+        }
+    });
+    let mut firsts = HashMap::new();
+    let mut replays = Vec::new();
+    for (key, answer) in join_all(requests).await {
+        match answer.code() {
+            201 => assert!(
+                firsts.insert(key, answer.text().to_owned()).is_none(),
+                "{answer:?}"
+            ),
+            _ => replays.push((key, answer)),
+        }
+    }
+    assert_eq!(firsts.len(), 50);
+    assert_eq!(replays.len(), 1_950);
+    for (key, answer) in &replays {
+        assert_replays(answer, &firsts[key]);
+    }
+    let runs: usize = processes.iter().map(|process| process.count("ran ")).sum();
+    assert_eq!(runs, 50);
 }
 
 impl Process {

@@ -12,7 +12,7 @@ use idempotency_axum::{
     Config, EncodedKey, Held, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy,
     NewClaim, Outcome, PostgresStorage, Record, Storage, StoredResponse, Token,
 };
-use idempotency_tests::{Answer, PATIENCE, Runs, Server};
+use idempotency_tests::{Answer, PATIENCE, Runs, Server, assert_replays};
 
 mod conformance;
 mod connect;
@@ -84,12 +84,4 @@ impl Shop {
     async fn order(&self, key: &str) -> Answer {
         self.server.post("/orders").key(key).send().await
     }
-}
-
-/// The first answer, given again.
-#[track_caller]
-fn assert_replays(answer: &Answer, text: &str) {
-    assert_eq!(answer.code(), 409, "{answer:?}");
-    assert!(answer.is_replay(), "{answer:?}");
-    assert_eq!(answer.text(), text);
 }

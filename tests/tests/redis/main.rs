@@ -12,7 +12,7 @@ use idempotency_axum::{
     Config, EncodedKey, IdempotencyHandler, IdempotencyKey, IdempotencyLayer, KeyPolicy, NewClaim,
     RedisStorage, Token,
 };
-use idempotency_tests::{Answer, Events, Gate, PATIENCE, Runs, Server};
+use idempotency_tests::{Answer, Events, Gate, PATIENCE, Runs, Server, assert_replays};
 
 mod chaos;
 mod cluster;
@@ -91,14 +91,6 @@ impl Shop {
     async fn order(&self, key: &str) -> Answer {
         self.server.post("/orders").key(key).send().await
     }
-}
-
-/// The first answer, given again.
-#[track_caller]
-fn assert_replays(answer: &Answer, text: &str) {
-    assert_eq!(answer.code(), 409, "{answer:?}");
-    assert!(answer.is_replay(), "{answer:?}");
-    assert_eq!(answer.text(), text);
 }
 
 /// Looks until something is there that nobody tells of.

@@ -1,23 +1,14 @@
 //! Several processes with one file, which are killed and stopped.
 
-use std::{collections::HashMap, time::Duration};
+use std::time::Duration;
 
-use futures_util::future::join_all;
 use idempotency_tests::{
-    Answer,
-    redis::{Process, Spec},
+    Answer, assert_replays,
+    redis::{Process, Spec, assert_fifty_of_two_thousand_run},
     sqlite::SqliteFile,
 };
 
 use super::SERVICE;
-
-/// The first answer, given again.
-#[track_caller]
-fn assert_replays(answer: &Answer, text: &str) {
-    assert_eq!(answer.code(), 409, "{answer:?}");
-    assert!(answer.is_replay(), "{answer:?}");
-    assert_eq!(answer.text(), text);
-}
 
 async fn order(process: &Process, key: &str) -> Answer {
     process.post("/orders").key(key).send().await
@@ -27,33 +18,7 @@ async fn order(process: &Process, key: &str) -> Answer {
 async fn two_thousand_requests_at_four_processes_are_fifty_executions() {
     let file = SqliteFile::new();
     let spec = Spec::sqlite(SERVICE, &file.url()).wait(Duration::from_secs(20));
-    let processes = join_all((0..4).map(|_| spec.start())).await;
-
-    let requests = (0..2_000).map(|n| {
-        let (process, key) = (&processes[n % 4], format!("key-{}", n / 4 % 50));
-        async move {
-            let answer = order(process, &key).await;
-            (key, answer)
-        }
-    });
-    let mut firsts = HashMap::new();
-    let mut replays = Vec::new();
-    for (key, answer) in join_all(requests).await {
-        match answer.code() {
-            201 => assert!(
-                firsts.insert(key, answer.text().to_owned()).is_none(),
-                "{answer:?}"
-            ),
-            _ => replays.push((key, answer)),
-        }
-    }
-    assert_eq!(firsts.len(), 50);
-    assert_eq!(replays.len(), 1_950);
-    for (key, answer) in &replays {
-        assert_replays(answer, &firsts[key]);
-    }
-    let runs: usize = processes.iter().map(|process| process.count("ran ")).sum();
-    assert_eq!(runs, 50);
+    assert_fifty_of_two_thousand_run(&spec).await;
 }
 
 #[tokio::test]
