@@ -56,10 +56,9 @@ impl Statements {
             )
         };
         let (all, one) = (notify("all"), notify("one"));
-        // By the number of the table, so that tables share no locks.
-        let lock = |mode, number| {
-            format!("{mode}(hashint8extended({number}, '{t}'::regclass::oid::bigint))")
-        };
+        // With the number of the table, so that tables share no locks.
+        let lock =
+            |mode, number| format!("{mode}({number} # ('{t}'::regclass::oid::bigint << 32))");
         // Of the first eight bytes of the key, which is a hash.
         let number = "('x' || encode(substring($1::bytea FROM 1 FOR 8), 'hex'))::bit(64)::bigint";
         let share = lock("pg_try_advisory_xact_lock_shared", number);
