@@ -205,6 +205,12 @@ impl Engine {
         &self.shared.config
     }
 
+    /// How long a claim lives without being renewed: [`LockPolicy::ttl`](crate::LockPolicy::ttl).
+    #[must_use]
+    pub fn lease(&self) -> Duration {
+        self.shared.options.lease()
+    }
+
     /// Where this engine keeps claims and records.
     #[must_use]
     pub fn storage(&self) -> &AnyStorage {
