@@ -147,4 +147,5 @@ pub use self::storage::sql::postgres::{
 pub use self::storage::sql::sqlite::{
     SqliteStorage,
     error::{SqliteStorageError, SqliteStorageErrorKind},
+    transaction::SqliteTransaction,
 };
