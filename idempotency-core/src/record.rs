@@ -172,10 +172,25 @@ impl StoredResponse {
     /// Keeps an answer. Every header is kept: what must not be replayed has to be gone by now.
     #[must_use]
     pub fn new(status: StatusCode, headers: &HeaderMap, body: impl Into<Bytes>) -> Self {
+        let text = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len();
+        // Lengths take a byte or two each.
+        let capacity = headers.iter().map(text).sum::<usize>() + 3 * headers.len();
+        let mut block = Vec::with_capacity(capacity);
+        for (name, value) in headers {
+            put(&mut block, name.as_str().as_bytes());
+            put(&mut block, value.as_bytes());
+        }
+        Self::of_block(status, block, body.into())
+    }
+
+    /// The headers are lines in `block`, each written by [`put`].
+    fn of_block(status: StatusCode, mut block: Vec<u8>, body: Bytes) -> Self {
+        // A record lives for a day: the spare bytes go back now.
+        block.shrink_to_fit();
         Self {
             status,
-            header_block: pack(headers),
-            body: body.into(),
+            header_block: block.into(),
+            body,
         }
     }
 
@@ -224,22 +239,6 @@ impl fmt::Debug for StoredResponse {
             .field("body_len", &self.body.len())
             .finish()
     }
-}
-
-fn pack(headers: &HeaderMap) -> Bytes {
-    let text: usize = headers
-        .iter()
-        .map(|(name, value)| name.as_str().len() + value.len())
-        .sum();
-    // Lengths take a byte or two each.
-    let mut block = Vec::with_capacity(text + 3 * headers.len());
-    for (name, value) in headers {
-        put(&mut block, name.as_str().as_bytes());
-        put(&mut block, value.as_bytes());
-    }
-    // A record lives for a day: the spare bytes go back now.
-    block.shrink_to_fit();
-    block.into()
 }
 
 /// Appends the length, 7 bits a byte with the lowest first, and the bytes.

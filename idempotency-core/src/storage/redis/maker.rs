@@ -91,7 +91,7 @@ pub(super) async fn connect(
     client: &Client,
     limit: Duration,
 ) -> RedisResult<MultiplexedConnection> {
-    // `Link` limits the time of a command.
+    // `Commands` limits the time of a command.
     let config = AsyncConnectionConfig::new()
         .set_pipeline_buffer_size(COMMANDS)
         .set_connection_timeout(Some(limit))

@@ -26,7 +26,11 @@ use redis::{
 };
 use tokio::sync::{Notify, OnceCell, Semaphore};
 
-use super::{link::Link, scripts, source::NotifySource};
+use super::{
+    commands::{Commands, Mode},
+    scripts,
+    source::NotifySource,
+};
 use crate::{Env, StorageError, StorageErrorKind};
 
 /// The first and the longest pause between two polls of a key, with a subscription and without.
@@ -51,7 +55,7 @@ const FORBIDDEN: Duration = Duration::from_secs(60);
 
 /// The waits of a storage and its clones.
 pub(super) struct Waits {
-    link: Link,
+    commands: Commands,
     source: NotifySource,
     env: Env,
     /// `std`'s lock, because sections are short and never await.
@@ -126,10 +130,10 @@ struct Waiter<'a> {
 }
 
 impl Waits {
-    pub(super) fn new(link: Link, source: NotifySource) -> Self {
+    pub(super) fn new(commands: Commands, source: NotifySource) -> Self {
         Self {
-            env: link.env.clone(),
-            link,
+            env: commands.env.clone(),
+            commands,
             source,
             state: Mutex::default(),
             looks: Semaphore::new(LOOKS),
@@ -191,7 +195,7 @@ impl Waits {
 
     /// The connection for subscriptions, which its first user opens.
     fn pub_sub(&self) -> Arc<PubSub> {
-        let age = self.link.age();
+        let age = self.commands.age();
         let mut state = self.state();
         if let Some(pub_sub) = state.pub_sub.as_ref().filter(|it| it.age == age) {
             return pub_sub.clone();
@@ -301,10 +305,13 @@ impl Waiter<'_> {
     /// Returns when `pub_sub` brings no messages for the key any more.
     async fn hear(&self, pub_sub: &PubSub) -> Deaf {
         let Waits {
-            source, env, link, ..
+            source,
+            env,
+            commands,
+            ..
         } = self.waits;
         let open = async || {
-            let (sink, stream) = source.open(env, link.limit).await?;
+            let (sink, stream) = source.open(env, commands.limit).await?;
             Some((sink, tokio::sync::Mutex::new(stream)))
         };
         let Some((sink, stream)) = pub_sub.open.get_or_init(open).await else {
@@ -314,7 +321,7 @@ impl Waiter<'_> {
             let number = Some(pub_sub.number);
             if self.with_wait(|wait| wait.subscribed) != Some(number) {
                 let mut sink = sink.clone();
-                match env.within(link.limit, sink.subscribe(self.name)).await {
+                match env.within(commands.limit, sink.subscribe(self.name)).await {
                     Some(Ok(())) => self.subscribed(number),
                     Some(Err(error))
                         if error.kind() == ErrorKind::Server(ServerErrorKind::NoPerm) =>
@@ -352,7 +359,10 @@ impl Waiter<'_> {
     /// Polls the key whenever that is due. Returns when the connection for subscriptions may lead to another server than commands.
     async fn poll(&self) {
         let Waits {
-            env, link, looks, ..
+            env,
+            commands,
+            looks,
+            ..
         } = self.waits;
         loop {
             let now = env.now();
@@ -361,7 +371,7 @@ impl Waiter<'_> {
                     return Err(wait.due);
                 }
                 wait.is_polled = true;
-                wait.due = now.saturating_add(link.limit);
+                wait.due = now.saturating_add(commands.limit);
                 Ok(wait.changes)
             };
             let changes = match self.with_wait(begins) {
@@ -376,11 +386,12 @@ impl Waiter<'_> {
             };
             let looked = {
                 let _permit = looks.acquire().await;
-                link.look(&scripts::LEASE_LEFT, self.name).await
+                let look = &scripts::LEASE_LEFT;
+                commands.run(look, self.name, &[], Mode::ForWaiters).await
             };
             self.looked(looked, changes);
             let pub_sub = &self.waits.state().pub_sub;
-            if pub_sub.as_ref().is_some_and(|it| it.age != link.age()) {
+            if pub_sub.as_ref().is_some_and(|it| it.age != commands.age()) {
                 return;
             }
         }
