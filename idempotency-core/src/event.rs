@@ -190,6 +190,10 @@ pub enum Refusal {
     ScopeRequired,
     /// The storage failed.
     StorageUnavailable,
+    /// The operation ran in a transaction, which was rolled back: it met another one, the database failed, or it took too long.
+    RolledBack,
+    /// The connection was lost while the transaction of the operation was committed.
+    InDoubt,
     /// Too many operations are running or waiting, or too many bytes are held in memory.
     Overloaded,
 }
@@ -208,6 +212,8 @@ impl Refusal {
             Self::BodyUnreadable => "body-unreadable",
             Self::ScopeRequired => "scope-required",
             Self::StorageUnavailable => "storage-unavailable",
+            Self::RolledBack => "rolled-back",
+            Self::InDoubt => "in-doubt",
             Self::Overloaded => "overloaded",
         }
     }

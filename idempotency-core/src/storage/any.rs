@@ -4,7 +4,7 @@ use std::{any::Any, fmt, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 
-use super::{Begin, Entry, Held, NewClaim, Storage, Token};
+use super::{Begin, Entry, Held, NewClaim, Storage, Token, Transactions};
 use crate::{EncodedKey, Record, StorageError};
 
 /// Any [`Storage`], erased; clones share it. It lets storages of different kinds live in one map of named caches.
@@ -79,6 +79,7 @@ trait Erased: Send + Sync {
         key: &'a EncodedKey,
         timeout: Duration,
     ) -> BoxFuture<'a, Result<(), StorageError>>;
+    fn transactions(&self) -> Option<Arc<dyn Transactions>>;
     fn type_name(&self) -> &'static str;
 }
 
@@ -144,6 +145,10 @@ impl<S: Storage> Erased for S {
         timeout: Duration,
     ) -> BoxFuture<'a, Result<(), StorageError>> {
         Box::pin(Storage::wait(self, key, timeout))
+    }
+
+    fn transactions(&self) -> Option<Arc<dyn Transactions>> {
+        Storage::transactions(self)
     }
 
     fn type_name(&self) -> &'static str {
@@ -219,6 +224,10 @@ macro_rules! forward_to_pointee {
                 timeout: Duration,
             ) -> Result<(), StorageError> {
                 self.pointee().wait(key, timeout).await
+            }
+
+            fn transactions(&self) -> Option<Arc<dyn Transactions>> {
+                self.pointee().transactions()
             }
         }
     };
