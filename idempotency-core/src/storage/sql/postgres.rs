@@ -142,6 +142,12 @@ impl PostgresStorage {
         }
     }
 
+    /// The pool that was given, or that [`connect`](Self::connect) made, for other tables in the same database.
+    #[must_use]
+    pub fn pool(&self) -> &PgPool {
+        self.link.main_pool()
+    }
+
     /// The table. Default: `idempotency`.
     ///
     /// A name has 1 to 48 lower-case letters, digits and underscores, no digit first; the name of a schema and a dot may precede it.
