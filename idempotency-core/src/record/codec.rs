@@ -116,7 +116,7 @@ impl Record {
         }
         let metadata: Metadata<'_> = serde_json::from_slice(&bytes[HEAD..body_at])
             .map_err(|error| DecodeError::with(Fault::Json, JsonError::from(&error)))?;
-        metadata.into_record(bytes.slice(body_at..))
+        metadata.into_record(bytes.slice(body_at..), body_at)
     }
 }
 
@@ -181,7 +181,8 @@ impl<'a> Metadata<'a> {
         }
     }
 
-    fn into_record(self, body: Bytes) -> Result<Record, DecodeError> {
+    /// The headers, without the JSON around them, take up to `size` bytes.
+    fn into_record(self, body: Bytes, size: usize) -> Result<Record, DecodeError> {
         let fingerprint = match self.fingerprint {
             None => None,
             Some(Text(hex)) => match parse_hex(&hex) {
@@ -194,7 +195,7 @@ impl<'a> Metadata<'a> {
                 let status = StatusCode::from_u16(status)
                     .map_err(|error| DecodeError::with(Fault::Status, error))?;
                 let lines = self.headers.len();
-                let mut block = Vec::with_capacity(lines * 32);
+                let mut block = Vec::with_capacity(size);
                 for (Text(name), value) in self.headers {
                     let name = HeaderName::from_bytes(name.as_bytes())
                         .map_err(|error| DecodeError::with(Fault::HeaderName, error))?;

@@ -21,6 +21,7 @@ use redis::{
 use tokio::sync::oneshot;
 
 use super::{
+    commands::{pairs, text},
     maker::One,
     reconnecting::{Connection, Reconnecting, gone},
 };
@@ -60,6 +61,7 @@ type Address = (String, u16);
 
 type Node = Arc<Reconnecting<One>>;
 
+#[derive(Default)]
 struct State {
     owners: Owners,
     nodes: HashMap<Address, Node>,
@@ -105,27 +107,23 @@ impl Cluster {
             named,
             limit,
             env,
-            state: Mutex::new(State {
-                owners: Owners::default(),
-                nodes: HashMap::new(),
-                refresh: None,
-            }),
+            state: Mutex::default(),
         })))
     }
 
     /// The same Cluster with connections of its own, for another runtime.
     pub(super) fn apart(&self) -> Self {
         let inner = &*self.0;
+        let state = State {
+            owners: inner.state().owners.clone(),
+            ..State::default()
+        };
         Self(Arc::new(Inner {
             settings: inner.settings.clone(),
             named: inner.named.clone(),
             limit: inner.limit,
             env: inner.env.clone(),
-            state: Mutex::new(State {
-                owners: inner.state().owners.clone(),
-                nodes: HashMap::new(),
-                refresh: None,
-            }),
+            state: Mutex::new(state),
         }))
     }
 
@@ -326,20 +324,14 @@ impl Inner {
     }
 
     fn client(&self, (host, port): &Address) -> RedisResult<Client> {
-        let (host, port) = (host.clone(), *port);
-        let address = match self.settings.addr().clone() {
-            ConnectionAddr::TcpTls {
-                insecure,
-                tls_params,
-                ..
-            } => ConnectionAddr::TcpTls {
-                host,
-                port,
-                insecure,
-                tls_params,
-            },
-            _ => ConnectionAddr::Tcp(host, port),
-        };
+        let mut address = self.settings.addr().clone();
+        if let ConnectionAddr::Tcp(h, p)
+        | ConnectionAddr::TcpTls {
+            host: h, port: p, ..
+        } = &mut address
+        {
+            (*h, *p) = (host.clone(), *port);
+        }
         Client::open(self.settings.clone().set_addr(address))
     }
 
@@ -348,7 +340,7 @@ impl Inner {
         if let Some(node) = state.nodes.get(address) {
             return Ok(node.clone());
         }
-        let one = One::new(self.client(address)?, self.limit);
+        let one = One(self.client(address)?, self.limit);
         let node = Arc::new(Reconnecting::new(one, self.env.clone()));
         state.nodes.insert(address.clone(), node.clone());
         Ok(node)
@@ -388,12 +380,15 @@ impl Owners {
             let [host, Value::Int(port), ..] = &master[..] else {
                 return None;
             };
-            let host = match text(host).unwrap_or_default() {
-                "" => asked,
-                NAMELESS => ip_of(master).unwrap_or(asked),
-                host => host,
+            // A node whose name is not known tells its address, unless it does not know that either.
+            let ip = || pairs(master.get(3)?).remove("ip");
+            let host = match text(host) {
+                Some(NAMELESS) => ip(),
+                host => host.map(str::to_owned),
             };
-            let master = (host.to_owned(), u16::try_from(*port).ok()?);
+            let host = host.filter(|host| !host.is_empty());
+            let host = host.unwrap_or_else(|| asked.to_owned());
+            let master = (host, u16::try_from(*port).ok()?);
             let [first, last] = [first, last].map(|slot| u16::try_from(*slot).ok());
             for slot in (first?..=last?).map_while(Slot::new) {
                 owners.set(slot, &master);
@@ -434,30 +429,6 @@ impl Owners {
 
     fn masters(&self) -> Vec<Address> {
         self.addresses.clone()
-    }
-}
-
-/// The IP address in the metadata of a node in `CLUSTER SLOTS`.
-fn ip_of(node: &[Value]) -> Option<&str> {
-    let ip = match node.get(3)? {
-        Value::Array(flat) => flat.chunks_exact(2).find_map(|pair| match pair {
-            [name, value] if text(name) == Some("ip") => text(value),
-            _ => None,
-        }),
-        Value::Map(pairs) => pairs
-            .iter()
-            .find_map(|(name, value)| text(value).filter(|_| text(name) == Some("ip"))),
-        _ => None,
-    };
-    // A node may not know its own address.
-    ip.filter(|ip| !ip.is_empty())
-}
-
-fn text(value: &Value) -> Option<&str> {
-    match value {
-        Value::BulkString(text) => std::str::from_utf8(text).ok(),
-        Value::SimpleString(text) => Some(text),
-        _ => None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Sends commands, each under a time limit.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
@@ -221,6 +221,32 @@ pub(crate) fn bytes_of(answer: Value) -> Result<Option<Bytes>, StorageError> {
         }
         _ => Err(unexpected()),
     }
+}
+
+/// An answer that is text.
+pub(super) fn text(answer: &Value) -> Option<&str> {
+    match answer {
+        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
+        Value::SimpleString(text) | Value::VerbatimString { text, .. } => Some(text),
+        _ => None,
+    }
+}
+
+/// Names and values that are text, of a map as either protocol gives it.
+pub(super) fn pairs(answer: &Value) -> HashMap<String, String> {
+    let flat: Vec<&Value> = match answer {
+        Value::Map(pairs) => pairs
+            .iter()
+            .flat_map(|(name, value)| [name, value])
+            .collect(),
+        Value::Array(flat) => flat.iter().collect(),
+        _ => Vec::new(),
+    };
+    let pairs = flat.chunks_exact(2).filter_map(|pair| {
+        let [name, value] = [pair[0], pair[1]].map(text);
+        Some((name?.to_owned(), value?.to_owned()))
+    });
+    pairs.collect()
 }
 
 /// A duration as Redis counts: whole milliseconds, at least one, at most a hundred years, so that no sum of it and the time of

@@ -8,7 +8,7 @@ use redis::{
     io::tcp::TcpSettings,
 };
 
-use self::{about::About, error::Reason};
+use self::about::About;
 use super::{
     cluster::Cluster,
     commands::Commands,
@@ -152,7 +152,10 @@ async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError>
     let about = within(patience, About::server(&mut connection)).await??;
     let commands = if about.is_cluster() {
         if replicas.is_some() {
-            return Err(RedisConnectError::new(Reason::ReplicasOfACluster));
+            return Err(RedisConnectError::new(
+                RedisConnectErrorKind::Unsupported,
+                "`wait_replicas` is for one server with replicas, and this is a Cluster: leave it out, or use one server or sentinels",
+            ));
         }
         let cluster = Cluster::new(&nodes, patience, env).map_err(RedisConnectError::url)?;
         let masters = within(patience.saturating_mul(2), cluster.masters()).await?;
@@ -177,9 +180,12 @@ async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError>
         about.check(require_noeviction)?;
         if nodes.len() > 1 {
             // Whichever answers first would have the records.
-            return Err(RedisConnectError::new(Reason::NotACluster));
+            return Err(RedisConnectError::new(
+                RedisConnectErrorKind::NotACluster,
+                "the servers that are named are no Cluster; name one of them, or use `RedisStorage::sentinel` to follow a master",
+            ));
         }
-        let one = || Reconnecting::new(One::new(client.clone(), patience), env.clone());
+        let one = || Reconnecting::new(One(client.clone(), patience), env.clone());
         Commands::new(one(), limit).with_background(one())
     };
     commands.load(&scripts::all()).await;
