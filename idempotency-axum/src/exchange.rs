@@ -28,6 +28,8 @@ use crate::{
     response::{self, DoNotRecord},
 };
 
+mod transaction;
+
 /// The answer to a request that was refused before it had an encoded key.
 pub(crate) fn refusal(shared: &Shared, problem: Problem) -> Response {
     shared.config().emit(&Event::Refused {
@@ -117,6 +119,9 @@ impl Exchange {
             }
             return Ok(response);
         };
+        if self.terms.transaction.is_some() {
+            return Box::pin(self.run_in_transaction(inner, key, encoded, parts, body)).await;
+        }
         let progress = &self.progress;
         let decision = match self.terms.manual {
             true => Box::pin(self.engine.begin_manual(&encoded, progress)).await,

@@ -1,4 +1,4 @@
-//! The extractors: the key, and on a conflict the stored answer.
+//! The extractors: the key, on a conflict the stored answer, and the transaction of the record.
 
 use std::{convert::Infallible, fmt};
 
@@ -8,13 +8,17 @@ use axum::{
 };
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode, request::Parts};
-use idempotency_core::{EncodedKey, Key, Outcome, Record, StoredResponse};
+use idempotency_core::{EncodedKey, Key, NotLent, Outcome, Record, StoredResponse};
 
 use crate::{
     handler::{Polled, route_path},
     handshake::{Conflict, Protection},
     policy::{ExtractorNeeds, Needs},
 };
+
+pub use self::transaction::IdempotentTransaction;
+
+mod transaction;
 
 /// The key of the request that is being handled.
 ///
@@ -349,8 +353,10 @@ pub struct NotProtected {
     extractor: &'static str,
     handler: Option<&'static str>,
     path: String,
-    /// The request is protected, but not by a manual policy.
+    /// The request is protected, but not as the extractor needs it.
     protection: Option<Protection>,
+    /// There is a transaction, and not for this extractor.
+    not_lent: Option<NotLent>,
 }
 
 impl NotProtected {
@@ -360,6 +366,7 @@ impl NotProtected {
             handler: Polled::now().map(|handler| handler.name),
             path: route_path(&parts.extensions, &parts.uri).to_owned(),
             protection: parts.extensions.get().cloned(),
+            not_lent: None,
         }
     }
 
@@ -372,6 +379,14 @@ impl NotProtected {
     fn cure(&self) -> String {
         let extractor = self.extractor;
         match (extractor, &self.protection) {
+            ("IdempotentTransaction", _) if self.not_lent == Some(NotLent::Taken) => {
+                "take it once, and pass it on as a parameter".to_owned()
+            }
+            ("IdempotentTransaction", Some(_)) => {
+                "the layer must know that the handler takes a transaction: give it the attribute, or say so in its policy, as in \
+                 `.idempotency_key(KeyPolicy::required().transaction::<Postgres>())`"
+                    .to_owned()
+            }
             ("ManualIdempotency", Some(_)) => {
                 "the layer can't see what a handler without a policy takes: give it one that is manual, as in \
                  `.idempotency_key(KeyPolicy::required().manual())`"
@@ -393,6 +408,10 @@ impl fmt::Display for NotProtected {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let extractor = self.extractor;
         match self.protection {
+            Some(_) if extractor == "IdempotentTransaction" => match self.not_lent {
+                Some(error) => write!(f, "`{extractor}`: {error}"),
+                None => write!(f, "`{extractor}` found a policy without a transaction"),
+            },
             Some(_) => write!(f, "`{extractor}` found a policy that is not manual"),
             None => write!(f, "`{extractor}` found no protected request"),
         }

@@ -205,10 +205,18 @@ pub use idempotency_core::RedisStorage;
 pub use idempotency_core::Settings;
 #[cfg(feature = "sqlite")]
 pub use idempotency_core::SqliteStorage;
+/// The database of an [`IdempotentTransaction`], as sqlx names it.
+#[cfg(feature = "postgres")]
+#[doc(no_inline)]
+pub use idempotency_core::sqlx::Postgres;
+/// The database of an [`IdempotentTransaction`], as sqlx names it.
+#[cfg(feature = "sqlite")]
+#[doc(no_inline)]
+pub use idempotency_core::sqlx::Sqlite;
 pub use idempotency_core::{Config, Scope, StoreOn};
 
 pub use self::{
-    extract::{IdempotencyKey, ManualIdempotency},
+    extract::{IdempotencyKey, IdempotentTransaction, ManualIdempotency},
     handler::IdempotencyHandler,
     layer::IdempotencyLayer,
     misuse::Misuse,
@@ -248,8 +256,9 @@ pub mod engine {
     pub use idempotency_core::SimulatedClock;
     #[doc(inline)]
     pub use idempotency_core::{
-        Claim, Completion, Decision, Engine, Env, Environment, Event, Observer, Operation,
-        Progress, Ran, Refusal, Refused, Replay, Spawner, TracingObserver,
+        Claim, Completion, Decision, Engine, Env, Environment, Event, KeyTransaction, NotLent,
+        Observer, Operation, Progress, Ran, Refusal, Refused, Replay, Spawner, TracingObserver,
+        TransactionClaim, TransactionEnd, TransactionSlot,
     };
 }
 
@@ -260,19 +269,20 @@ pub mod storage {
     pub use idempotency_core::storage::conformance;
     #[doc(inline)]
     pub use idempotency_core::{
-        AnyStorage, Begin, BoxError, Cache, DecodeError, DecodeErrorKind, Entry, Held, Lock,
-        LockedStorage, NewClaim, Outcome, ProcessLock, Record, Storage, StorageError,
-        StorageErrorKind, StoredResponse, Token, TombstoneReason,
-    };
-    #[cfg(feature = "postgres")]
-    #[doc(inline)]
-    pub use idempotency_core::{
-        Committed, Entered, KeyTransaction, PostgresConnect, PostgresConnectError,
-        PostgresConnectErrorKind, TransactionTerms,
+        AnyStorage, Begin, BeginTransaction, BoxError, Cache, Committed, DecodeError,
+        DecodeErrorKind, Entry, Held, Lock, LockedStorage, NewClaim, NewTransaction, Outcome,
+        PhaseError, ProcessLock, Record, Storage, StorageError, StorageErrorKind, StoredResponse,
+        Token, TombstoneReason, Transaction, TransactionDatabase, Transactions, Writes,
     };
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
     #[doc(inline)]
     pub use idempotency_core::{InvalidTableName, Purger};
+    #[cfg(feature = "postgres")]
+    #[doc(inline)]
+    pub use idempotency_core::{
+        IsolationLevel, PostgresConnect, PostgresConnectError, PostgresConnectErrorKind,
+        PostgresTransaction,
+    };
     #[cfg(feature = "memory")]
     #[doc(inline)]
     pub use idempotency_core::{MemoryStorageBuilder, MokaCache, NearCache, WhenFull};
@@ -283,7 +293,7 @@ pub mod storage {
     };
     #[cfg(feature = "sqlite")]
     #[doc(inline)]
-    pub use idempotency_core::{SqliteStorageError, SqliteStorageErrorKind};
+    pub use idempotency_core::{SqliteStorageError, SqliteStorageErrorKind, SqliteTransaction};
 }
 
 /// The types that the middleware and its extractors are made of. All of it can be imported from the root too.
@@ -294,7 +304,7 @@ pub mod middleware {
         future::ResponseFuture,
         handler::{HandlerFuture, WithPolicy},
         layer::EncodedKeyError,
-        misuse::MisuseKind,
+        misuse::{MisuseKind, TransactionProblem},
         policy::{ExtractorNeeds, Needs},
         problem::Problem,
         service::Idempotency,

@@ -1,6 +1,6 @@
 //! A mistake in how handlers and the layer are put together, found before the server listens.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use crate::policy::{KeyPolicy, Requirement};
 
@@ -33,6 +33,74 @@ pub enum MisuseKind {
         /// Its policy.
         policy: Box<KeyPolicy>,
     },
+    /// A policy asks for a transaction that its cache can't lend. Its routes answer 500.
+    #[non_exhaustive]
+    NoTransaction {
+        /// The handler; `None` if the policy was set on the layer.
+        handler: Option<String>,
+        /// Why not.
+        problem: TransactionProblem,
+    },
+}
+
+/// Why a storage can't lend the transaction that a handler takes; see [`MisuseKind::NoTransaction`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TransactionProblem {
+    /// The storage lends none, or stands behind another one that can't pass them on.
+    NoneLent {
+        /// The database that the handler asks for.
+        database: &'static str,
+    },
+    /// The storage is in another database.
+    OtherDatabase {
+        /// The database that the handler asks for.
+        database: &'static str,
+        /// The database of the storage.
+        storage: &'static str,
+    },
+    /// The pool has one connection: a transaction would leave none for claims and replays.
+    PoolTooSmall,
+    /// The database has one writer, and renewals of other claims could wait until their lease is over.
+    TooLong {
+        /// How long a transaction may be open.
+        max_transaction: Duration,
+        /// The lease.
+        lease: Duration,
+    },
+    /// A manual handler runs on conflicts too, which have no transaction.
+    Manual,
+}
+
+impl fmt::Display for TransactionProblem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoneLent { database } => write!(
+                f,
+                "its cache lends no transactions: give it a storage of {database} itself (no `NearCache` in front), or name one by \
+                 `cache_name`"
+            ),
+            Self::OtherDatabase { database, storage } => write!(
+                f,
+                "it asks for {database} and its cache is in {storage}: name another cache by `cache_name`, or take a transaction of \
+                 {storage}"
+            ),
+            Self::PoolTooSmall => f.write_str(
+                "the pool of its cache has one connection, which a transaction would take: set `max_connections` to two or more",
+            ),
+            Self::TooLong {
+                max_transaction,
+                lease,
+            } => write!(
+                f,
+                "its transactions may be open for {max_transaction:?}, and other claims with a lease of {lease:?} can't be renewed \
+                 meanwhile: set `max_transaction` below a third of `LockPolicy::ttl`"
+            ),
+            Self::Manual => f.write_str(
+                "it answers conflicts itself, and those have no transaction: remove `manual` or the transaction",
+            ),
+        }
+    }
 }
 
 impl Misuse {
@@ -55,10 +123,7 @@ impl fmt::Display for Misuse {
                 cache,
                 known,
             } => {
-                match handler {
-                    Some(handler) => write!(f, "handler `{handler}`")?,
-                    None => f.write_str("the policy of the layer")?,
-                }
+                write_owner(f, handler.as_deref())?;
                 write!(
                     f,
                     " uses the cache {cache:?}, which the layer does not have ("
@@ -68,6 +133,10 @@ impl fmt::Display for Misuse {
                     false => write!(f, "it has: {}", known.join(", "))?,
                 }
                 write!(f, "): add `.cache({cache:?}, storage)`")
+            }
+            MisuseKind::NoTransaction { handler, problem } => {
+                write_owner(f, handler.as_deref())?;
+                write!(f, " can't have its transaction: {problem}")
             }
             MisuseKind::NoLayer { handler, policy } => {
                 let asks = match policy.requirement {
@@ -82,6 +151,14 @@ impl fmt::Display for Misuse {
                 )
             }
         }
+    }
+}
+
+/// Whose policy it is.
+fn write_owner(f: &mut fmt::Formatter<'_>, handler: Option<&str>) -> fmt::Result {
+    match handler {
+        Some(handler) => write!(f, "handler `{handler}`"),
+        None => f.write_str("the policy of the layer"),
     }
 }
 

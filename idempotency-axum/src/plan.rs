@@ -16,7 +16,7 @@ use idempotency_core::{AnyStorage, Config, Engine, Mode, UnknownCaller};
 use crate::{
     discovery::{Announced, Discovery},
     handshake::{Trust, TrustTable},
-    misuse::{Misuse, MisuseKind},
+    misuse::{Misuse, MisuseKind, TransactionProblem},
     policy::KeyPolicy,
     problem::Problem,
     request::matched_path,
@@ -161,6 +161,12 @@ impl Shared {
                 }
             },
         };
+        if let Some(problem) = without_transaction(&policy, engine) {
+            return Plan::Misused(Misuse::new(MisuseKind::NoTransaction {
+                handler: handler.map(str::to_owned),
+                problem,
+            }));
+        }
         Plan::Apply(Applied {
             engine: engine.clone(),
             relies_on: handler
@@ -269,6 +275,34 @@ impl Shared {
         }
         log(path);
     }
+}
+
+/// Why the storage of `engine` can't lend the transaction that `policy` asks for.
+fn without_transaction(policy: &KeyPolicy, engine: &Engine) -> Option<TransactionProblem> {
+    let database = policy.terms.transaction?;
+    if policy.terms.manual {
+        return Some(TransactionProblem::Manual);
+    }
+    let Some(transactions) = engine.transactions() else {
+        return Some(TransactionProblem::NoneLent { database });
+    };
+    if transactions.database() != database {
+        return Some(TransactionProblem::OtherDatabase {
+            database,
+            storage: transactions.database(),
+        });
+    }
+    if transactions.max_open() == 0 {
+        return Some(TransactionProblem::PoolTooSmall);
+    }
+    let lease = engine.lease();
+    let max_duration = transactions.max_duration();
+    (transactions.delays_renewals() && max_duration >= lease / 3).then_some(
+        TransactionProblem::TooLong {
+            max_transaction: max_duration,
+            lease,
+        },
+    )
 }
 
 /// A list stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, fmt, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderName, Method, request::Parts};
-use idempotency_core::{Config, InvalidKey, Key, Scope, StoreOn};
+use idempotency_core::{Config, InvalidKey, Key, Scope, StoreOn, TransactionDatabase};
 
 /// A handler's policy: whether a key is required, and where it differs from the layer's
 /// [`Config`](crate::Config).
@@ -54,6 +54,8 @@ pub(crate) struct Terms {
     pub(crate) cache_name: Option<Cow<'static, str>>,
     pub(crate) ttl: Option<Duration>,
     pub(crate) manual: bool,
+    /// The database of the transaction that the handler takes.
+    pub(crate) transaction: Option<&'static str>,
     pub(crate) store_on: Option<StoreOn>,
     pub(crate) scope: Option<Scope>,
     pub(crate) max_request_body: Option<usize>,
@@ -349,6 +351,27 @@ impl KeyPolicy {
         self
     }
 
+    /// The handler takes an [`IdempotentTransaction`](crate::IdempotentTransaction): what it writes there is committed together with the
+    /// record. An attribute finds that by itself. Default: no transaction.
+    ///
+    /// The cache of this policy must be in that database; [`check`](crate::IdempotencyLayer::check) returns an error if it is not. Not
+    /// together with [`manual`](Self::manual).
+    ///
+    #[cfg_attr(feature = "sqlite", doc = "```")]
+    #[cfg_attr(not(feature = "sqlite"), doc = "```ignore")]
+    /// use axum::{Router, routing::post};
+    /// use idempotency_axum::{IdempotencyHandler, IdempotentTransaction, KeyPolicy, sqlx::Sqlite};
+    ///
+    /// let policy = KeyPolicy::required().transaction::<Sqlite>();
+    /// let create = async |_tx: IdempotentTransaction<Sqlite>| "created";
+    /// let app: Router = Router::new().route("/orders", post(create.idempotency_key(policy)));
+    /// # let _ = app;
+    /// ```
+    pub fn transaction<DB: TransactionDatabase>(mut self) -> Self {
+        self.terms_mut().transaction = Some(DB::NAME);
+        self
+    }
+
     /// Whether this policy lets a request through that `other` would protect or refuse.
     pub(crate) fn is_more_lenient_than(&self, other: &Self) -> bool {
         self.requirement < other.requirement
@@ -398,6 +421,7 @@ impl<T: ExtractorNeeds, E> ExtractorNeeds for Result<T, E> {
 pub struct Needs {
     manual: bool,
     key: bool,
+    transaction: Option<&'static str>,
 }
 
 impl Needs {
@@ -405,6 +429,7 @@ impl Needs {
     pub const NONE: Self = Self {
         manual: false,
         key: false,
+        transaction: None,
     };
 
     /// The handler runs on conflicts too, as with [`KeyPolicy::manual`].
@@ -420,12 +445,32 @@ impl Needs {
         ..Self::NONE
     };
 
+    /// Each request has a key, and a transaction of this [database](crate::TransactionDatabase::NAME), as with
+    /// [`KeyPolicy::transaction`].
+    pub const fn transaction(database: &'static str) -> Self {
+        Self {
+            transaction: Some(database),
+            ..Self::KEY
+        }
+    }
+
     /// What either needs.
     pub const fn and(self, other: Self) -> Self {
         Self {
             manual: self.manual || other.manual,
             key: self.key || other.key,
+            transaction: match self.transaction {
+                Some(database) => Some(database),
+                None => other.transaction,
+            },
         }
+    }
+
+    /// Whether a handler may have all of it: one that answers conflicts itself has no transaction of its record.
+    #[doc(hidden)]
+    #[must_use]
+    pub const fn can_be_met(self) -> bool {
+        !self.manual || self.transaction.is_none()
     }
 
     /// What is left for an extractor that may fail.
@@ -446,7 +491,11 @@ impl Needs {
     }
 
     pub(crate) fn apply(self, policy: KeyPolicy) -> KeyPolicy {
-        if self.manual { policy.manual() } else { policy }
+        let mut policy = if self.manual { policy.manual() } else { policy };
+        if let Some(database) = self.transaction {
+            policy.terms_mut().transaction = Some(database);
+        }
+        policy
     }
 }
 

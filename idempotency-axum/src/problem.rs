@@ -11,6 +11,8 @@
 //! | <a id="body-unreadable"></a>`#body-unreadable` | 400 | the request's body broke off or can't be decoded, or (408) stopped coming; nothing ran | yes: send all of it |
 //! | <a id="scope-required"></a>`#scope-required` | 403 | the request does not say whose key it is | no: authenticate |
 //! | <a id="storage-unavailable"></a>`#storage-unavailable` | 503 | the storage failed, nothing ran | yes, after `Retry-After` |
+//! | <a id="rolled-back"></a>`#rolled-back` | 503 | the operation ran in a transaction that met another one, failed or took too long; nothing of it is kept | yes, after `Retry-After` |
+//! | <a id="in-doubt"></a>`#in-doubt` | 503 | the connection to the database was lost during the commit | yes: the retry gets the answer, or runs |
 //! | <a id="overloaded"></a>`#overloaded` | 503 | too many operations run or wait, or too many bytes are held in memory; nothing ran | yes, after `Retry-After` |
 
 use std::fmt;
@@ -59,9 +61,10 @@ impl Problem {
             Refusal::NotReplayable => (StatusCode::CONFLICT, None),
             Refusal::BodyTooLarge => (StatusCode::PAYLOAD_TOO_LARGE, None),
             Refusal::ScopeRequired => (StatusCode::FORBIDDEN, None),
-            Refusal::StorageUnavailable | Refusal::Overloaded => {
-                (StatusCode::SERVICE_UNAVAILABLE, Some(1))
-            }
+            Refusal::StorageUnavailable
+            | Refusal::RolledBack
+            | Refusal::InDoubt
+            | Refusal::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, Some(1)),
             _ => (StatusCode::BAD_REQUEST, None),
         };
         Self {
@@ -165,6 +168,8 @@ impl Problem {
             Refusal::BodyUnreadable => "Request body can't be read",
             Refusal::ScopeRequired => "The caller is unknown",
             Refusal::StorageUnavailable => "Idempotency storage is unavailable",
+            Refusal::RolledBack => "The operation was rolled back",
+            Refusal::InDoubt => "Whether the operation was committed is not known",
             Refusal::Overloaded => "Too many requests are running, waiting or held in memory",
             _ => "The request was refused",
         }
@@ -204,6 +209,12 @@ impl Problem {
                 }
                 Refusal::ScopeRequired => {
                     "A request with an idempotency key must say whose key it is, usually by its credentials."
+                }
+                Refusal::RolledBack => {
+                    "Nothing of the operation was kept. Retry later with the same key."
+                }
+                Refusal::InDoubt => {
+                    "Retry later with the same key: the retry gets the answer of the operation, or runs it if it was not committed."
                 }
                 Refusal::StorageUnavailable | Refusal::Overloaded => {
                     "Nothing was run. Retry later with the same key."

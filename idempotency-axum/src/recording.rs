@@ -55,7 +55,7 @@ use futures_util::{
 };
 use http::{HeaderMap, StatusCode, header};
 use http_body::{Body as _, Frame};
-use idempotency_core::{Claim, Progress, StoredResponse, TombstoneReason};
+use idempotency_core::{Claim, Config, Progress, StoredResponse, TombstoneReason};
 use tracing::{Instrument, Span};
 
 use self::tape::{Tail, Tape};
@@ -143,6 +143,50 @@ pub(crate) async fn record(
         }
     };
     Response::from_parts(parts, body)
+}
+
+/// An answer that was read before it is recorded.
+pub(crate) enum Gathered {
+    /// All of it, and what is stored of it.
+    Whole(StoredResponse, Response),
+    /// It can't be recorded. Its body is read on by its client.
+    Unrecordable(TombstoneReason, Response),
+    /// Its body broke off.
+    Broken(axum::Error),
+}
+
+/// Reads an answer to its end, or until it shows that it can't be recorded.
+pub(crate) async fn gather(response: Response, config: &Config) -> Gathered {
+    let (parts, body) = response.into_parts();
+    let stored = |body| response::stored(parts.status, &parts.headers, body, config);
+    if is_sent_without_body(parts.status) {
+        let stored = stored(Bytes::new());
+        return Gathered::Whole(stored, Response::from_parts(parts, Body::empty()));
+    }
+    let mut source = Source::new(&parts.headers, body);
+    let limit = config.max_response_body;
+    if let Some(reason) = unrecordable(&parts.headers, &source, limit) {
+        return Gathered::Unrecordable(reason, Response::from_parts(parts, source.body));
+    }
+    let mut buffer = Buffer::counted(limit, &config.budget);
+    let end = loop {
+        let next = poll_fn(|cx| source.poll_next(cx)).await;
+        if let Some(end) = take(&mut buffer, next, Buffer::push) {
+            break source.judge(end);
+        }
+    };
+    match end {
+        End::Whole => {
+            let (bytes, _) = buffer.into_parts();
+            let stored = stored(bytes.clone());
+            Gathered::Whole(stored, Response::from_parts(parts, Body::from(bytes)))
+        }
+        End::Unrecorded(_, Some(Err(error))) => Gathered::Broken(error),
+        End::Unrecorded(reason, next) => {
+            let body = Body::new(Tail::new(buffer, next, Some(source.body)));
+            Gathered::Unrecordable(reason, Response::from_parts(parts, body))
+        }
+    }
 }
 
 /// Stores the answer for retries.
@@ -380,7 +424,7 @@ mod tests {
     use http::Request;
     use http_body_util::BodyExt;
     use idempotency_core::{
-        Config, Decision, Encoded, EncodedKey, MemoryStorage, Outcome, TombstoneReason,
+        Decision, Encoded, EncodedKey, MemoryStorage, Outcome, TombstoneReason,
     };
     use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 

@@ -71,6 +71,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod budget;
+mod codes;
 mod config;
 mod encoder;
 mod engine;
@@ -92,15 +93,19 @@ pub use self::{
         BasicKeyEncoder, Encoded, Fingerprint, FingerprintFieldsEncoder, FingerprintKeyEncoder,
         KeyEncoder, KeyOnlyEncoder, RequestView,
     },
-    engine::{Claim, Completion, Decision, Engine, Progress, Ran, Refused, Replay},
+    engine::{
+        Claim, Completion, Decision, Engine, KeyTransaction, NotLent, Progress, Ran, Refused,
+        Replay, TransactionClaim, TransactionEnd, TransactionSlot,
+    },
     env::{Env, Environment, Spawner},
     error::{BoxError, StorageError, StorageErrorKind},
     event::{Event, Observer, Operation, Refusal, TracingObserver},
     key::{EncodedKey, InvalidKey, InvalidKeyKind, Key, KeyFormat, ParseEncodedKeyError},
     record::{DecodeError, DecodeErrorKind, Outcome, Record, StoredResponse, TombstoneReason},
     storage::{
-        AnyStorage, Begin, Cache, Entry, Held, Lock, LockedStorage, NewClaim, ProcessLock, Storage,
-        Token,
+        AnyStorage, Begin, BeginTransaction, Cache, Committed, Entry, Held, Lock, LockedStorage,
+        NewClaim, NewTransaction, PhaseError, ProcessLock, Storage, Token, Transaction,
+        TransactionDatabase, Transactions, Writes,
     },
 };
 
@@ -136,11 +141,12 @@ pub use self::storage::{
 pub use self::storage::sql::postgres::{
     PostgresStorage,
     connect::{PostgresConnect, PostgresConnectError, PostgresConnectErrorKind},
-    transaction::{Committed, Entered, KeyTransaction, TransactionTerms},
+    transaction::{IsolationLevel, PostgresTransaction},
 };
 
 #[cfg(feature = "sqlite")]
 pub use self::storage::sql::sqlite::{
     SqliteStorage,
     error::{SqliteStorageError, SqliteStorageErrorKind},
+    transaction::SqliteTransaction,
 };

@@ -203,7 +203,12 @@ fn key_policy(args: &KeyArgs, handler: &HandlerFn) -> TokenStream {
     quote! {
         #private::policy_with(#policy, const {
             use #private::NoNeeds as _;
-            #private::Needs::NONE #(.and(#private::NeedsOf::<#parameters>::NEEDS))*
+            let needs = #private::Needs::NONE #(.and(#private::NeedsOf::<#parameters>::NEEDS))*;
+            ::core::assert!(
+                needs.can_be_met(),
+                "a handler that answers conflicts itself shares no transaction with its record: take `ManualIdempotency` or `IdempotentTransaction`"
+            );
+            needs
         })
     }
 }

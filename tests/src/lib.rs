@@ -9,12 +9,14 @@
 use std::time::Duration;
 
 pub mod catalogue;
+mod chance;
 pub mod client;
 pub mod example;
 pub mod faults;
 pub mod feed;
 pub mod fuzz;
 pub mod incoming;
+pub mod kills;
 pub mod listen;
 pub mod node;
 pub mod postgres;

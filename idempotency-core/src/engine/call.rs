@@ -117,7 +117,7 @@ impl Engine {
     }
 }
 
-fn replayed<T: DeserializeOwned, E>(outcome: &Outcome) -> Ran<T, E> {
+pub(super) fn replayed<T: DeserializeOwned, E>(outcome: &Outcome) -> Ran<T, E> {
     match outcome {
         Outcome::Response(response) => match serde_json::from_slice(response.body()) {
             Ok(value) => Ran::Replayed(value),
@@ -127,7 +127,7 @@ fn replayed<T: DeserializeOwned, E>(outcome: &Outcome) -> Ran<T, E> {
     }
 }
 
-fn not_run<T, E>(refusal: Refusal, error: Option<StorageError>) -> Ran<T, E> {
+pub(super) fn not_run<T, E>(refusal: Refusal, error: Option<StorageError>) -> Ran<T, E> {
     match (refusal, error) {
         (_, Some(error)) => Ran::StorageFailed(error),
         (Refusal::InFlight, None) => Ran::InFlight,

@@ -91,6 +91,32 @@ impl Claim {
         ControlFlow::Continue(has_place.then(|| Self::entered(shared, encoded, token)))
     }
 
+    /// The claim of an operation that is to run in a transaction, unless this process knows something of the key. Its run is listed
+    /// before the storage is asked.
+    pub(super) fn find_or_list(
+        shared: &Arc<Shared>,
+        encoded: &Encoded,
+        progress: &Progress,
+    ) -> ControlFlow<Found, Option<Self>> {
+        let now = shared.options.now();
+        let token = Token::random_from(&shared.options.env);
+        let mut claim = Self::entered(shared, encoded, token);
+        claim.stage = Stage::Ended;
+        let run = claim.new_run(now, progress).in_transaction();
+        let has_place = shared.runs.find_or_add(now, token, run)?;
+        if !has_place {
+            return ControlFlow::Continue(None);
+        }
+        claim.stage = Stage::Running;
+        ControlFlow::Continue(Some(claim))
+    }
+
+    /// The run has ended, and `record` is its outcome or that of the run before.
+    pub(super) fn end_with(mut self, record: &Record) {
+        self.stage = Stage::Ended;
+        self.shared.runs.end_with(self.token, &self.key, record);
+    }
+
     fn entered(shared: &Arc<Shared>, encoded: &Encoded, token: Token) -> Self {
         Self {
             shared: shared.clone(),

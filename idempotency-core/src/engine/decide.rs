@@ -15,14 +15,46 @@ use crate::{
     OnUnreadable, Operation, Record, Refusal, Storage, StorageError, StorageErrorKind,
 };
 
+/// How a key is taken.
+pub(super) trait Means: Sync {
+    type Claim: Send;
+
+    /// One attempt of a request that has `waited` so long. `Continue`: the operation runs.
+    fn attempt(
+        &self,
+        engine: &Engine,
+        encoded: &Encoded,
+        progress: &Progress,
+        waited: Duration,
+    ) -> impl Future<Output = ControlFlow<Decision<Self::Claim>, Waiter>> + Send;
+}
+
+/// By a claim with a lease.
+pub(super) struct Lease;
+
+impl Means for Lease {
+    type Claim = Claim;
+
+    async fn attempt(
+        &self,
+        engine: &Engine,
+        encoded: &Encoded,
+        progress: &Progress,
+        waited: Duration,
+    ) -> ControlFlow<Decision, Waiter> {
+        engine.attempt(encoded, progress, waited).await
+    }
+}
+
 impl Engine {
     /// Decides, waiting up to `limit` for a running original. Emits no event for the decision.
-    pub(super) async fn decide(
+    pub(super) async fn decide<M: Means>(
         &self,
+        means: &M,
         encoded: &Encoded,
         progress: &Progress,
         limit: Duration,
-    ) -> Decision {
+    ) -> Decision<M::Claim> {
         let shared = &self.shared;
         let waiters = &shared.runs.waiters;
         let mut waiting: Option<Waiting<'_>> = None;
@@ -34,7 +66,7 @@ impl Engine {
         };
         loop {
             let waited = waiting.as_ref().map_or(Duration::ZERO, Waiting::waited);
-            let waiter = match self.attempt(encoded, progress, waited).await {
+            let waiter = match means.attempt(self, encoded, progress, waited).await {
                 ControlFlow::Continue(waiter) => waiter,
                 ControlFlow::Break(decision) => {
                     permit.is_held &= !matches!(decision, Decision::Execute(_));
@@ -174,12 +206,12 @@ impl Engine {
     }
 
     /// Subscribes to the end of an operation that the storage knows, unless its outcome is here already.
-    fn subscribe(
+    pub(super) fn subscribe<C>(
         &self,
         encoded: &Encoded,
         running: Option<Fingerprint>,
         waited: Duration,
-    ) -> ControlFlow<Decision, Waiter> {
+    ) -> ControlFlow<Decision<C>, Waiter> {
         let shared = &self.shared;
         match shared.runs.subscribe(&encoded.key, shared.options.now()) {
             Ok(waiter) => in_flight(encoded, running, waiter),
@@ -210,12 +242,12 @@ impl Engine {
     }
 
     /// At `max_running`: answers retries, and refuses operations that would run.
-    async fn replay_only(&self, encoded: &Encoded, waited: Duration) -> Decision {
+    pub(super) async fn replay_only<C>(&self, encoded: &Encoded, waited: Duration) -> Decision<C> {
         let shared = &self.shared;
         match self.get(&encoded.key).await {
             Ok(Some(Entry::Completed(record))) => replay(encoded, record, waited),
             Ok(_) => refused(Refusal::Overloaded),
-            Err(error) => shared.storage_failed(&encoded.key, Operation::Get, error),
+            Err(error) => Decision::Refuse(shared.unavailable(&encoded.key, Operation::Get, error)),
         }
     }
 }
@@ -269,9 +301,18 @@ impl Shared {
 
     /// Emits the event of a decision.
     pub(super) fn announce(&self, key: &EncodedKey, decision: &Decision) {
+        match decision {
+            Decision::Execute(claim) if claim.previous().is_some() => {
+                self.options.emit(&Event::Conflict { key: *key });
+            }
+            decision => self.announce_new(key, decision),
+        }
+    }
+
+    /// The same, where it is on no conflict.
+    pub(super) fn announce_new<C>(&self, key: &EncodedKey, decision: &Decision<C>) {
         let key = *key;
         self.options.emit(&match decision {
-            Decision::Execute(claim) if claim.previous().is_some() => Event::Conflict { key },
             Decision::Execute(_) => Event::Executing { key },
             Decision::Replay(replay) => Event::Replayed {
                 key,
@@ -299,13 +340,24 @@ impl Shared {
         operation: Operation,
         error: StorageError,
     ) -> Decision {
-        self.failed(key, operation, &error);
+        let refused = self.unavailable(key, operation, error);
         match self.options.on_storage_error {
             OnStorageError::RunUnprotected => Decision::Unprotected,
-            OnStorageError::Reject => Decision::Refuse(Refused {
-                refusal: Refusal::StorageUnavailable,
-                error: Some(error),
-            }),
+            OnStorageError::Reject => Decision::Refuse(refused),
+        }
+    }
+
+    /// The refusal where the storage failed.
+    pub(super) fn unavailable(
+        &self,
+        key: &EncodedKey,
+        operation: Operation,
+        error: StorageError,
+    ) -> Refused {
+        self.failed(key, operation, &error);
+        Refused {
+            refusal: Refusal::StorageUnavailable,
+            error: Some(error),
         }
     }
 
@@ -329,11 +381,11 @@ impl Shared {
 }
 
 /// Decides about a request whose key runs: a duplicate waits, another request under the key is refused.
-fn in_flight(
+pub(super) fn in_flight<C>(
     encoded: &Encoded,
     running: Option<Fingerprint>,
     waiter: Waiter,
-) -> ControlFlow<Decision, Waiter> {
+) -> ControlFlow<Decision<C>, Waiter> {
     match differ(running, encoded.fingerprint) {
         true => ControlFlow::Break(refused(Refusal::KeyReused)),
         false => ControlFlow::Continue(waiter),
@@ -341,14 +393,14 @@ fn in_flight(
 }
 
 /// Decides about a request whose key has a record: a retry gets it, another request under the key is refused.
-fn replay(encoded: &Encoded, record: Record, waited: Duration) -> Decision {
+pub(super) fn replay<C>(encoded: &Encoded, record: Record, waited: Duration) -> Decision<C> {
     match differ(record.fingerprint, encoded.fingerprint) {
         true => refused(Refusal::KeyReused),
         false => Decision::Replay(Replay { record, waited }),
     }
 }
 
-pub(super) fn refused(refusal: Refusal) -> Decision {
+pub(super) fn refused<C>(refusal: Refusal) -> Decision<C> {
     Decision::Refuse(Refused {
         refusal,
         error: None,

@@ -7,7 +7,7 @@ use std::{ops::ControlFlow, time::Duration};
 
 use super::{
     Claim, Completion, Decision, Engine, Progress,
-    decide::{differ, refused},
+    decide::{Lease, differ, refused},
     runs::Found,
 };
 use crate::{
@@ -32,7 +32,7 @@ impl Engine {
     pub async fn begin_manual(&self, encoded: &Encoded, progress: &Progress) -> Decision {
         let limit = self.shared.options.lock.wait_timeout();
         loop {
-            let decision = match self.decide(encoded, progress, limit).await {
+            let decision = match self.decide(&Lease, encoded, progress, limit).await {
                 Decision::Replay(replay) => {
                     match self.claim_conflict(encoded, replay.record, progress).await {
                         ControlFlow::Break(decision) => decision,
@@ -60,7 +60,7 @@ impl Engine {
             fingerprint: None,
         };
         let claim = match self
-            .decide(&turn, progress, options.lock.longest_hold())
+            .decide(&Lease, &turn, progress, options.lock.longest_hold())
             .await
         {
             // Given up, it leaves a tombstone, which is to block the key's conflicts no longer than a crash would.

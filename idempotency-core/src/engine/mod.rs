@@ -7,9 +7,10 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use self::{options::Options, runs::Runs};
+use self::{decide::Lease, options::Options, runs::Runs};
 use crate::{
     AnyStorage, Config, Encoded, EncodedKey, Entry, Record, Refusal, Storage, StorageError,
+    Transactions,
 };
 
 mod call;
@@ -22,12 +23,14 @@ mod progress;
 mod releases;
 mod run;
 mod runs;
+mod transaction;
 mod waiters;
 
 pub use self::{
     call::Ran,
     claim::{Claim, Completion},
     progress::Progress,
+    transaction::{KeyTransaction, NotLent, TransactionClaim, TransactionEnd, TransactionSlot},
 };
 
 /// Runs operations at most once per key; clones share everything.
@@ -61,6 +64,7 @@ pub struct Engine {
 
 struct Shared {
     storage: AnyStorage,
+    transactions: Option<Arc<dyn Transactions>>,
     options: Options,
     runs: Runs,
     /// For [`Engine::config`]. The engine itself reads its `options`.
@@ -71,14 +75,14 @@ struct Shared {
 /// What to do with a request; see [`Engine::begin`].
 #[derive(Debug)]
 #[must_use = "only `Execute` and `Unprotected` allow the operation to run"]
-pub enum Decision {
+pub enum Decision<C = Claim> {
     /// Run the operation, then end the claim.
-    Execute(Claim),
+    Execute(C),
     /// It ran before: answer with its outcome.
     Replay(Replay),
     /// Don't run it, and tell the client why.
     Refuse(Refused),
-    /// The storage failed, and the configuration says to run the operation all the same.
+    /// The storage failed, and the configuration says to run the operation all the same. Never for one that runs in a transaction.
     Unprotected,
 }
 
@@ -106,9 +110,11 @@ impl Engine {
     /// An engine that keeps claims and records in `storage`.
     pub fn new(storage: impl Storage, config: Config) -> Self {
         let options = Options::of(&config);
+        let storage = AnyStorage::new(storage);
         Self {
             shared: Arc::new(Shared {
-                storage: AnyStorage::new(storage),
+                transactions: storage.transactions(),
+                storage,
                 runs: Runs::new(options.max_running, options.max_waiting),
                 options,
                 config,
@@ -127,7 +133,7 @@ impl Engine {
     /// [`begin`](Self::begin), with a `progress` that tells whether the future may be dropped.
     pub async fn begin_with(&self, encoded: &Encoded, progress: &Progress) -> Decision {
         let limit = self.shared.options.lock.wait_timeout();
-        let decision = self.decide(encoded, progress, limit).await;
+        let decision = self.decide(&Lease, encoded, progress, limit).await;
         self.shared.announce(&encoded.key, &decision);
         decision
     }
@@ -197,6 +203,12 @@ impl Engine {
     /// The configuration of this engine.
     pub fn config(&self) -> &Config {
         &self.shared.config
+    }
+
+    /// How long a claim lives without being renewed: [`LockPolicy::ttl`](crate::LockPolicy::ttl).
+    #[must_use]
+    pub fn lease(&self) -> Duration {
+        self.shared.options.lease()
     }
 
     /// Where this engine keeps claims and records.

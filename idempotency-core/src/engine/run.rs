@@ -53,6 +53,8 @@ pub(super) struct Run {
 enum Phase {
     /// The operation runs under its claim.
     Held,
+    /// The operation runs in a transaction that holds the key. It is committed or rolled back by the operation's own future.
+    InTransaction,
     /// The operation runs without a claim: `LockPolicy::disabled`.
     Unclaimed,
     /// Another holder has the key. The operation runs.
@@ -201,6 +203,16 @@ impl Run {
         }
     }
 
+    /// The same run in a transaction.
+    pub(super) fn in_transaction(self) -> Self {
+        Self {
+            phase: Phase::InTransaction,
+            renew_at: Duration::MAX,
+            store_at: Duration::MAX,
+            ..self
+        }
+    }
+
     // ---- questions
 
     /// Whether this run decides what other requests for its key get in this process.
@@ -210,7 +222,7 @@ impl Run {
 
     pub(super) fn answer(&self, now: Duration) -> Answer {
         match &self.phase {
-            Phase::Held | Phase::Finishing(_) => Answer::Running,
+            Phase::Held | Phase::InTransaction | Phase::Finishing(_) => Answer::Running,
             Phase::GivenUp(_) => Answer::GivenUp(self.tombstone()),
             // The keeper may be late to drop it.
             Phase::Pending(pending) if pending.expires <= now => Answer::Nothing,
@@ -295,6 +307,8 @@ impl Run {
                 self.give_up(Phase::Lost);
                 return None;
             }
+            // Never due.
+            Phase::InTransaction => return None,
             Phase::Unclaimed => {
                 self.give_up(Phase::Unclaimed);
                 return None;
@@ -355,7 +369,9 @@ impl Run {
         self.renewing = false;
         self.renew_at = match self.phase {
             // The tombstone that stands in the claim's place is let live on by itself.
-            Phase::GivenUp(Some(_)) | Phase::Lost | Phase::Unclaimed => Duration::MAX,
+            Phase::GivenUp(Some(_)) | Phase::Lost | Phase::InTransaction | Phase::Unclaimed => {
+                Duration::MAX
+            }
             _ => now.saturating_add(self.lease / 3),
         };
     }
@@ -552,8 +568,29 @@ impl Run {
         match self.phase {
             Phase::Finishing(_) | Phase::GivenUp(_) | Phase::Pending(_) => Left::Outcome,
             Phase::Held => Left::Claim,
-            Phase::Unclaimed | Phase::Lost => Left::Nothing,
+            Phase::InTransaction | Phase::Unclaimed | Phase::Lost => Left::Nothing,
         }
+    }
+
+    /// The transaction was committed up to a recovery point, and the claim that it left is renewed from `now`, until `give_up_at`.
+    pub(super) fn hold(&mut self, now: Duration, give_up_at: Duration) {
+        if matches!(self.phase, Phase::InTransaction) {
+            self.phase = Phase::Held;
+            self.renew_at = now.saturating_add(self.lease / 3);
+            self.store_at = give_up_at;
+        }
+    }
+
+    /// A transaction is to take the place of the claim. Says whether that was held throughout.
+    #[must_use]
+    pub(super) fn lend(&mut self) -> bool {
+        let is_held = self.is_held_throughout();
+        if is_held {
+            self.phase = Phase::InTransaction;
+            self.renew_at = Duration::MAX;
+            self.store_at = Duration::MAX;
+        }
+        is_held
     }
 
     /// The outcome will be kept for this long.

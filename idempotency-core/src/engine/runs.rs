@@ -204,6 +204,18 @@ impl Table {
         free
     }
 
+    /// Adds a run in the place of one that entered.
+    fn add(&mut self, token: Token, run: Run) {
+        self.entered -= 1;
+        self.places += 1;
+        if run.answers() {
+            self.by_key.insert(run.key, token);
+        }
+        let due = run.due();
+        self.runs.insert(token, run);
+        self.queue(token, Due::NEVER, due);
+    }
+
     fn is_drained(&self) -> bool {
         self.runs.is_empty() && self.entered == 0 && self.telling == 0 && self.releases.is_empty()
     }
@@ -275,15 +287,28 @@ impl Runs {
     #[must_use]
     pub(super) fn add(&self, token: Token, run: Run) -> bool {
         let mut table = self.lock();
-        table.entered -= 1;
-        table.places += 1;
-        if run.answers() {
-            table.by_key.insert(run.key, token);
-        }
-        let due = run.due();
-        table.runs.insert(token, run);
-        table.queue(token, Due::NEVER, due);
+        table.add(token, run);
         !std::mem::replace(&mut table.keeper_alive, true)
+    }
+
+    /// [`find_or_enter`](Self::find_or_enter) and [`add`](Self::add) in one step, for a run that has nothing for the keeper: duplicates
+    /// find it before the storage was asked.
+    pub(super) fn find_or_add(
+        &self,
+        now: Duration,
+        token: Token,
+        run: Run,
+    ) -> ControlFlow<Found, bool> {
+        let mut table = self.lock();
+        match table.find(&run.key, now, &self.waiters) {
+            Found::Nothing => {}
+            found => return ControlFlow::Break(found),
+        }
+        let has_place = table.enter(self.max_running);
+        if has_place {
+            table.add(token, run);
+        }
+        ControlFlow::Continue(has_place)
     }
 
     /// Changes a run. `None` if there is no such run (any more).

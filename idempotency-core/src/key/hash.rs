@@ -1,6 +1,6 @@
 //! The hash of a key: [`EncodedKey`], and the length-prefixed fields that hashes are made of.
 
-use std::{error::Error, fmt, str::FromStr};
+use std::{fmt, str::FromStr};
 
 use sha2::{Digest, Sha256};
 
@@ -127,28 +127,15 @@ impl FromStr for EncodedKey {
 /// let error = "order-7".parse::<EncodedKey>().unwrap_err();
 /// assert!(error.to_string().contains("7 bytes"));
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+// It does not show the text: a caller who mixes the two up passes the client's key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a storage key has {}: pass what `EncodedKey` displays, not the client's key", match len {
+    64 => "hex digits only, and this text has another character".to_owned(),
+    _ => format!("64 hex digits, and this text has {len} bytes"),
+})]
 pub struct ParseEncodedKeyError {
     len: usize,
 }
-
-impl fmt::Display for ParseEncodedKeyError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Not the text: a caller who mixes the two up passes the client's key.
-        if self.len == 64 {
-            f.write_str("a storage key has hex digits only, and this text has another character")?;
-        } else {
-            write!(
-                f,
-                "a storage key has 64 hex digits, and this text has {} bytes",
-                self.len
-            )?;
-        }
-        f.write_str(": pass what `EncodedKey` displays, not the client's key")
-    }
-}
-
-impl Error for ParseEncodedKeyError {}
 
 /// SHA-256 over fields, each behind its length, so that no two lists of fields hash the same bytes
 /// (`["ab", "c"]` and `["a", "bc"]` would, one after the other).

@@ -10,8 +10,10 @@ use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use http::{HeaderName, StatusCode};
 use serde::{Deserialize, Serialize};
+use serde_json::error::Category;
 
 use crate::{
+    BoxError,
     encoder::Fingerprint,
     key::parse_hex,
     record::{Outcome, Record, StoredResponse, TombstoneReason, put},
@@ -257,9 +259,17 @@ impl<'a> Value<'a> {
 /// Bytes from a storage are not a [`Record`] that this version can read.
 ///
 /// `Display` says what is wrong with them and what to do; neither it nor a source shows contents.
+#[derive(thiserror::Error)]
+#[error("the stored record can't be read: {fault}; {}", match self.kind() {
+    DecodeErrorKind::UnknownVersion => {
+        "if a newer version of this library shares the storage, upgrade this one; if another program does, give each its own prefix; \
+         else remove the key"
+    }
+    _ => "remove the key, or wait until it expires",
+})]
 pub struct DecodeError {
     fault: Fault,
-    source: Option<Box<dyn Error + Send + Sync>>,
+    source: Option<BoxError>,
 }
 
 impl DecodeError {
@@ -307,50 +317,6 @@ impl fmt::Debug for DecodeError {
     }
 }
 
-impl fmt::Display for DecodeError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the stored record can't be read: ")?;
-        match self.fault {
-            Fault::Head => f.write_str("it is cut off within its first bytes"),
-            Fault::MetadataCut => f.write_str("it is cut off within its metadata"),
-            Fault::Version(version) => {
-                write!(
-                    f,
-                    "it begins with version {version}, and this library reads {VERSION}"
-                )
-            }
-            Fault::Checksum => f.write_str("its checksum does not match, so it is damaged or cut"),
-            Fault::Json => f.write_str("its metadata is not the JSON it should be"),
-            Fault::Fingerprint => f.write_str("its fingerprint is not 64 hex digits"),
-            Fault::Outcome => f.write_str("it is neither a response nor a tombstone"),
-            Fault::TombstoneReason => {
-                f.write_str("it is a tombstone with a reason that this library does not know")
-            }
-            Fault::Status => f.write_str("its status is not one of HTTP"),
-            Fault::HeaderName => f.write_str("it has an invalid header name"),
-            Fault::HeaderValue => f.write_str("it has an invalid header value"),
-            Fault::HeaderCount => f.write_str("it has too many headers"),
-            Fault::Base64 => f.write_str("it has a header value that is not base64"),
-        }?;
-        f.write_str(match self.kind() {
-            DecodeErrorKind::UnknownVersion => {
-                "; if a newer version of this library shares the storage, upgrade this one; if \
-                 another program does, give each its own prefix; else remove the key"
-            }
-            _ => "; remove the key, or wait until it expires",
-        })
-    }
-}
-
-impl Error for DecodeError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match &self.source {
-            Some(source) => Some(&**source),
-            None => None,
-        }
-    }
-}
-
 /// The kinds of [`DecodeError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -367,28 +333,46 @@ pub enum DecodeErrorKind {
 }
 
 /// What [`DecodeErrorKind`] says, in detail for the message.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, thiserror::Error)]
 enum Fault {
+    #[error("it is cut off within its first bytes")]
     Head,
+    #[error("it is cut off within its metadata")]
     MetadataCut,
+    #[error("it begins with version {0}, and this library reads {VERSION}")]
     Version(u8),
+    #[error("its checksum does not match, so it is damaged or cut")]
     Checksum,
+    #[error("its metadata is not the JSON it should be")]
     Json,
+    #[error("its fingerprint is not 64 hex digits")]
     Fingerprint,
+    #[error("it is neither a response nor a tombstone")]
     Outcome,
+    #[error("it is a tombstone with a reason that this library does not know")]
     TombstoneReason,
+    #[error("its status is not one of HTTP")]
     Status,
+    #[error("it has an invalid header name")]
     HeaderName,
+    #[error("it has an invalid header value")]
     HeaderValue,
+    #[error("it has too many headers")]
     HeaderCount,
+    #[error("it has a header value that is not base64")]
     Base64,
 }
 
 /// What may be shown of a `serde_json::Error`: its own text quotes the value it stumbled over,
 /// which can be a cookie.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{} at column {column}", match category {
+    Category::Io | Category::Eof => "unexpected end",
+    Category::Syntax => "wrong syntax",
+    Category::Data => "a value of the wrong type",
+})]
 struct JsonError {
-    category: serde_json::error::Category,
+    category: Category,
     column: usize,
 }
 
@@ -400,21 +384,6 @@ impl From<&serde_json::Error> for JsonError {
         }
     }
 }
-
-impl fmt::Display for JsonError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use serde_json::error::Category;
-
-        let what = match self.category {
-            Category::Io | Category::Eof => "unexpected end",
-            Category::Syntax => "wrong syntax",
-            Category::Data => "a value of the wrong type",
-        };
-        write!(f, "{what} at column {}", self.column)
-    }
-}
-
-impl Error for JsonError {}
 
 #[cfg(test)]
 mod tests {

@@ -5,7 +5,7 @@
 //! [`NearCache`] answers retries in this process before it asks another storage. To write your own, implement the trait and
 //! run [`conformance`] (feature `conformance`) against it: one documented test per rule.
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use crate::{EncodedKey, Env, Record, StorageError};
 
@@ -23,11 +23,16 @@ mod near;
 pub(crate) mod redis;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) mod sql;
+pub(crate) mod transaction;
 
 pub use self::{
     any::AnyStorage,
     claim::{Begin, Entry, Held, NewClaim, Token},
     locked::{Cache, Lock, LockedStorage, ProcessLock},
+    transaction::{
+        BeginTransaction, Committed, NewTransaction, PhaseError, Transaction, TransactionDatabase,
+        Transactions, Writes,
+    },
 };
 
 #[cfg(feature = "memory")]
@@ -161,6 +166,13 @@ pub trait Storage: Send + Sync + 'static {
         timeout: Duration,
     ) -> impl Future<Output = Result<(), StorageError>> + Send {
         wait_by_polling(self, key, timeout)
+    }
+
+    /// Transactions in which an operation writes to the database of this storage, and is recorded. Default: `None`.
+    ///
+    /// A storage in front of another one that keeps copies of records, or changes them, must not pass these on: they go past it.
+    fn transactions(&self) -> Option<Arc<dyn Transactions>> {
+        None
     }
 }
 

@@ -8,12 +8,13 @@ use self::{
     connect::PostgresConnect,
     link::{Link, Protocol, Value},
     statements::Statements,
+    transaction::{IsolationLevel, TransactionOptions},
     waiting::Waiting,
 };
 use super::{purge_timer::Purger, table::TableName};
 use crate::{
     Begin, EncodedKey, Entry, Fingerprint, Held, NewClaim, Record, Storage, StorageError,
-    StorageErrorKind, Token,
+    StorageErrorKind, Token, Transactions,
 };
 
 pub(crate) mod connect;
@@ -53,6 +54,7 @@ pub struct PostgresStorage {
     link: Link,
     table: TableName,
     waiting: Arc<Waiting>,
+    transactions: TransactionOptions,
     /// For a storage of settings, whose purger nobody else holds.
     _purger: Option<Arc<Purger>>,
 }
@@ -127,8 +129,23 @@ impl PostgresStorage {
             waiting: Arc::new(Waiting::new(link.clone())),
             link,
             table,
+            transactions: TransactionOptions::default(),
             _purger: None,
         }
+    }
+
+    fn relinked(self, link: Link) -> Self {
+        Self {
+            waiting: Arc::new(Waiting::new(link.clone())),
+            link,
+            ..self
+        }
+    }
+
+    /// The pool that was given, or that [`connect`](Self::connect) made, for other tables in the same database.
+    #[must_use]
+    pub fn pool(&self) -> &PgPool {
+        self.link.main_pool()
     }
 
     /// The table. Default: `idempotency`.
@@ -142,9 +159,12 @@ impl PostgresStorage {
         let table = TableName::new(name.as_ref());
         let link = Link {
             statements: Arc::new(Statements::new(&table)),
-            ..self.link
+            ..self.link.clone()
         };
-        Self::over(link, table)
+        Self {
+            table,
+            ..self.relinked(link)
+        }
     }
 
     /// How long a statement may take, with the wait for a connection and its repetitions; then it fails with
@@ -152,8 +172,11 @@ impl PostgresStorage {
     ///
     /// The engine has a limit of its own, [`Config::storage_timeout`](crate::Config::storage_timeout): the shorter one counts.
     pub fn time_limit(self, limit: Duration) -> Self {
-        let link = Link { limit, ..self.link };
-        Self::over(link, self.table)
+        let link = Link {
+            limit,
+            ..self.link.clone()
+        };
+        self.relinked(link)
     }
 
     /// Works through a proxy that gives each transaction to another connection of the server, as PgBouncer does with
@@ -164,9 +187,25 @@ impl PostgresStorage {
     pub fn transaction_pooling(self) -> Self {
         let link = Link {
             protocol: Protocol::Simple,
-            ..self.link
+            ..self.link.clone()
         };
-        Self::over(link, self.table)
+        self.relinked(link)
+    }
+
+    /// How long a [transaction](crate::KeyTransaction) may be open, from its first statement to its commit or to the end of a phase.
+    /// Then its operation is dropped and it is rolled back. Default: 30 s.
+    ///
+    /// The server is told too (`idle_in_transaction_session_timeout`, and `transaction_timeout` from version 17 on), so that a process
+    /// which falls silent does not hold its key for longer. Zero counts as 1 ms.
+    pub fn max_transaction(mut self, limit: Duration) -> Self {
+        self.transactions.max_duration = limit.max(Duration::from_millis(1));
+        self
+    }
+
+    /// The isolation level of [transactions](crate::KeyTransaction). Default: the server's, `READ COMMITTED` unless it is configured.
+    pub fn isolation(mut self, level: IsolationLevel) -> Self {
+        self.transactions.isolation = Some(level);
+        self
     }
 
     /// Makes the table if it is not there. Several processes may do so at once: they wait for each other at an advisory lock.
@@ -296,6 +335,13 @@ impl Storage for PostgresStorage {
                 if row::column(found, "taken")? {
                     return Ok(Begin::Acquired);
                 }
+                // An open transaction holds the key. What it was asked can't be seen.
+                if row::column(found, "busy")? {
+                    return Ok(Begin::InFlight {
+                        fingerprint: None,
+                        lease_left: None,
+                    });
+                }
                 return Ok(match row::read(key, found)? {
                     Entry::Completed(record) => Begin::Completed(record),
                     Entry::Claimed {
@@ -390,6 +436,10 @@ impl Storage for PostgresStorage {
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         self.waiting.wait(key, timeout).await
+    }
+
+    fn transactions(&self) -> Option<Arc<dyn Transactions>> {
+        Some(Arc::new(self.clone()))
     }
 }
 

@@ -12,7 +12,10 @@ use sqlx::{
     pool::PoolConnection,
     postgres::{PgConnectOptions, PgConnection, PgRow},
 };
-use tokio::runtime::Handle;
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 
 use super::{
     super::table::InvalidTableName,
@@ -46,6 +49,9 @@ pub(super) struct Link {
 pub(super) struct Pools {
     main: PgPool,
     background: OnceLock<PgPool>,
+    /// Open transactions take at most half of the connections, so that the other statements go on.
+    transactions: Arc<Semaphore>,
+    max_open: usize,
 }
 
 /// How values reach the server.
@@ -73,10 +79,15 @@ impl Link {
         statements: Result<Statements, InvalidTableName>,
         limit: Duration,
     ) -> Self {
+        let connections = main.options().get_max_connections();
+        let max_open = usize::try_from(connections / 2).unwrap_or(usize::MAX);
+        let max_open = max_open.min(Semaphore::MAX_PERMITS);
         Self {
             pools: Arc::new(Pools {
                 main,
                 background: OnceLock::new(),
+                transactions: Arc::new(Semaphore::new(max_open)),
+                max_open,
             }),
             statements: Arc::new(statements),
             env: Env::system(),
@@ -90,6 +101,10 @@ impl Link {
             Ok(statements) => Ok(statements),
             Err(invalid) => Err(invalid.clone().into()),
         }
+    }
+
+    pub(super) fn main_pool(&self) -> &PgPool {
+        &self.pools.main
     }
 
     /// What leads to the same server and database.
@@ -172,6 +187,23 @@ impl Link {
             connection: Some(pool.acquire().await?),
             is_replaced: pool.options().get_min_connections() > 0,
         })
+    }
+
+    /// How many transactions are lent at once.
+    pub(super) fn max_open(&self) -> usize {
+        self.pools.max_open
+    }
+
+    /// A place among the open transactions.
+    pub(super) async fn transaction_place(&self) -> Result<OwnedSemaphorePermit, StorageError> {
+        if self.pools.max_open == 0 {
+            return Err(StorageError::unavailable(
+                "a pool of one connection can't lend a transaction: raise `max_connections`",
+            ));
+        }
+        let place = self.pools.transactions.clone().acquire_owned().await;
+        // It is never closed.
+        place.map_err(StorageError::unavailable)
     }
 
     /// How many connections a call may find lost: after a restart of the server all of the pool are.

@@ -62,7 +62,11 @@ pub(super) fn new_claim_checksum(key: &EncodedKey, claim: &NewClaim) -> i64 {
     claim_checksum(key, claim.token, claim.fingerprint.as_ref())
 }
 
-fn claim_checksum(key: &EncodedKey, token: Token, fingerprint: Option<&Fingerprint>) -> i64 {
+pub(super) fn claim_checksum(
+    key: &EncodedKey,
+    token: Token,
+    fingerprint: Option<&Fingerprint>,
+) -> i64 {
     let fingerprint = fingerprint.map_or(&[][..], |print| print.as_bytes());
     checksum([b"c1", key.as_bytes(), token.as_bytes(), fingerprint])
 }

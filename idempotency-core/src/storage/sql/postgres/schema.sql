@@ -14,7 +14,10 @@ CREATE TABLE IF NOT EXISTS "idempotency" (
     -- Whether the end of the claim is to be notified.
     awaited     boolean     NOT NULL DEFAULT false,
     -- When the lease or the TTL is over. From then on the row counts as absent.
-    expires_at  timestamptz NOT NULL
+    expires_at  timestamptz NOT NULL,
+    -- Of a claim whose operation has committed a part of its work: where a retry goes on, and until when it may.
+    recovery_point text,
+    resume_until   timestamptz
 ) WITH (autovacuum_vacuum_scale_factor = 0.05);
 
 -- For `PostgresStorage::purge_expired`.

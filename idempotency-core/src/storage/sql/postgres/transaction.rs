@@ -1,26 +1,24 @@
-//! The claim, the operation's own writes and the record, in one transaction.
+//! [`Transactions`] of PostgreSQL.
 //!
-//! The row of the key is inserted first, as a tombstone. Nobody sees it before the commit: a duplicate that wants to insert the same
-//! key waits for the end of this transaction. An operation that commits by itself leaves the tombstone, so it never runs again.
+//! Each holds an advisory lock of its key, exclusively and to its end; every other statement that claims the key tries to share that lock.
+//! So nobody waits at the row that an open transaction has inserted and nobody else can see.
 //!
-//! The record is written last, by a statement that changes the row only if this transaction has inserted it. It fails in a transaction
-//! that an error has aborted, and it finds nothing after a `COMMIT` or `ROLLBACK` of the operation. PostgreSQL answers the `COMMIT` of
-//! an aborted transaction with `ROLLBACK` and no error; after the record was written there is nothing left that could abort it
-//! unnoticed.
+//! The record is written by a statement that changes the row only if this transaction has written it. It fails in a transaction that an
+//! error has aborted, and it finds nothing after a `COMMIT` or `ROLLBACK` of the operation. PostgreSQL answers the `COMMIT` of an aborted
+//! transaction with `ROLLBACK` and no error; after the record was written there is nothing left that could abort it unnoticed.
 
 use std::{
-    error::Error,
     fmt,
     ops::{Deref, DerefMut},
     time::Duration,
 };
 
 use futures_util::future::BoxFuture;
-use serde::{Serialize, de::DeserializeOwned};
 use sqlx::{
     Executor as _, Postgres, TransactionManager,
     postgres::{PgConnection, PgRow},
 };
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{
     PostgresStorage,
@@ -29,387 +27,331 @@ use super::{
     row,
 };
 use crate::{
-    Encoded, EncodedKey, Entry, Outcome, Ran, Record, Storage as _, StorageError, StorageErrorKind,
-    StoredResponse, Token, TombstoneReason,
+    BeginTransaction, Committed, EncodedKey, Entry, Fingerprint, NewTransaction, Outcome,
+    PhaseError, Record, StorageError, StorageErrorKind, Token, TombstoneReason, Transaction,
+    TransactionDatabase, Transactions, Writes,
 };
 
-/// How often an operation is run again that met another transaction.
-const RUNS: u32 = 8;
+/// How often a claim is begun again that met another transaction.
+const TRIES: u32 = 8;
 
 /// How often the server is asked what became of a commit.
 const QUESTIONS: u32 = 20;
 
+/// The first version that limits a whole transaction.
+const TRANSACTION_TIMEOUT: u32 = 170_000;
+
 type Manager = <Postgres as sqlx::Database>::TransactionManager;
 
-/// How a transaction with its record runs; see [`PostgresStorage::run_in_transaction`].
-///
-/// ```
-/// use std::time::Duration;
-/// use idempotency_core::TransactionTerms;
-///
-/// let terms = TransactionTerms::default()
-///     .ttl(Duration::from_secs(3600))
-///     .wait(Duration::from_secs(2))
-///     .idle(Duration::from_secs(10));
-/// # let _ = terms;
-/// ```
-#[derive(Clone, Debug)]
-#[must_use]
-pub struct TransactionTerms {
-    ttl: Duration,
-    wait: Duration,
-    idle: Duration,
+/// How strictly concurrent transactions are kept apart; see [`PostgresStorage::isolation`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum IsolationLevel {
+    /// Each statement sees what was committed before it.
+    ReadCommitted,
+    /// All statements see what was committed before the first.
+    RepeatableRead,
+    /// As if the transactions ran one after another.
+    Serializable,
 }
 
-impl TransactionTerms {
-    /// How long the record lives. Default: a day.
-    pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.ttl = ttl;
-        self
-    }
-
-    /// How long a duplicate waits for the transaction that holds the key, at the server (`lock_timeout`), with its connection. At least
-    /// 1 ms. Default: 100 ms.
-    pub fn wait(mut self, wait: Duration) -> Self {
-        self.wait = wait;
-        self
-    }
-
-    /// How long the operation may do other things than talk to the server (`idle_in_transaction_session_timeout`). Then the server ends
-    /// its connection, and with it the transaction. At least 1 ms. Default: 60 s.
-    pub fn idle(mut self, idle: Duration) -> Self {
-        self.idle = idle;
-        self
-    }
+/// How transactions are opened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TransactionOptions {
+    pub(super) max_duration: Duration,
+    pub(super) isolation: Option<IsolationLevel>,
 }
 
-impl Default for TransactionTerms {
+impl Default for TransactionOptions {
     fn default() -> Self {
         Self {
-            ttl: Duration::from_secs(24 * 3600),
-            wait: Duration::from_millis(100),
-            idle: Duration::from_secs(60),
+            max_duration: Duration::from_secs(30),
+            isolation: None,
         }
     }
 }
 
-// Not `#[non_exhaustive]`: a caller that ignores a case runs an operation twice.
-/// What [`PostgresStorage::enter`] found.
-#[derive(Debug)]
-#[must_use = "only `Acquired` allows the operation to run"]
-pub enum Entered {
-    /// The key is this transaction's: run the operation in it.
-    Acquired(KeyTransaction),
-    /// Another transaction or claim holds the key.
-    InFlight,
-    /// The operation ran before; this is its outcome.
-    Completed(Record),
+impl TransactionOptions {
+    /// The statement that begins one, with the limits that end it if this process falls silent.
+    fn begin(self, connection: &PgConnection) -> String {
+        let isolation = match self.isolation {
+            None => "",
+            Some(IsolationLevel::ReadCommitted) => " ISOLATION LEVEL READ COMMITTED",
+            Some(IsolationLevel::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
+            Some(IsolationLevel::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
+        };
+        let limit = milliseconds(self.max_duration);
+        let idle = format!("SET LOCAL idle_in_transaction_session_timeout = {limit}");
+        match connection.server_version_num() {
+            Some(TRANSACTION_TIMEOUT..) => {
+                format!("BEGIN{isolation}; {idle}; SET LOCAL transaction_timeout = {limit}")
+            }
+            _ => format!("BEGIN{isolation}; {idle}"),
+        }
+    }
 }
 
-// Not `#[non_exhaustive]`: a transaction was committed, or it was not, or nobody knows.
-/// What came of [`KeyTransaction::commit`].
-#[derive(Debug)]
-#[must_use = "an operation that is rolled back did not happen"]
-pub enum Committed {
-    /// All that the transaction wrote is there, with the record.
-    Yes,
-    /// Nothing of it is there, and the key is free.
-    RolledBack(StorageError),
-    /// The connection was lost, and the server can't be asked. The key tells: it has the record, or it is free.
-    Unknown(StorageError),
+impl TransactionDatabase for Postgres {
+    const NAME: &'static str = <Postgres as sqlx::Database>::NAME;
+    type Connection = PgConnection;
+    type Transaction = PostgresTransaction;
 }
 
-/// A transaction that holds a key: a [`PgConnection`] for the operation's own statements.
+/// A transaction of a [`PostgresStorage`] that holds a key.
 ///
-/// Its `begin` makes a savepoint. Dropped before it is [committed](Self::commit), it is rolled back: its connection is closed.
-pub struct KeyTransaction {
+/// Its `begin` makes a savepoint. Dropped before its end, its connection is closed, and the server rolls it back.
+pub struct PostgresTransaction {
     lent: Lent,
     link: Link,
+    options: TransactionOptions,
     key: EncodedKey,
     token: Token,
-    /// The number that the server gave it.
-    number: i64,
+    fingerprint: Option<Fingerprint>,
     ttl: Duration,
+    number: i64,
+    point: Option<String>,
+    /// A phase was committed, so the key has a claim of this token unless the record takes its place.
+    has_claim: bool,
+    _place: OwnedSemaphorePermit,
 }
 
-impl PostgresStorage {
-    /// Begins a transaction that holds `encoded.key`, if the key is free.
-    ///
-    /// While another transaction holds the key, this waits for its end: at most [`TransactionTerms::wait`].
-    ///
-    /// ```no_run
-    /// # async fn example(
-    /// #     storage: idempotency_core::PostgresStorage,
-    /// #     encoded: idempotency_core::Encoded,
-    /// #     record: idempotency_core::Record,
-    /// # ) -> Result<(), Box<dyn std::error::Error>> {
-    /// use idempotency_core::{Committed, Entered, TransactionTerms, sqlx};
-    ///
-    /// match storage.enter(&encoded, &TransactionTerms::default()).await? {
-    ///     Entered::Acquired(mut transaction) => {
-    ///         sqlx::query("INSERT INTO orders DEFAULT VALUES")
-    ///             .execute(&mut *transaction)
-    ///             .await?;
-    ///         assert!(matches!(transaction.commit(&record).await, Committed::Yes));
-    ///     }
-    ///     Entered::InFlight => println!("try again later"),
-    ///     Entered::Completed(record) => println!("{record:?}"),
-    /// }
-    /// # Ok(())
-    /// # }
-    /// ```
-    ///
-    /// # Errors
-    ///
-    /// If the storage fails. Nothing was done then.
-    pub async fn enter(
-        &self,
-        encoded: &Encoded,
-        terms: &TransactionTerms,
-    ) -> Result<Entered, StorageError> {
-        let env = &self.link.env;
-        let deadline = env.now().saturating_add(terms.wait);
-        let mut tries = 0;
-        loop {
-            tries += 1;
-            let left = deadline.saturating_sub(env.now());
-            match self.try_to_enter(encoded, terms, left).await? {
-                Attempt::Entered(entered) => return Ok(entered),
-                // The row was committed while this waited for it. The next statement sees it.
-                Attempt::Again if tries < RUNS => env.sleep(self.link.pause(tries)).await,
-                // A claim of `begin`, which may end sooner.
-                Attempt::Claimed if !left.is_zero() => self.wait(&encoded.key, left).await?,
-                Attempt::Again | Attempt::Claimed => return Ok(Entered::InFlight),
-            }
-        }
+impl Transactions for PostgresStorage {
+    fn database(&self) -> &'static str {
+        <Postgres as TransactionDatabase>::NAME
     }
 
-    async fn try_to_enter(
-        &self,
-        encoded: &Encoded,
-        terms: &TransactionTerms,
-        wait: Duration,
-    ) -> Result<Attempt, StorageError> {
-        let (link, key) = (&self.link, encoded.key);
-        let token = Token::random_from(&link.env);
-        // What an operation that commits by itself leaves behind.
-        let tombstone = Record {
-            fingerprint: encoded.fingerprint,
-            outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
-        };
-        let begin = format!(
-            "BEGIN; SET LOCAL lock_timeout = {}; SET LOCAL idle_in_transaction_session_timeout = {}",
-            milliseconds(wait),
-            milliseconds(terms.idle),
-        );
-        let values = [
-            Value::Bytes(key.as_bytes()),
-            Value::Bytes(token.as_bytes()),
-            Value::Bytes(&tombstone.encode()),
-            Value::Number(row::record_checksum(&key, token)),
-            Value::Interval(terms.ttl),
-        ];
-        let claim = with_literals(&link.statements()?.enter, &values);
-        // One message. The operation's own locks are not limited.
-        let claim = format!("{claim}; SET LOCAL lock_timeout TO DEFAULT");
-        let limit = link.limit.saturating_add(wait);
-        let entering = async {
-            let mut lost = 0;
-            loop {
-                let mut lent = link.lend().await?;
-                match start(&mut lent, &begin, &claim).await {
-                    Err(error) if error::cure(&error) == Cure::AnotherConnection => {
-                        lost += 1;
-                        if lost > link.most_lost() {
-                            return Err(error);
-                        }
-                    }
-                    Err(error) if error::cure(&error) == Cure::Close => return Err(error),
-                    Err(error) => {
-                        roll_back(lent).await;
-                        return Err(error);
-                    }
-                    Ok(rows) => return Ok((lent, rows)),
+    fn max_duration(&self) -> Duration {
+        self.transactions.max_duration
+    }
+
+    fn max_open(&self) -> usize {
+        self.link.max_open()
+    }
+
+    fn begin<'a>(
+        &'a self,
+        key: &'a EncodedKey,
+        claim: &'a NewTransaction,
+    ) -> BoxFuture<'a, Result<BeginTransaction, StorageError>> {
+        let link = &self.link;
+        let begun = async move {
+            for tries in 1..=TRIES {
+                let place = link.transaction_place().await?;
+                if let Some(begun) = self.try_to_begin(key, claim, place).await? {
+                    return Ok(begun);
                 }
+                link.env.sleep(link.pause(tries)).await;
             }
+            Ok(BeginTransaction::InFlight { fingerprint: None })
         };
-        let (lent, rows) = match link.env.within(limit, entering).await {
-            Some(Ok(entered)) => entered,
-            Some(Err(error)) => {
-                return match &*error::code(&error) {
-                    // lock_not_available
-                    "55P03" => Ok(Attempt::Entered(Entered::InFlight)),
-                    "40001" | "40P01" => Ok(Attempt::Again),
-                    _ => Err(error::into_storage_error(error)),
-                };
-            }
-            None => return Err(StorageError::timeout()),
-        };
-        let Some(found) = rows.first() else {
-            roll_back(lent).await;
-            return Ok(Attempt::Again);
-        };
-        if row::column(found, "taken")? {
-            return Ok(Attempt::Entered(Entered::Acquired(KeyTransaction {
-                number: row::column(found, "transaction")?,
-                lent,
-                link: link.clone(),
-                key,
-                token,
-                ttl: terms.ttl,
-            })));
-        }
-        let entry = row::read(&key, found);
-        roll_back(lent).await;
-        Ok(match entry? {
-            Entry::Completed(record) => Attempt::Entered(Entered::Completed(record)),
-            Entry::Claimed { .. } => Attempt::Claimed,
+        Box::pin(async move {
+            let begun = link.env.within(link.limit, begun).await;
+            begun.unwrap_or_else(|| Err(StorageError::timeout()))
         })
     }
 
-    /// Runs `operation` exactly once per key, if all that it does is written through the connection that it is given: its writes and the
-    /// record of its value are committed together, or not at all.
-    ///
-    /// `Ok` values are recorded as JSON. An `Err` rolls back: the next call runs it again. An operation that meets another transaction
-    /// (SQLSTATE 40001 or 40P01, in it or at the commit) is rolled back and run again, a few times. What an operation does elsewhere is
-    /// not rolled back.
-    ///
-    /// ```no_run
-    /// # async fn example(storage: idempotency_core::PostgresStorage, encoded: idempotency_core::Encoded) {
-    /// use idempotency_core::{Ran, TransactionTerms, sqlx};
-    ///
-    /// let terms = TransactionTerms::default();
-    /// let ran: Ran<i64, sqlx::Error> = storage
-    ///     .run_in_transaction(&encoded, &terms, |connection| {
-    ///         Box::pin(async move {
-    ///             let statement = "INSERT INTO orders DEFAULT VALUES RETURNING id";
-    ///             sqlx::query_scalar(statement).fetch_one(connection).await
-    ///         })
-    ///     })
-    ///     .await;
-    /// # let _ = ran;
-    /// # }
-    /// ```
-    ///
-    /// Dropping the future rolls back, and so does a panic of the operation. [`Ran::StorageFailed`] of kind
-    /// [`Timeout`](StorageErrorKind::Timeout) may mean that the connection was lost while it was committed, and that the server could
-    /// not be asked since: call again, and the key tells.
-    pub async fn run_in_transaction<T, E>(
-        &self,
-        encoded: &Encoded,
-        terms: &TransactionTerms,
-        mut operation: impl for<'c> FnMut(&'c mut PgConnection) -> BoxFuture<'c, Result<T, E>>,
-    ) -> Ran<T, E>
-    where
-        T: Serialize + DeserializeOwned,
-        E: Error + 'static,
-    {
-        let mut run = 0;
-        loop {
-            run += 1;
-            let mut transaction = match self.enter(encoded, terms).await {
-                Ok(Entered::Acquired(transaction)) => transaction,
-                Ok(Entered::InFlight) => return Ran::InFlight,
-                Ok(Entered::Completed(record)) => return replayed(encoded, &record),
-                Err(error) => return Ran::StorageFailed(error),
-            };
-            let value = match operation(&mut transaction).await {
-                Ok(value) => value,
-                Err(error) => {
-                    transaction.roll_back().await;
-                    if run < RUNS && met_another(&error) {
-                        self.link.env.sleep(self.link.pause(run)).await;
-                        continue;
-                    }
-                    return Ran::Failed(error);
-                }
-            };
-            let json = match serde_json::to_vec(&value) {
-                Ok(json) => json,
-                Err(error) => {
-                    transaction.roll_back().await;
-                    return Ran::StorageFailed(StorageError::unavailable(error));
-                }
-            };
-            let headers = http::HeaderMap::new();
-            let record = Record {
-                fingerprint: encoded.fingerprint,
-                outcome: Outcome::Response(StoredResponse::new(
-                    http::StatusCode::OK,
-                    &headers,
-                    json,
-                )),
-            };
-            match transaction.commit(&record).await {
-                Committed::Yes => return Ran::Executed(value),
-                Committed::RolledBack(error) if run < RUNS && met_another(&error) => {
-                    self.link.env.sleep(self.link.pause(run)).await;
-                }
-                Committed::RolledBack(error) | Committed::Unknown(error) => {
-                    return Ran::StorageFailed(error);
-                }
-            }
-        }
+    fn terminate(&self, number: i64) -> BoxFuture<'_, Result<(), StorageError>> {
+        Box::pin(async move {
+            let statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+                 WHERE backend_xid = ($1::bigint & 4294967295::bigint)::text::xid";
+            self.link.run(statement, &[Value::Number(number)]).await?;
+            Ok(())
+        })
     }
 }
 
-/// What came of one transaction.
-enum Attempt {
-    Entered(Entered),
-    Claimed,
-    Again,
+impl PostgresStorage {
+    /// `None`: it met another transaction, and may do better now.
+    async fn try_to_begin(
+        &self,
+        key: &EncodedKey,
+        claim: &NewTransaction,
+        place: OwnedSemaphorePermit,
+    ) -> Result<Option<BeginTransaction>, StorageError> {
+        let link = &self.link;
+        let NewTransaction {
+            token,
+            fingerprint,
+            ttl,
+        } = *claim;
+        let tombstone = committed_by_hand(fingerprint).encode();
+        let values = [
+            Value::Bytes(key.as_bytes()),
+            Value::Bytes(token.as_bytes()),
+            Value::Bytes(&tombstone),
+            Value::Number(row::record_checksum(key, token)),
+            Value::Interval(ttl),
+            Value::NullableBytes(fingerprint.as_ref().map(|print| &print.as_bytes()[..])),
+        ];
+        let claim = with_literals(&link.statements()?.enter, &values);
+        let mut lost = 0;
+        let (lent, rows) = loop {
+            let mut lent = link.lend().await.map_err(error::into_storage_error)?;
+            match start(&mut lent, self.transactions, &claim).await {
+                Ok(rows) => break (lent, rows),
+                Err(error) => match error::cure(&error) {
+                    Cure::AnotherConnection if lost < link.most_lost() => lost += 1,
+                    Cure::AnotherTry => {
+                        roll_back(lent).await;
+                        return Ok(None);
+                    }
+                    Cure::Keep => {
+                        roll_back(lent).await;
+                        return Err(error::into_storage_error(error));
+                    }
+                    _ => return Err(error::into_storage_error(error)),
+                },
+            }
+        };
+        // Without a row, somebody committed one after this statement had looked. The next one sees it.
+        let Some(found) = rows.first() else {
+            roll_back(lent).await;
+            return Ok(None);
+        };
+        if row::column(found, "taken")? {
+            let point: Option<String> = row::column(found, "recovery_point")?;
+            return Ok(Some(BeginTransaction::Acquired(Box::new(
+                PostgresTransaction {
+                    number: row::column(found, "transaction")?,
+                    has_claim: false,
+                    point,
+                    lent,
+                    link: link.clone(),
+                    options: self.transactions,
+                    key: *key,
+                    token,
+                    fingerprint,
+                    ttl,
+                    _place: place,
+                },
+            ))));
+        }
+        let entry = match row::column(found, "busy")? {
+            true => Ok(None),
+            false => row::read(key, found).map(Some),
+        };
+        roll_back(lent).await;
+        Ok(Some(match entry? {
+            Some(Entry::Completed(record)) => BeginTransaction::Completed(record),
+            Some(Entry::Claimed { fingerprint, .. }) => BeginTransaction::InFlight { fingerprint },
+            None => BeginTransaction::InFlight { fingerprint: None },
+        }))
+    }
 }
 
-async fn start(lent: &mut Lent, begin: &str, claim: &str) -> Result<Vec<PgRow>, sqlx::Error> {
+/// What an operation leaves behind that commits by itself.
+fn committed_by_hand(fingerprint: Option<Fingerprint>) -> Record {
+    Record {
+        fingerprint,
+        outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
+    }
+}
+
+/// Two messages. After the second, everything that the operation writes can be undone by itself.
+async fn start(
+    lent: &mut Lent,
+    options: TransactionOptions,
+    claim: &str,
+) -> Result<Vec<PgRow>, sqlx::Error> {
     let connection = lent.connection()?;
+    let begin = options.begin(connection);
     // By the driver's own count of transactions, a `begin` in this one is a savepoint.
-    Manager::begin(connection, Some(begin.to_owned().into())).await?;
-    connection.fetch_all(claim).await
+    Manager::begin(connection, Some(begin.into())).await?;
+    let claim = format!("{claim}; SAVEPOINT idempotency");
+    connection.fetch_all(&*claim).await
 }
 
 /// Gives the connection back, if the server answers.
 async fn roll_back(mut lent: Lent) {
-    if let Ok(connection) = lent.connection()
-        && Manager::rollback(connection).await.is_ok()
-    {
-        lent.give_back();
+    let Ok(connection) = lent.connection() else {
+        return;
+    };
+    while Manager::get_transaction_depth(connection) > 0 {
+        if Manager::rollback(connection).await.is_err() {
+            return;
+        }
     }
+    lent.give_back();
 }
 
-impl KeyTransaction {
-    /// Writes the record and commits.
-    pub async fn commit(mut self, record: &Record) -> Committed {
-        let (link, number) = (self.link.clone(), self.number);
-        let recorded = link.env.within(link.limit, self.record(record)).await;
-        let failed = match recorded {
-            Some(Ok(true)) => None,
-            Some(Ok(false)) => Some(StorageError::unavailable(
-                "the operation has ended its transaction itself",
-            )),
-            Some(Err(error)) => Some(error),
-            None => Some(StorageError::timeout()),
+/// Why the record was not written.
+enum NotRecorded {
+    EndedByHand,
+    Failed(sqlx::Error),
+    TimedOut,
+}
+
+impl PostgresTransaction {
+    async fn record(
+        &mut self,
+        record: &Record,
+        ttl: Duration,
+        writes: Writes,
+    ) -> Result<(), NotRecorded> {
+        let values = [
+            Value::Bytes(self.key.as_bytes()),
+            Value::Bytes(self.token.as_bytes()),
+            Value::Bytes(&record.encode()),
+            Value::Interval(ttl),
+            Value::Number(row::record_checksum(&self.key, self.token)),
+        ];
+        let Ok(statements) = self.link.statements() else {
+            return Err(NotRecorded::EndedByHand);
         };
-        if let Some(error) = failed {
-            // What it has written is gone once its connection is.
-            self.roll_back().await;
-            return Committed::RolledBack(error);
+        let statement = with_literals(&statements.record, &values);
+        let statement = match writes {
+            Writes::Keep => statement,
+            Writes::Undo => format!("ROLLBACK TO SAVEPOINT idempotency; {statement}"),
+        };
+        let (env, limit) = (self.link.env.clone(), self.link.limit);
+        let connection = self.lent.connection().map_err(NotRecorded::Failed)?;
+        match env.within(limit, connection.fetch_all(&*statement)).await {
+            Some(Ok(rows)) if rows.is_empty() => Err(NotRecorded::EndedByHand),
+            Some(Ok(_)) => Ok(()),
+            Some(Err(error)) => Err(match &*error::code(&error) {
+                // no_active_sql_transaction, invalid_savepoint_specification
+                "25P01" | "3B001" => NotRecorded::EndedByHand,
+                _ => NotRecorded::Failed(error),
+            }),
+            None => Err(NotRecorded::TimedOut),
         }
-        let Ok(connection) = self.lent.connection() else {
-            return Committed::RolledBack(StorageError::unavailable("it has no connection"));
-        };
-        let committed = link.env.within(link.limit, Manager::commit(connection));
-        let error = match committed.await {
+    }
+
+    async fn record_and_commit(
+        mut self,
+        record: Record,
+        ttl: Duration,
+        writes: Writes,
+    ) -> Committed {
+        match self.record(&record, ttl, writes).await {
+            Ok(()) => {}
+            // Its connection is closed, whatever state it is in.
+            Err(NotRecorded::EndedByHand) => return Committed::EndedByHand,
+            Err(NotRecorded::TimedOut) => {
+                return Committed::RolledBack(StorageError::timeout());
+            }
+            Err(NotRecorded::Failed(error)) => {
+                let committed = failed(error);
+                self.roll_back_and_release().await;
+                return committed;
+            }
+        }
+        let link = self.link.clone();
+        let error = match link.env.within(link.limit, self.commit_phase()).await {
             Some(Ok(())) => {
                 self.lent.give_back();
                 return Committed::Yes;
             }
-            Some(Err(error)) => match error::cure(&error) {
-                Cure::AnotherConnection => error::into_storage_error(error),
+            Some(Err(error)) if error::cure(&error) != Cure::AnotherConnection => {
                 // The server says so: it is not committed.
-                _ => return Committed::RolledBack(error::into_storage_error(error)),
-            },
+                let committed = failed(error);
+                self.roll_back_and_release().await;
+                return committed;
+            }
+            Some(Err(error)) => error::into_storage_error(error),
             None => StorageError::timeout(),
         };
+        let number = self.number;
         drop(self);
         match fate(&link, number).await {
             Some(true) => Committed::Yes,
@@ -418,26 +360,168 @@ impl KeyTransaction {
         }
     }
 
-    /// Ends it without a trace.
-    pub async fn roll_back(self) {
-        let env = self.link.env.clone();
-        // Where the server does not answer, the connection is closed.
-        let _ = env.within(self.link.limit, roll_back(self.lent)).await;
+    /// Commits, with what is left of savepoints that the operation made by the driver.
+    async fn commit_phase(&mut self) -> Result<(), sqlx::Error> {
+        let connection = self.lent.connection()?;
+        while Manager::get_transaction_depth(connection) > 0 {
+            Manager::commit(connection).await?;
+        }
+        Ok(())
     }
 
-    /// Whether the row is this transaction's.
-    async fn record(&mut self, record: &Record) -> Result<bool, StorageError> {
+    async fn roll_back_and_release(self) {
+        let Self {
+            lent,
+            link,
+            key,
+            token,
+            has_claim,
+            ..
+        } = self;
+        // Where the server does not answer, the connection is closed.
+        let _ = link.env.within(link.limit, roll_back(lent)).await;
+        if has_claim && let Ok(statements) = link.statements() {
+            let values = [Value::Bytes(key.as_bytes()), Value::Bytes(token.as_bytes())];
+            if let Err(error) = link.run(&statements.stop, &values).await {
+                tracing::warn!(target: "idempotency", %key, %error, "a claim at a recovery point could not be given back: a retry goes on when its lease is over");
+            }
+        }
+    }
+
+    async fn end(&mut self, point: &str, lease: Duration) -> Result<(), PhaseError> {
+        let print = self.fingerprint.as_ref().map(|print| &print.as_bytes()[..]);
         let values = [
             Value::Bytes(self.key.as_bytes()),
             Value::Bytes(self.token.as_bytes()),
-            Value::Bytes(&record.encode()),
+            Value::NullableBytes(print),
+            Value::Number(row::claim_checksum(
+                &self.key,
+                self.token,
+                self.fingerprint.as_ref(),
+            )),
+            Value::Interval(lease),
+            Value::Bytes(point.as_bytes()),
             Value::Interval(self.ttl),
         ];
-        let statement = with_literals(&self.link.statements()?.record, &values);
-        let connection = self.lent.connection().map_err(error::into_storage_error)?;
-        let rows = connection.fetch_all(&*statement).await;
-        Ok(!rows.map_err(error::into_storage_error)?.is_empty())
+        let statements = self.link.statements().map_err(PhaseError::Failed)?;
+        let statement = with_literals(&statements.advance, &values);
+        let connection = self.lent.connection().map_err(unphased)?;
+        let rows = connection.fetch_all(&*statement).await.map_err(unphased)?;
+        if rows.is_empty() {
+            return Err(PhaseError::Lost);
+        }
+        self.commit_phase().await.map_err(unphased)?;
+        self.has_claim = true;
+        self.point = Some(point.to_owned());
+        Ok(())
     }
+
+    async fn open_next(&mut self) -> Result<(), PhaseError> {
+        let tombstone = committed_by_hand(self.fingerprint).encode();
+        let values = [
+            Value::Bytes(self.key.as_bytes()),
+            Value::Bytes(self.token.as_bytes()),
+            Value::Bytes(&tombstone),
+            Value::Number(row::record_checksum(&self.key, self.token)),
+            Value::Interval(self.ttl),
+        ];
+        let statements = self.link.statements().map_err(PhaseError::Failed)?;
+        let claim = with_literals(&statements.resume, &values);
+        let rows = start(&mut self.lent, self.options, &claim)
+            .await
+            .map_err(unphased)?;
+        let Some(row) = rows.first() else {
+            return Err(PhaseError::Lost);
+        };
+        self.number = row::column(row, "transaction").map_err(PhaseError::Failed)?;
+        Ok(())
+    }
+
+    async fn make_read_only(&mut self) {
+        let Ok(connection) = self.lent.connection() else {
+            return;
+        };
+        while Manager::get_transaction_depth(connection) > 0 {
+            if Manager::rollback(connection).await.is_err() {
+                // No statement goes through a connection that is lost.
+                return;
+            }
+        }
+        let _ = Manager::begin(connection, Some("BEGIN READ ONLY".into())).await;
+    }
+}
+
+impl Transaction for PostgresTransaction {
+    fn number(&self) -> i64 {
+        self.number
+    }
+
+    fn recovery_point(&self) -> Option<&str> {
+        self.point.as_deref()
+    }
+
+    fn commit(
+        self: Box<Self>,
+        record: Record,
+        ttl: Duration,
+        writes: Writes,
+    ) -> BoxFuture<'static, Committed> {
+        Box::pin(self.record_and_commit(record, ttl, writes))
+    }
+
+    fn roll_back(self: Box<Self>) -> BoxFuture<'static, ()> {
+        Box::pin(self.roll_back_and_release())
+    }
+
+    fn end_phase<'a>(
+        &'a mut self,
+        point: &'a str,
+        lease: Duration,
+    ) -> BoxFuture<'a, Result<(), PhaseError>> {
+        Box::pin(async move {
+            let (env, limit) = (self.link.env.clone(), self.link.limit);
+            let ended = env.within(limit, self.end(point, lease)).await;
+            let ended = ended.unwrap_or(Err(PhaseError::Failed(StorageError::timeout())));
+            if ended.is_err() {
+                let _ = env.within(limit, self.make_read_only()).await;
+            }
+            ended
+        })
+    }
+
+    fn begin_phase(&mut self) -> BoxFuture<'_, Result<(), PhaseError>> {
+        Box::pin(async move {
+            let (env, limit) = (self.link.env.clone(), self.link.limit);
+            let begun = env.within(limit, self.open_next()).await;
+            let begun = begun.unwrap_or(Err(PhaseError::Failed(StorageError::timeout())));
+            if begun.is_err() {
+                let _ = env.within(limit, self.make_read_only()).await;
+            }
+            begun
+        })
+    }
+
+    fn refuse_writes(&mut self) -> BoxFuture<'_, ()> {
+        Box::pin(async move {
+            let (env, limit) = (self.link.env.clone(), self.link.limit);
+            let _ = env.within(limit, self.make_read_only()).await;
+        })
+    }
+}
+
+/// The server says that nothing is committed.
+fn failed(error: sqlx::Error) -> Committed {
+    let is_temporary = error::cure(&error) != Cure::Keep;
+    let error = error::into_storage_error(error);
+    // Out of room, or out of time: the operation is not to blame.
+    match is_temporary || error.kind() != StorageErrorKind::Unavailable {
+        true => Committed::RolledBack(error),
+        false => Committed::Failed(error),
+    }
+}
+
+fn unphased(error: sqlx::Error) -> PhaseError {
+    PhaseError::Failed(error::into_storage_error(error))
 }
 
 /// Whether the transaction was committed, if the server knows.
@@ -461,33 +545,6 @@ async fn fate(link: &Link, number: i64) -> Option<bool> {
     None
 }
 
-fn replayed<T: DeserializeOwned, E>(encoded: &Encoded, record: &Record) -> Ran<T, E> {
-    if let (Some(ours), Some(theirs)) = (&encoded.fingerprint, &record.fingerprint)
-        && ours != theirs
-    {
-        return Ran::Mismatch;
-    }
-    match &record.outcome {
-        Outcome::Response(response) => match serde_json::from_slice(response.body()) {
-            Ok(value) => Ran::Replayed(value),
-            Err(error) => Ran::StorageFailed(StorageError::unreadable(error)),
-        },
-        Outcome::Tombstone(reason) => Ran::NotReplayable(*reason),
-    }
-}
-
-/// Whether it was rolled back because of another transaction, and may well succeed when it is run again.
-fn met_another(error: &(dyn Error + 'static)) -> bool {
-    let mut error = Some(error);
-    while let Some(current) = error {
-        if let Some(driver) = current.downcast_ref::<sqlx::Error>() {
-            return error::cure(driver) == Cure::AnotherTry;
-        }
-        error = current.source();
-    }
-    false
-}
-
 /// As PostgreSQL counts: 0 would be no limit.
 fn milliseconds(duration: Duration) -> i32 {
     i32::try_from(duration.as_millis())
@@ -495,7 +552,7 @@ fn milliseconds(duration: Duration) -> i32 {
         .max(1)
 }
 
-impl Deref for KeyTransaction {
+impl Deref for PostgresTransaction {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
@@ -503,16 +560,17 @@ impl Deref for KeyTransaction {
     }
 }
 
-impl DerefMut for KeyTransaction {
+impl DerefMut for PostgresTransaction {
     fn deref_mut(&mut self) -> &mut PgConnection {
         self.lent.exclusive()
     }
 }
 
-impl fmt::Debug for KeyTransaction {
+impl fmt::Debug for PostgresTransaction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("KeyTransaction")
+        f.debug_struct("PostgresTransaction")
             .field("key", &format_args!("{}", self.key))
+            .field("recovery_point", &self.point)
             .finish_non_exhaustive()
     }
 }

@@ -113,6 +113,8 @@ enum Seen {
     Completed,
     /// What is left of the lease, and whether its end will be notified.
     Claimed(Duration, bool),
+    /// A transaction holds the key, whose end is not notified.
+    InTransaction,
 }
 
 impl Waiting {
@@ -263,8 +265,10 @@ impl Shared {
         if column(row, "is_completed")? {
             return Ok(Seen::Completed);
         }
-        let left = milliseconds(column(row, "lease_left")?);
-        Ok(Seen::Claimed(left, column(row, "is_marked")?))
+        match column::<Option<i64>>(row, "lease_left")? {
+            Some(left) => Ok(Seen::Claimed(milliseconds(left), column(row, "is_marked")?)),
+            None => Ok(Seen::InTransaction),
+        }
     }
 
     fn notified(&self, payload: &str) {
@@ -366,6 +370,13 @@ impl Waiter<'_> {
                 let pause = jittered(env, slot.pause).min(left);
                 let pause = if is_marked { pause } else { Duration::ZERO };
                 slot.next = now.saturating_add(pause);
+                Ok(false)
+            }
+            Ok(Seen::InTransaction) => {
+                slot.wakes = 1;
+                let [shortest, longest] = POLLED;
+                slot.pause = (slot.pause * 2).clamp(shortest, longest);
+                slot.next = now.saturating_add(jittered(env, slot.pause));
                 Ok(false)
             }
             Ok(Seen::Free) => {
