@@ -3,6 +3,7 @@
 use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 
 use super::{reconnecting::Connection, scripts::Script};
@@ -116,14 +117,12 @@ impl Commands {
         }
     }
 
-    async fn within_limit<T>(
+    fn within_limit<T>(
         &self,
         work: impl Future<Output = RedisResult<T>>,
-    ) -> Result<T, Failure> {
-        match self.env.within(self.limit, work).await {
-            Some(answer) => answer.map_err(Failure::Redis),
-            None => Err(Failure::Timeout),
-        }
+    ) -> impl Future<Output = Result<T, Failure>> {
+        let answer = self.env.within(self.limit, work);
+        answer.map(|answer| answer.ok_or(Failure::Timeout)?.map_err(Failure::Redis))
     }
 
     /// How often the connection that serves calls from here was made.
