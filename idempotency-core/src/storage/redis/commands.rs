@@ -1,6 +1,6 @@
 //! Sends commands, each under a time limit.
 
-use std::{collections::HashMap, fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
@@ -190,20 +190,9 @@ impl From<Failure> for StorageError {
 }
 
 /// `maxmemory` is reached, and nothing may be evicted.
-#[derive(Debug)]
-struct NoMemory(RedisError);
-
-impl fmt::Display for NoMemory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Redis has no memory left for it: raise `maxmemory` of Redis")
-    }
-}
-
-impl std::error::Error for NoMemory {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.0)
-    }
-}
+#[derive(Debug, thiserror::Error)]
+#[error("Redis has no memory left for it: raise `maxmemory` of Redis")]
+struct NoMemory(#[source] RedisError);
 
 pub(super) fn unexpected() -> StorageError {
     StorageError::unavailable("the server's answer is of a type that Redis does not return here")

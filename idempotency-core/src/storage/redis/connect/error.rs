@@ -1,6 +1,6 @@
 //! Why there is no connection.
 
-use std::{borrow::Cow, error::Error, fmt};
+use std::borrow::Cow;
 
 use redis::{ErrorKind, RedisError, ServerErrorKind};
 
@@ -9,7 +9,8 @@ use crate::{BoxError, StorageError};
 /// Redis could not be connected to, or is not fit to keep records.
 ///
 /// Neither it nor its sources show the URL, which may hold a password.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
 pub struct RedisConnectError {
     kind: RedisConnectErrorKind,
     message: Cow<'static, str>,
@@ -92,12 +93,6 @@ impl RedisConnectError {
     }
 }
 
-impl fmt::Display for RedisConnectError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
 /// Whether the server does not let the user in, or not do what connecting takes.
 pub(super) fn is_refusal(error: &RedisError) -> bool {
     let kinds = [
@@ -115,12 +110,6 @@ pub(super) fn is_refusal(error: &RedisError) -> bool {
 /// Whether `SELECT` failed. The driver says so by no more than its text.
 fn is_of_the_database(error: &RedisError) -> bool {
     error.to_string().contains("refused to switch database")
-}
-
-impl Error for RedisConnectError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.source.as_deref().map(|source| source as _)
-    }
 }
 
 impl From<RedisConnectError> for StorageError {
