@@ -293,7 +293,7 @@ pub mod storage {
     };
     #[cfg(feature = "sqlite")]
     #[doc(inline)]
-    pub use idempotency_core::{SqliteStorageError, SqliteStorageErrorKind};
+    pub use idempotency_core::{SqliteStorageError, SqliteStorageErrorKind, SqliteTransaction};
 }
 
 /// The types that the middleware and its extractors are made of. All of it can be imported from the root too.

@@ -71,6 +71,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod budget;
+mod codes;
 mod config;
 mod encoder;
 mod engine;
@@ -147,4 +148,5 @@ pub use self::storage::sql::postgres::{
 pub use self::storage::sql::sqlite::{
     SqliteStorage,
     error::{SqliteStorageError, SqliteStorageErrorKind},
+    transaction::SqliteTransaction,
 };

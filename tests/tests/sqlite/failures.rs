@@ -18,7 +18,7 @@ fn storage(options: SqliteConnectOptions) -> SqliteStorage {
 }
 
 /// A storage whose file has room for so many pages of 4 KiB.
-async fn small(file: &SqliteFile, pages: &'static str) -> SqliteStorage {
+pub(crate) async fn small(file: &SqliteFile, pages: &'static str) -> SqliteStorage {
     let options = file.options().create_if_missing(true);
     let storage = storage(options.pragma("max_page_count", pages));
     storage.migrate().await.unwrap();
@@ -26,7 +26,7 @@ async fn small(file: &SqliteFile, pages: &'static str) -> SqliteStorage {
 }
 
 #[track_caller]
-fn assert_caused_by(error: &StorageError, kind: StorageErrorKind, cause: Kind) {
+pub(crate) fn assert_caused_by(error: &StorageError, kind: StorageErrorKind, cause: Kind) {
     assert_eq!(error.kind(), kind, "{error:?}");
     let source = error.source().and_then(|source| source.downcast_ref());
     let source: &SqliteStorageError = source.expect("the storage's own error");

@@ -18,6 +18,7 @@ mod locks;
 mod processes;
 mod runtimes;
 mod tables;
+mod transactions;
 
 /// The executable that the tests start several of.
 const SERVICE: &str = env!("CARGO_BIN_EXE_service");

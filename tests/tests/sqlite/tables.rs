@@ -83,7 +83,7 @@ async fn expired_rows_are_purged_in_batches() {
     // More than one batch.
     file.execute(
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1200) \
-         INSERT INTO idempotency SELECT randomblob(32), 'completed', randomblob(16), x'', 0, 1 FROM n",
+         INSERT INTO idempotency SELECT randomblob(32), 'completed', randomblob(16), x'', 0, 1, NULL, NULL FROM n",
     )
     .await;
     clock.advance(LONG / 4);

@@ -22,13 +22,15 @@ use super::{
 };
 use crate::{
     Begin, EncodedKey, Entry, Env, Held, NewClaim, Record, Storage, StorageError, StorageErrorKind,
-    Token,
+    Token, Transactions,
 };
 
 mod database;
 pub(crate) mod error;
 mod rows;
 mod statements;
+pub(crate) mod transaction;
+mod turn;
 mod waiters;
 
 /// Keeps claims and records in one SQLite file: through restarts and crashes, for the processes of one machine. Clones share the
@@ -70,6 +72,7 @@ pub struct SqliteStorage {
     statements: Result<Arc<Statements>, InvalidTableName>,
     waiters: Arc<Waiters>,
     env: Env,
+    max_transaction: Duration,
     /// For a storage of settings, whose purger nobody else holds.
     _purger: Option<Arc<Purger>>,
 }
@@ -77,6 +80,9 @@ pub struct SqliteStorage {
 impl SqliteStorage {
     /// How long a statement may take, unless [`time_limit`](Self::time_limit) says otherwise.
     const DEFAULT_LIMIT: Duration = Duration::from_secs(1);
+
+    /// How long a transaction may be open, unless [`max_transaction`](Self::max_transaction) says otherwise.
+    const DEFAULT_MAX_TRANSACTION: Duration = Duration::from_secs(5);
 
     /// The least limit of what is done when a program starts: other processes may start too, and a file is switched by one at a time.
     const LIMIT_AT_START: Duration = Duration::from_secs(10);
@@ -161,6 +167,7 @@ impl SqliteStorage {
             table,
             waiters: Arc::default(),
             env: Env::system(),
+            max_transaction: Self::DEFAULT_MAX_TRANSACTION,
             _purger: None,
         }
     }
@@ -181,6 +188,15 @@ impl SqliteStorage {
     /// The engine has a limit of its own, [`Config::storage_timeout`](crate::Config::storage_timeout): the shorter one counts.
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.database.limit = limit;
+        self
+    }
+
+    /// How long a transaction of an operation may be open; then it is rolled back. Default: 5 s.
+    ///
+    /// Nobody else writes to the file meanwhile: no other claim is made or renewed. So it has to be well below the leases,
+    /// [`LockPolicy::ttl`](crate::LockPolicy::ttl).
+    pub fn max_transaction(mut self, limit: Duration) -> Self {
+        self.max_transaction = limit;
         self
     }
 
@@ -379,17 +395,22 @@ impl SqliteStorage {
         &self,
         answer: Result<Vec<SqliteRow>, SqliteStorageError>,
     ) -> Result<Vec<SqliteRow>, StorageError> {
-        let mut error = match answer {
-            Ok(rows) => return Ok(rows),
-            Err(error) => error,
-        };
-        if error.kind() == SqliteStorageErrorKind::Other {
-            let columns = self.database.read(self.statements()?.columns()).await;
+        match answer {
+            Ok(rows) => Ok(rows),
+            Err(error) => Err(self.explained(error).await),
+        }
+    }
+
+    async fn explained(&self, mut error: SqliteStorageError) -> StorageError {
+        if error.kind() == SqliteStorageErrorKind::Other
+            && let Ok(statements) = self.statements()
+        {
+            let columns = self.database.read(statements.columns()).await;
             if columns.is_ok_and(|columns| columns.is_empty()) {
                 error = error.with_kind(SqliteStorageErrorKind::NotMigrated);
             }
         }
-        Err(error.into())
+        error.into()
     }
 }
 
@@ -437,6 +458,13 @@ impl Storage for SqliteStorage {
                     // An earlier call to which the answer was lost. The lease counts from now.
                     Entry::Claimed { .. } => {}
                 }
+            }
+            // The row of an open transaction is not seen.
+            if let Some(fingerprint) = self.waiters.holder(key) {
+                return Ok(Begin::InFlight {
+                    fingerprint,
+                    lease_left: None,
+                });
             }
             let statement = self.statements()?.claim(self.now(), key, claim);
             let rows = self.answered(self.database.write(statement).await).await?;
@@ -515,15 +543,24 @@ impl Storage for SqliteStorage {
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         let look = || async {
+            if self.waiters.holder(key).is_some() {
+                return Ok(Seen::Claimed(Duration::MAX));
+            }
             Ok(match self.look(key).await?.map(|found| found.entry) {
                 None => Seen::Free,
                 Some(Entry::Completed(_)) => Seen::Completed,
-                Some(Entry::Claimed { lease_left, .. }) => {
-                    Seen::Claimed(lease_left.unwrap_or_default())
-                }
+                Some(Entry::Claimed { lease_left, .. }) => match lease_left.unwrap_or_default() {
+                    // At a recovery point: free for a retry.
+                    Duration::ZERO => Seen::Free,
+                    left => Seen::Claimed(left),
+                },
             })
         };
         self.waiters.wait(key, &self.env, timeout, look).await
+    }
+
+    fn transactions(&self) -> Option<Arc<dyn Transactions>> {
+        Some(Arc::new(self.clone()))
     }
 }
 

@@ -1,19 +1,20 @@
-//! The connections of a storage: one that writes, and some that read.
+//! The connections of a storage: one that writes, some that read, and one of the open [transaction](super::transaction).
 //!
 //! Tasks on the [background runtime](crate::Env::background) own the connections and take jobs from two queues. So no runtime of the
 //! program that stands still or ends holds a connection, or a lock of the database. A job is one statement. A caller that
 //! is dropped leaves nothing half done: its job is skipped, or runs to its end.
 //!
-//! Writes that wait together are committed together, with one `fsync` for all.
+//! Writes that wait together are committed together, with one `fsync` for all. For each batch the writer takes its [turn](super::turn).
 
 use std::{
     borrow::Cow,
-    fmt, mem,
+    fmt,
+    pin::pin,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, Either, pending, select};
 use sqlx::{
     Connection as _, Sqlite, SqliteConnection,
     query::Query,
@@ -26,6 +27,7 @@ use tokio::sync::{
 
 use super::{
     error::{self, SqliteStorageError, SqliteStorageErrorKind},
+    turn::{Turn, Turns},
     waiters::Wake,
 };
 use crate::Env;
@@ -42,11 +44,46 @@ const SLICE: Duration = Duration::from_millis(50);
 /// Between two tries where SQLite does not wait: when it opens the file, or recovers it.
 const PAUSE: Duration = Duration::from_millis(5);
 
+/// How long a statement is tried again that finds the file locked.
+pub(super) struct Patience {
+    since: Duration,
+    limit: Duration,
+    /// Counted too: where the clock is paused, no time passes while SQLite waits.
+    tries: u128,
+}
+
+impl Patience {
+    pub(super) fn new(since: Duration, limit: Duration) -> Self {
+        let tries = limit.as_millis() / SLICE.as_millis();
+        Self {
+            since,
+            limit,
+            tries,
+        }
+    }
+
+    pub(super) fn time_left(&self) -> Duration {
+        let waited = Env::system().now().saturating_sub(self.since);
+        self.limit.saturating_sub(waited)
+    }
+
+    /// Before the next try. Says whether there is to be one.
+    pub(super) async fn pause(&mut self) -> bool {
+        if self.tries == 0 || self.time_left().is_zero() {
+            return false;
+        }
+        self.tries -= 1;
+        Env::system().sleep(PAUSE).await;
+        true
+    }
+}
+
 /// Access to one file; clones share the connections.
 #[derive(Clone)]
 pub(super) struct Database {
     reads: Arc<Lane>,
     writes: Arc<Lane>,
+    pub(super) turns: Turns,
     /// How long a statement may take.
     pub(super) limit: Duration,
 }
@@ -57,9 +94,14 @@ impl Database {
         let options = options
             .busy_timeout(SLICE)
             .synchronous(SqliteSynchronous::Full);
+        let turns = Turns::new(options.clone());
+        let (of_reads, of_writes, their_turns) = (options.clone(), options, turns.clone());
         Self {
-            reads: Arc::new(Lane::new(options.clone(), serve_reads)),
-            writes: Arc::new(Lane::new(options, serve_writes)),
+            reads: Arc::new(Lane::new(move |jobs| serve_reads(&of_reads, jobs))),
+            writes: Arc::new(Lane::new(move |jobs| {
+                serve_writes(of_writes.clone(), their_turns.clone(), jobs)
+            })),
+            turns,
             limit,
         }
     }
@@ -160,7 +202,7 @@ impl Statement {
         self
     }
 
-    fn query(&self) -> Query<'_, Sqlite, SqliteArguments<'_>> {
+    pub(super) fn query(&self) -> Query<'_, Sqlite, SqliteArguments<'_>> {
         let query = sqlx::query(&self.sql);
         self.values.iter().fold(query, |query, value| match value {
             Value::Number(number) => query.bind(*number),
@@ -180,9 +222,15 @@ struct Job {
 }
 
 impl Job {
+    /// What is left of its time limit.
+    fn time_left(&self) -> Duration {
+        let waited = Env::system().now().saturating_sub(self.since);
+        self.limit.saturating_sub(waited)
+    }
+
     /// Whether its time limit is over.
     fn is_late(&self) -> bool {
-        Env::system().now().saturating_sub(self.since) >= self.limit
+        self.time_left().is_zero()
     }
 
     /// The job, if there is time left for it and its caller still waits.
@@ -208,22 +256,22 @@ impl Job {
     }
 }
 
+/// Makes the tasks that serve a queue.
+type Serve = Box<dyn Fn(UnboundedReceiver<Job>) -> Vec<BoxFuture<'static, ()>> + Send + Sync>;
+
 /// A queue of jobs, and the tasks that serve it.
 struct Lane {
-    options: SqliteConnectOptions,
-    serve: fn(SqliteConnectOptions, UnboundedReceiver<Job>) -> Vec<BoxFuture<'static, ()>>,
+    serve: Serve,
     /// `None` until it is used. `std`'s lock, because no section awaits.
     queue: Mutex<Option<UnboundedSender<Job>>>,
 }
 
 impl Lane {
     fn new(
-        options: SqliteConnectOptions,
-        serve: fn(SqliteConnectOptions, UnboundedReceiver<Job>) -> Vec<BoxFuture<'static, ()>>,
+        serve: impl Fn(UnboundedReceiver<Job>) -> Vec<BoxFuture<'static, ()>> + Send + Sync + 'static,
     ) -> Self {
         Self {
-            options,
-            serve,
+            serve: Box::new(serve),
             queue: Mutex::new(None),
         }
     }
@@ -243,7 +291,7 @@ impl Lane {
             return Err(no_runtime());
         };
         let (sender, jobs) = mpsc::unbounded_channel();
-        for task in (self.serve)(self.options.clone(), jobs) {
+        for task in (self.serve)(jobs) {
             spawner.spawn(task);
         }
         // The receiver is in the task.
@@ -259,7 +307,7 @@ fn no_runtime() -> SqliteStorageError {
 }
 
 fn serve_reads(
-    options: SqliteConnectOptions,
+    options: &SqliteConnectOptions,
     jobs: UnboundedReceiver<Job>,
 ) -> Vec<BoxFuture<'static, ()>> {
     // Whoever is idle waits for the next job with this lock.
@@ -279,15 +327,18 @@ fn serve_reads(
 
 fn serve_writes(
     options: SqliteConnectOptions,
+    turns: Turns,
     mut jobs: UnboundedReceiver<Job>,
 ) -> Vec<BoxFuture<'static, ()>> {
     let mut link = Link::new(options);
     let writer = async move {
-        let mut batch = Vec::new();
-        while jobs.recv_many(&mut batch, BATCH).await > 0 {
-            for job in mem::take(&mut batch) {
-                batch.extend(job.unless_late());
-            }
+        let mut waiting = Vec::new();
+        while !waiting.is_empty() || jobs.recv_many(&mut waiting, BATCH).await > 0 {
+            let Some(_turn) = turn_for(&mut waiting, &mut jobs, &turns).await else {
+                continue;
+            };
+            let first = waiting.drain(..waiting.len().min(BATCH));
+            let mut batch: Vec<_> = first.filter_map(Job::unless_late).collect();
             if batch.len() > 1 {
                 link.commit_together(&mut batch).await;
             }
@@ -297,6 +348,36 @@ fn serve_writes(
         }
     };
     vec![Box::pin(writer)]
+}
+
+/// Waits for the turn to write, unless all jobs are late before. Takes the jobs that come meanwhile, because they may be late first.
+async fn turn_for(
+    waiting: &mut Vec<Job>,
+    jobs: &mut UnboundedReceiver<Job>,
+    turns: &Turns,
+) -> Option<Turn> {
+    if let Some(turn) = turns.free() {
+        return Some(turn);
+    }
+    let mut turn = pin!(turns.next());
+    while let Some(left) = waiting.iter().map(Job::time_left).min() {
+        let mut more = Vec::new();
+        {
+            let next = pin!(async {
+                if jobs.recv_many(&mut more, BATCH).await == 0 {
+                    // The storage is dropped; there will be no more.
+                    pending::<()>().await;
+                }
+            });
+            let change = select(next, Env::system().sleep(left));
+            if let Either::Left((turn, _)) = select(turn.as_mut(), change).await {
+                return Some(turn);
+            }
+        }
+        waiting.append(&mut more);
+        *waiting = waiting.drain(..).filter_map(Job::unless_late).collect();
+    }
+    None
 }
 
 /// One connection, made when it is needed and again after an error.
@@ -322,16 +403,14 @@ impl Link {
     }
 
     async fn run(&mut self, job: &Job) -> Result<Vec<SqliteRow>, SqliteStorageError> {
-        // Counted too: where the clock is paused, no time passes while SQLite waits.
-        let tries = 1 + job.limit.as_millis() / SLICE.as_millis();
-        for _ in 0..tries {
+        let mut patience = Patience::new(job.since, job.limit);
+        loop {
             match self.execute(&job.statement).await {
                 Ok(rows) => return Ok(rows),
                 Err(busy) if error::is_busy(&busy) => {
-                    if job.is_late() {
-                        break;
+                    if !patience.pause().await {
+                        return Err(SqliteStorageError::new(SqliteStorageErrorKind::Busy));
                     }
-                    Env::system().sleep(PAUSE).await;
                 }
                 Err(error) => {
                     self.connection = None;
@@ -339,7 +418,6 @@ impl Link {
                 }
             }
         }
-        Err(SqliteStorageError::new(SqliteStorageErrorKind::Busy))
     }
 
     /// Runs statements in one transaction, and answers them all; or none, if one fails: each is then to run by itself.

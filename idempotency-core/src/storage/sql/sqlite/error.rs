@@ -114,17 +114,30 @@ fn kind_of(code: i32) -> SqliteStorageErrorKind {
     }
 }
 
+const ERROR: i32 = 1;
 const BUSY: i32 = 5;
 const LOCKED: i32 = 6;
 const READONLY: i32 = 8;
 const CORRUPT: i32 = 11;
 const FULL: i32 = 13;
 const CANTOPEN: i32 = 14;
+const TOOBIG: i32 = 18;
+const CONSTRAINT: i32 = 19;
 const NOTADB: i32 = 26;
 
 /// Whether another connection holds a lock that this one needs.
 pub(super) fn is_busy(error: &sqlx::Error) -> bool {
     matches!(primary_code(error), Some(BUSY | LOCKED))
+}
+
+/// Whether a statement about a savepoint failed because there is no such savepoint, for which SQLite has no code of its own.
+pub(super) fn is_no_savepoint(error: &sqlx::Error) -> bool {
+    primary_code(error) == Some(ERROR)
+}
+
+/// Whether what was written can't be committed, however often it is tried.
+pub(super) fn is_final(error: &sqlx::Error) -> bool {
+    matches!(primary_code(error), Some(ERROR | TOOBIG | CONSTRAINT))
 }
 
 impl fmt::Display for SqliteStorageError {

@@ -10,8 +10,12 @@ CREATE TABLE IF NOT EXISTS "idempotency" (
     value      BLOB    NOT NULL,
     -- CRC-32 of key, state and token, and of a claim's value. An encoded record has a checksum of its own.
     checksum   INTEGER NOT NULL,
-    -- Milliseconds since 1970. The row counts as absent from then on.
-    expires_at INTEGER NOT NULL
+    -- When the lease or the TTL is over, in milliseconds since 1970. The row counts as absent from then on.
+    expires_at INTEGER NOT NULL,
+    -- Of a claim whose operation has committed a part of its work: where a retry goes on, and until when it may. Such a claim is kept
+    -- until then.
+    recovery_point TEXT,
+    resume_until   INTEGER
 ) STRICT;
 
 -- For `purge_expired`.

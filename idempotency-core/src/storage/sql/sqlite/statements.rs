@@ -7,7 +7,7 @@ use super::{
     rows::{self, CLAIMED, COMPLETED},
 };
 use crate::{
-    EncodedKey, Fingerprint, NewClaim, Record, Token,
+    EncodedKey, Fingerprint, NewClaim, NewTransaction, Outcome, Record, Token, TombstoneReason,
     storage::sql::table::{InvalidTableName, TableName},
 };
 
@@ -19,7 +19,16 @@ const NOW: &str = "coalesce(?1, CAST(unixepoch('subsec') * 1000 + 0.5 AS INTEGER
 const SCHEMA: &str = include_str!("schema.sql");
 
 /// The columns that a table must have.
-pub(super) const COLUMNS: [&str; 6] = ["key", "state", "token", "value", "checksum", "expires_at"];
+pub(super) const COLUMNS: [&str; 8] = [
+    "key",
+    "state",
+    "token",
+    "value",
+    "checksum",
+    "expires_at",
+    "recovery_point",
+    "resume_until",
+];
 
 /// The statements for one table.
 pub(super) struct Statements {
@@ -31,6 +40,11 @@ pub(super) struct Statements {
     replace: Arc<str>,
     remove: Arc<str>,
     purge: Arc<str>,
+    enter: Arc<str>,
+    record: Arc<str>,
+    advance: Arc<str>,
+    resume: Arc<str>,
+    stop: Arc<str>,
     columns: Arc<str>,
     probe: String,
     schema: [String; 2],
@@ -49,16 +63,24 @@ impl Statements {
             Some((schema, _)) => schema.trim_matches('"').to_owned(),
             None => "main".to_owned(),
         };
+        // A claim at a recovery point is kept after its lease is over, for a retry to go on.
+        let is_old = |row: &str| {
+            format!(
+                "{row}expires_at <= {NOW} AND ({row}resume_until IS NULL OR {row}resume_until <= {NOW})"
+            )
+        };
+        let (is_old, old_is_old) = (is_old(""), is_old("old."));
         Ok(Self {
             look: format!(
-                "SELECT state, token, value, checksum, expires_at - {NOW} FROM {t} WHERE key = ?2 AND expires_at > {NOW}"
+                "SELECT state, token, value, checksum, expires_at - {NOW} FROM {t} WHERE key = ?2 AND NOT ({is_old})"
             )
             .into(),
             claim: format!(
                 "INSERT INTO {t} AS old (key, state, token, value, checksum, expires_at) VALUES (?2, ?3, ?4, ?5, ?6, {NOW} + ?7) \
                  ON CONFLICT (key) DO UPDATE SET state = excluded.state, token = excluded.token, value = excluded.value, \
-                 checksum = excluded.checksum, expires_at = excluded.expires_at \
-                 WHERE old.expires_at <= {NOW} OR (old.state = '{CLAIMED}' AND old.token = excluded.token) \
+                 checksum = excluded.checksum, expires_at = excluded.expires_at, \
+                 recovery_point = NULL, resume_until = NULL \
+                 WHERE ({old_is_old}) OR (old.state = '{CLAIMED}' AND old.token = excluded.token) \
                  RETURNING 1"
             )
             .into(),
@@ -67,8 +89,9 @@ impl Statements {
                 "INSERT INTO {t} AS old (key, state, token, value, checksum, expires_at) VALUES (?2, ?3, ?4, ?5, ?6, {NOW} + ?7) \
                  ON CONFLICT (key) DO UPDATE SET state = excluded.state, token = excluded.token, \
                  value = CASE WHEN old.state = '{COMPLETED}' AND old.expires_at > {NOW} THEN old.value ELSE excluded.value END, \
-                 checksum = excluded.checksum, expires_at = excluded.expires_at \
-                 WHERE old.expires_at <= {NOW} OR (old.state IN ('{CLAIMED}', '{COMPLETED}') AND old.token = excluded.token) \
+                 checksum = excluded.checksum, expires_at = excluded.expires_at, \
+                 recovery_point = NULL, resume_until = NULL \
+                 WHERE ({old_is_old}) OR (old.state IN ('{CLAIMED}', '{COMPLETED}') AND old.token = excluded.token) \
                  RETURNING 1"
             )
             .into(),
@@ -87,7 +110,39 @@ impl Statements {
             .into(),
             remove: format!("DELETE FROM {t} WHERE key = ?2 RETURNING expires_at > {NOW}").into(),
             purge: format!(
-                "DELETE FROM {t} WHERE rowid IN (SELECT rowid FROM {t} WHERE expires_at <= {NOW} LIMIT ?2) RETURNING 1"
+                "DELETE FROM {t} WHERE rowid IN (SELECT rowid FROM {t} WHERE {is_old} LIMIT ?2) RETURNING 1"
+            )
+            .into(),
+            // As `claim`, but what it inserts is a record, no token holds the key already, and a claim at a recovery point is taken over
+            // by the same request once its lease is over.
+            enter: format!(
+                "INSERT INTO {t} AS old (key, state, token, value, checksum, expires_at) VALUES (?2, ?3, ?4, ?5, ?6, {NOW} + ?7) \
+                 ON CONFLICT (key) DO UPDATE SET state = excluded.state, token = excluded.token, value = excluded.value, \
+                 checksum = excluded.checksum, expires_at = excluded.expires_at, \
+                 recovery_point = CASE WHEN old.resume_until > {NOW} THEN old.recovery_point END, resume_until = NULL \
+                 WHERE ({old_is_old}) OR (old.expires_at <= {NOW} AND old.state = '{CLAIMED}' AND old.value = ?8) \
+                 RETURNING recovery_point"
+            )
+            .into(),
+            record: format!(
+                "UPDATE {t} SET value = ?4, expires_at = {NOW} + ?5, recovery_point = NULL, resume_until = NULL \
+                 WHERE key = ?2 AND state = '{COMPLETED}' AND token = ?3 RETURNING 1"
+            )
+            .into(),
+            advance: format!(
+                "UPDATE {t} SET state = '{CLAIMED}', value = ?4, checksum = ?5, expires_at = {NOW} + ?6, \
+                 recovery_point = ?7, resume_until = {NOW} + ?8 \
+                 WHERE key = ?2 AND state = '{COMPLETED}' AND token = ?3 RETURNING 1"
+            )
+            .into(),
+            resume: format!(
+                "UPDATE {t} SET state = '{COMPLETED}', value = ?4, checksum = ?5, expires_at = {NOW} + ?6, \
+                 recovery_point = NULL, resume_until = NULL \
+                 WHERE key = ?2 AND state = '{CLAIMED}' AND token = ?3 RETURNING 1"
+            )
+            .into(),
+            stop: format!(
+                "UPDATE {t} SET expires_at = {NOW} WHERE key = ?2 AND state = '{CLAIMED}' AND token = ?3 RETURNING 1"
             )
             .into(),
             probe: format!("DELETE FROM {t} WHERE key = x''"),
@@ -122,13 +177,13 @@ impl Statements {
 
     /// Returns a row if the claim is stored.
     pub(super) fn claim(&self, now: Now, key: &EncodedKey, claim: &NewClaim) -> Statement {
-        let fingerprint = claim.fingerprint.as_ref().map(Fingerprint::as_bytes);
-        let value = fingerprint.map_or(&[][..], |print| &print[..]);
+        let value = claimed_value(claim.fingerprint.as_ref());
+        let checksum = rows::claim_checksum(key, claim.token, &value);
         on(&self.claim, now, key)
             .text(CLAIMED)
             .bytes(*claim.token.as_bytes())
             .bytes(value)
-            .number(rows::claim_checksum(key, claim.token, value))
+            .number(checksum)
             .number(milliseconds(claim.lease))
     }
 
@@ -185,10 +240,85 @@ impl Statements {
         on(&self.remove, now, key)
     }
 
+    /// Inserts what an operation leaves that commits its transaction by itself. Returns a row if it did, and in it the recovery point at
+    /// which an attempt before stopped.
+    pub(super) fn enter(&self, now: Now, key: &EncodedKey, claim: &NewTransaction) -> Statement {
+        on(&self.enter, now, key)
+            .text(COMPLETED)
+            .bytes(*claim.token.as_bytes())
+            .bytes(committed_by_hand(claim.fingerprint))
+            .number(rows::record_checksum(key, claim.token))
+            .number(milliseconds(claim.ttl))
+            .bytes(claimed_value(claim.fingerprint.as_ref()))
+    }
+
+    /// Puts the record in the place of what [`enter`](Self::enter) inserted. Returns a row if that is there.
+    pub(super) fn record(
+        &self,
+        now: Now,
+        key: &EncodedKey,
+        token: Token,
+        record: &Record,
+        ttl: Duration,
+    ) -> Statement {
+        on(&self.record, now, key)
+            .bytes(*token.as_bytes())
+            .bytes(record.encode())
+            .number(milliseconds(ttl))
+    }
+
+    /// Puts a claim at a recovery point in its place. Returns a row if that is there.
+    pub(super) fn advance(
+        &self,
+        now: Now,
+        key: &EncodedKey,
+        claim: &NewTransaction,
+        point: &str,
+        lease: Duration,
+    ) -> Statement {
+        let value = claimed_value(claim.fingerprint.as_ref());
+        let checksum = rows::claim_checksum(key, claim.token, &value);
+        on(&self.advance, now, key)
+            .bytes(*claim.token.as_bytes())
+            .bytes(value)
+            .number(checksum)
+            .number(milliseconds(lease))
+            .text(point.to_owned())
+            .number(milliseconds(claim.ttl))
+    }
+
+    /// The opposite of [`advance`](Self::advance). Returns a row if the claim is the token's.
+    pub(super) fn resume(&self, now: Now, key: &EncodedKey, claim: &NewTransaction) -> Statement {
+        on(&self.resume, now, key)
+            .bytes(*claim.token.as_bytes())
+            .bytes(committed_by_hand(claim.fingerprint))
+            .number(rows::record_checksum(key, claim.token))
+            .number(milliseconds(claim.ttl))
+    }
+
+    /// Ends the lease of a claim at a recovery point. Returns a row if it is the token's.
+    pub(super) fn stop(&self, now: Now, key: &EncodedKey, token: Token) -> Statement {
+        on(&self.stop, now, key).bytes(*token.as_bytes())
+    }
+
     /// Returns a row for each that was removed, up to `most`.
     pub(super) fn purge(&self, now: Now, most: i64) -> Statement {
         Statement::new(self.purge.clone()).number(now).number(most)
     }
+}
+
+/// The value of a claim's row.
+fn claimed_value(fingerprint: Option<&Fingerprint>) -> Vec<u8> {
+    fingerprint.map_or_else(Vec::new, |print| print.as_bytes().to_vec())
+}
+
+/// The value of the row that an operation leaves behind which commits its transaction by itself.
+fn committed_by_hand(fingerprint: Option<Fingerprint>) -> Vec<u8> {
+    let tombstone = Record {
+        fingerprint,
+        outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
+    };
+    tombstone.encode().into()
 }
 
 fn on(sql: &Arc<str>, now: Now, key: &EncodedKey) -> Statement {

@@ -1,4 +1,6 @@
 //! Waits for the end of a claim: woken by this process, and looking now and then for other processes.
+//!
+//! The row of an open transaction is seen by nobody else, so the key that one of this process holds is known here.
 
 use std::{
     collections::HashMap,
@@ -10,7 +12,7 @@ use std::{
 use futures_util::future::{Either, select};
 use tokio::sync::Notify;
 
-use crate::{EncodedKey, Env, StorageError, key::HashKeys};
+use crate::{EncodedKey, Env, Fingerprint, StorageError, key::HashKeys};
 
 /// A waiter looks again after this, then after twice as long, and at last every [`LONGEST`]; not if another waiter of the key has
 /// looked meanwhile.
@@ -22,6 +24,38 @@ const LONGEST: Duration = Duration::from_millis(500);
 pub(super) struct Waiters {
     /// `std`'s lock, because no section awaits.
     slots: Mutex<HashMap<EncodedKey, Slot, HashKeys>>,
+    /// The keys of open transactions, and what their requests were. `std`'s lock, for the same reason.
+    held: Mutex<HashMap<EncodedKey, Option<Fingerprint>, HashKeys>>,
+}
+
+/// The key of an open transaction of this process. Dropped, it wakes those who wait for the key.
+pub(super) struct Hold {
+    waiters: Arc<Waiters>,
+    key: EncodedKey,
+    /// Whom the end wakes.
+    pub(super) whom: Whom,
+}
+
+impl Hold {
+    pub(super) fn new(
+        waiters: &Arc<Waiters>,
+        key: &EncodedKey,
+        fingerprint: Option<Fingerprint>,
+    ) -> Self {
+        waiters.held().insert(*key, fingerprint);
+        Self {
+            waiters: waiters.clone(),
+            key: *key,
+            whom: Whom::One,
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.waiters.held().remove(&self.key);
+        self.waiters.wake(&self.key, self.whom);
+    }
 }
 
 /// The waiters of one key. There is at least one.
@@ -119,6 +153,16 @@ impl Waiters {
             must_look = matches!(select(wake, pause).await, Either::Left(_));
             waiter.owes_a_wake = must_look;
         }
+    }
+
+    /// The request whose transaction holds a key, if one of this process does.
+    pub(super) fn holder(&self, key: &EncodedKey) -> Option<Option<Fingerprint>> {
+        self.held().get(key).copied()
+    }
+
+    /// Nothing panics while they are locked.
+    fn held(&self) -> MutexGuard<'_, HashMap<EncodedKey, Option<Fingerprint>, HashKeys>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Nothing panics while they are locked.
