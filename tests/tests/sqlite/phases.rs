@@ -1,6 +1,11 @@
 //! Operations that commit their work in phases, and go on where an attempt before them stopped.
 
-use std::{future::pending, time::Duration};
+use std::{
+    env, fs,
+    future::pending,
+    process::{Child, Command},
+    time::Duration,
+};
 
 use idempotency_axum::{
     Begin, BeginTransaction, Committed, Config, Decision, Encoded, Engine, Entry, Env, Fingerprint,
@@ -319,5 +324,76 @@ async fn another_request_does_not_go_on_at_a_recovery_point() {
     match engine.begin_in_transaction(&other, &progress, None).await {
         Decision::Refuse(refused) => assert_eq!(refused.refusal, Refusal::KeyReused),
         other => panic!("{other:?}"),
+    }
+}
+
+/// Which file a process of [`dies_in`] opens, and where it is to die.
+const FILE_OF_CHILD: &str = "SQLITE_PHASES_FILE";
+const PHASE_OF_CHILD: &str = "SQLITE_PHASES_PHASE";
+
+/// Killed when it is dropped.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.0.kill().expect("it runs");
+        self.0.wait().expect("it is gone");
+    }
+}
+
+/// A process of this executable that runs the next test.
+fn dies_in(phase: &str, file: &SqliteFile) -> Process {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command
+        .args(["--exact", "phases::a_process_that_is_killed", "--ignored"])
+        .env(FILE_OF_CHILD, file.path())
+        .env(PHASE_OF_CHILD, phase);
+    Process(command.spawn().unwrap())
+}
+
+#[tokio::test]
+#[ignore = "it waits to be killed by the tests that start it"]
+async fn a_process_that_is_killed() {
+    let Some(file) = env::var_os(FILE_OF_CHILD) else {
+        return;
+    };
+    let storage = SqliteStorage::open(&file).await.unwrap();
+    let engine = engine(&storage.time_limit(PATIENCE));
+    let ran: Ran<i64, AnyError> = engine
+        .run_in::<Sqlite, _, _>(&ENCODED, async |transaction| {
+            order(transaction, "first").await?;
+            let reached = async {
+                fs::write(std::path::Path::new(&file).with_extension("reached"), "")?;
+                pending::<std::io::Result<()>>().await
+            };
+            match env::var(PHASE_OF_CHILD)?.as_str() {
+                "the first" => reached.await?,
+                _ => transaction.between("ordered", reached).await??,
+            }
+            Ok(1)
+        })
+        .await;
+    panic!("it was not killed: {ran:?}");
+}
+
+#[tokio::test]
+async fn what_a_killed_process_began_is_done_by_another() {
+    for (phase, goes_on_at) in [("the first", "the start"), ("between", "ordered")] {
+        let (file, storage) = shop().await;
+        let process = dies_in(phase, &file);
+        let reached = file.path().with_extension("reached");
+        let comes = async {
+            while !reached.exists() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, comes).await.expect("it runs");
+        drop(process);
+        let ran = run_ship(&engine(&storage), false).await;
+        assert!(
+            matches!(&ran, Ran::Executed(point) if point == goes_on_at),
+            "{ran:?}"
+        );
+        assert_eq!(file.number(ORDERS).await, 2);
     }
 }
