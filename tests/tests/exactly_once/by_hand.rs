@@ -10,6 +10,7 @@ on_each_database!(
     a_commit_by_hand_never_runs_again,
     a_rollback_by_hand_never_runs_again,
     a_commit_by_hand_before_an_error_never_runs_again,
+    a_rollback_by_hand_before_an_error_never_runs_again,
     an_early_drop_changes_nothing,
     taking_it_twice_commits_nothing,
     it_can_be_taken_again_after_a_drop,
@@ -69,25 +70,26 @@ async fn a_commit_by_hand_before_an_error_never_runs_again<D: Database>() {
 }
 
 /// What was written after it is committed, so a retry must not write it again.
-#[tokio::test]
-async fn a_rollback_by_hand_before_an_error_never_runs_again() {
-    for store_on in [StoreOn::success(), StoreOn::below(500)] {
-        let shop = Postgres::start().await;
+async fn a_rollback_by_hand_before_an_error_never_runs_again<D: Database>() {
+    let shop = D::start().await;
+    for (orders, key) in [(1, "success"), (2, "all")] {
+        let store_on = match key {
+            "all" => StoreOn::below(500),
+            _ => StoreOn::success(),
+        };
         let runs = Runs::new();
         let counted = runs.clone();
-        let app = shop.app_with(
-            config().store_on(store_on),
-            async move |mut tx: Tx<Postgres>| {
-                counted.next();
-                Postgres::execute(&mut tx, "ROLLBACK").await.unwrap();
-                Postgres::order(&mut tx, "after").await.unwrap();
-                StatusCode::UNPROCESSABLE_ENTITY
-            },
-        );
-        let first = app.post("k").await;
+        let config = config().store_on(store_on);
+        let app = shop.app_with(config, async move |mut tx: Tx<D>| {
+            counted.next();
+            D::execute(&mut tx, "ROLLBACK").await.unwrap();
+            D::order(&mut tx, "after").await.unwrap();
+            StatusCode::UNPROCESSABLE_ENTITY
+        });
+        let first = app.post(key).await;
         assert!([422, 500].contains(&first.code()), "{first:?}");
-        assert_tombstone(&app.post("k").await);
-        assert_eq!((shop.orders().await, runs.count()), (1, 1));
+        assert_tombstone(&app.post(key).await);
+        assert_eq!((shop.orders().await, runs.count()), (orders, 1));
     }
 }
 

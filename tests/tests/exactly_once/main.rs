@@ -13,6 +13,11 @@ macro_rules! on_each_database {
             async fn postgres() {
                 super::$name::<idempotency_axum::sqlx::Postgres>().await;
             }
+
+            #[tokio::test]
+            async fn sqlite() {
+                super::$name::<idempotency_axum::sqlx::Sqlite>().await;
+            }
         }
     )+};
 }

@@ -20,10 +20,13 @@ fn leased() -> Config {
     config().lock(LockPolicy::default().ttl(LEASE).timeout(PATIENCE))
 }
 
-/// The other service: which keys it was called with, by operations that were at which point.
+/// At which point the operation was, and the key that it called with.
+type Call = (Option<String>, String);
+
+/// The other service.
 #[derive(Clone, Default)]
 struct Provider {
-    calls: Arc<Mutex<Vec<(Option<String>, String)>>>,
+    calls: Arc<Mutex<Vec<Call>>>,
     gate: Gate,
 }
 

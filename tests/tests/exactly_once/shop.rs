@@ -12,13 +12,13 @@ use axum::{
 };
 use idempotency_axum::{
     Config, Engine, IdempotencyHandler, IdempotencyLayer, IdempotentTransaction, KeyPolicy,
-    LockPolicy, PostgresStorage, Storage, TransactionDatabase,
+    LockPolicy, PostgresStorage, SqliteStorage, Storage, TransactionDatabase,
     sqlx::{
-        self, PgConnection, PgPool, Postgres,
+        self, PgConnection, PgPool, Postgres, Sqlite, SqliteConnection,
         postgres::{PgConnectOptions, PgPoolOptions},
     },
 };
-use idempotency_tests::{Answer, Events, PATIENCE, postgres};
+use idempotency_tests::{Answer, Events, PATIENCE, postgres, sqlite::SqliteFile};
 use tokio::task::JoinHandle;
 use tower::ServiceExt;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -86,6 +86,43 @@ impl Database for Postgres {
     }
 
     async fn number(server: &postgres::Postgres, query: &str) -> i64 {
+        server.number(query).await
+    }
+}
+
+impl Database for Sqlite {
+    type Server = SqliteFile;
+    type Storage = SqliteStorage;
+
+    async fn start() -> Shop<Self> {
+        let server = SqliteFile::new();
+        let storage = server.open().await;
+        server
+            .execute("CREATE TABLE orders (id INTEGER PRIMARY KEY, note TEXT)")
+            .await;
+        Shop { server, storage }
+    }
+
+    fn max_transaction(storage: &SqliteStorage, limit: Duration) -> SqliteStorage {
+        storage.clone().max_transaction(limit)
+    }
+
+    async fn order(connection: &mut SqliteConnection, note: &str) -> Result<i64, sqlx::Error> {
+        sqlx::query_scalar("INSERT INTO orders (note) VALUES (?) RETURNING id")
+            .bind(note)
+            .fetch_one(connection)
+            .await
+    }
+
+    async fn execute(
+        connection: &mut SqliteConnection,
+        statements: &str,
+    ) -> Result<(), sqlx::Error> {
+        let done = sqlx::Executor::execute(connection, sqlx::raw_sql(statements)).await;
+        done.map(drop)
+    }
+
+    async fn number(server: &SqliteFile, query: &str) -> i64 {
         server.number(query).await
     }
 }
