@@ -6,10 +6,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    env, fmt,
+    env, fmt, fs,
     net::SocketAddr,
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
@@ -20,13 +20,14 @@ use crate::{
     chance::Chance,
     postgres::Postgres,
     redis::{Process, Spec},
+    sqlite::SqliteFile,
 };
 
 /// The header that names the phase at which a request stops.
 pub const STOP_AT: &str = "x-stop-at";
 
-/// How long leases are. What a killed shop held without a transaction waits for so long.
-const LEASE: Duration = Duration::from_secs(3);
+/// How long leases are where they matter: what a killed shop held without a transaction waits for so long.
+pub const LEASE: Duration = Duration::from_secs(3);
 
 /// How many keys are sent in a round, besides the victim's.
 const BYSTANDERS: usize = 3;
@@ -205,6 +206,54 @@ pub async fn crash_postgres(
     shops.close().await
 }
 
+/// Kills a shop inside of its COMMIT, as near as can be: the order has more than a megabyte, and the kill comes when the write-ahead
+/// log has grown to a length within it that the seed chose. Half as many rounds as planned. Returns too how many orders were committed.
+///
+/// # Panics
+///
+/// As [`kill_shops`].
+pub async fn kill_in_commits(file: &SqliteFile, spec: Spec, plan: Plan) -> (Story, usize) {
+    const ORDER: usize = 1_200_000;
+    /// Longer than a claim makes the log.
+    const SHORTEST: usize = 100_000;
+
+    let mut chance = Chance(plan.seed);
+    let mut shops = Shops::open(spec).await;
+    let note = "x".repeat(ORDER);
+    let log = file.directory().join("orders.db-wal");
+    let length = || fs::metadata(&log).map_or(0, |log| log.len() as usize);
+    let mut committed = 0;
+    for round in 0..plan.rounds / 2 {
+        let (killed, key) = (chance.below(2), format!("{round}-large"));
+        let depth = SHORTEST + chance.below(ORDER - SHORTEST);
+        file.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;
+        assert!(length() < SHORTEST, "the log was not emptied");
+        let call = order(shops.running[killed].address(), &key, &note, None);
+        let lost = tokio::spawn(call.try_send());
+        let since = Instant::now();
+        // Nothing wakes a task when a file grows.
+        tokio::task::block_in_place(|| {
+            while length() < depth {
+                assert!(since.elapsed() < PATIENCE, "{key} was not written");
+            }
+        });
+        shops.kill(killed).await;
+        drop(lost.await);
+        let orders = format!("SELECT count(*) FROM orders WHERE item = '{key}'");
+        committed += file.number(&orders).await as usize;
+        shops.start(killed).await;
+        for shop in 0..2 {
+            shops.client_with(&key, &note, shop, None);
+        }
+        // So that the next log begins empty.
+        let answers = 2 * (round + 1);
+        let mut answered = shops.answered.subscribe();
+        let all = timeout(PATIENCE, answered.wait_for(|count| *count == answers));
+        all.await.expect("answers").expect("it is not closed");
+    }
+    (shops.close().await, committed)
+}
+
 /// Two shops, where they are now, and their clients.
 struct Shops {
     spec: Spec,
@@ -229,7 +278,6 @@ struct Life {
 
 impl Shops {
     async fn open(spec: Spec) -> Self {
-        let spec = spec.lease(LEASE);
         let shops = Self {
             running: [spec.start().await, spec.start().await],
             addresses: Arc::default(),
@@ -270,15 +318,19 @@ impl Shops {
     }
 
     /// Sends `key` until it is answered, first to this shop, where its first request stops at `phase`.
-    fn client(&mut self, key: &str, mut shop: usize, mut phase: Option<Phase>) {
-        let (addresses, key) = (self.addresses.clone(), key.to_owned());
+    fn client(&mut self, key: &str, shop: usize, phase: Option<Phase>) {
+        self.client_with(key, "", shop, phase);
+    }
+
+    fn client_with(&mut self, key: &str, note: &str, mut shop: usize, mut phase: Option<Phase>) {
+        let (addresses, key, note) = (self.addresses.clone(), key.to_owned(), note.to_owned());
         let (database_is_up, answered) = (self.database_is_up.clone(), self.answered.clone());
         self.clients.spawn(async move {
             loop {
                 let mut address = addresses[shop].subscribe();
                 let address = address.wait_for(Option::is_some).await;
                 let address = address.expect("it is not closed").expect("it is some");
-                let call = order(address, &key, "", phase.take());
+                let call = order(address, &key, &note, phase.take());
                 match call.try_send().await {
                     Ok(answer) if is_final(&answer) => {
                         answered.send_modify(|answered| *answered += 1);

@@ -10,7 +10,7 @@
 
 use idempotency_axum::sqlx;
 use idempotency_tests::{
-    kills::{Order, Plan, crash_postgres, kill_shops},
+    kills::{LEASE, Order, Plan, crash_postgres, kill_in_commits, kill_shops},
     postgres::Postgres,
     redis::Spec,
     sqlite::SqliteFile,
@@ -22,7 +22,7 @@ const SHOP: &str = env!("CARGO_BIN_EXE_shop");
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_on_postgres_keeps_runs_apart() {
     let postgres = postgres().await;
-    let spec = Spec::postgres(SHOP, &postgres.url());
+    let spec = Spec::postgres(SHOP, &postgres.url()).lease(LEASE);
     let story = kill_shops(spec, Plan::of_the_environment()).await;
     story.assert_one_at_a_time();
     let verdict = story.judge(&in_postgres(&postgres).await);
@@ -33,7 +33,7 @@ async fn a_lease_on_postgres_keeps_runs_apart() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lease_on_sqlite_keeps_runs_apart() {
     let file = sqlite().await;
-    let spec = Spec::sqlite(SHOP, &file.url());
+    let spec = Spec::sqlite(SHOP, &file.url()).lease(LEASE);
     let story = kill_shops(spec, Plan::of_the_environment()).await;
     story.assert_one_at_a_time();
     let verdict = story.judge(&in_sqlite(&file).await);
@@ -53,6 +53,17 @@ async fn a_transaction_on_postgres_makes_each_order_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_on_sqlite_makes_each_order_once() {
+    let file = sqlite().await;
+    let spec = Spec::sqlite(SHOP, &file.url()).exactly_once();
+    let story = kill_shops(spec, Plan::of_the_environment()).await;
+    story.assert_one_at_a_time();
+    let verdict = story.judge(&in_sqlite(&file).await);
+    println!("SQLite, transactions: {verdict}");
+    assert_eq!(verdict.doubles, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_postgres_that_crashes_has_each_order_once() {
     let mut postgres = postgres().await;
     let plan = Plan::of_the_environment();
@@ -61,6 +72,22 @@ async fn a_postgres_that_crashes_has_each_order_once() {
     let verdict = story.judge(&in_postgres(&postgres).await);
     println!("PostgreSQL, crashes: {verdict}");
     assert_eq!(verdict.doubles, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kill_inside_of_a_commit_leaves_all_of_it_or_nothing() {
+    let file = sqlite().await;
+    let plan = Plan::of_the_environment();
+    let spec = Spec::sqlite(SHOP, &file.url()).exactly_once();
+    let (story, committed) = kill_in_commits(&file, spec, plan).await;
+    story.assert_one_at_a_time();
+    let verdict = story.judge(&in_sqlite(&file).await);
+    println!("SQLite, killed in COMMIT: {verdict}, {committed} were committed");
+    assert_eq!(verdict.doubles, 0);
+    let mut connection = file.connection().await;
+    let check = sqlx::query_scalar("PRAGMA integrity_check").fetch_one(&mut connection);
+    let check: String = check.await.unwrap();
+    assert_eq!(check, "ok");
 }
 
 async fn postgres() -> Postgres {

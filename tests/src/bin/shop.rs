@@ -33,7 +33,7 @@ use idempotency_axum::{
     AnyStorage, Config, EncodedKey, Event, IdempotencyKey, IdempotencyLayer, IdempotentTransaction,
     LockPolicy, PostgresStorage, SqliteStorage, idempotency_key,
     sqlx::{
-        self, Postgres,
+        self, Postgres, Sqlite,
         postgres::{PgPool, PgPoolOptions},
         sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqliteSynchronous},
     },
@@ -49,10 +49,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let (storage, orders) = open().await?;
     let commits = Commits::default();
     let observed = commits.clone();
-    let lock = LockPolicy::default().timeout(PATIENCE);
-    let lease = env::var("LEASE_MS")?.parse()?;
+    let mut lock = LockPolicy::default().timeout(PATIENCE);
+    if let Ok(lease) = env::var("LEASE_MS") {
+        lock = lock.ttl(Duration::from_millis(lease.parse()?));
+    }
     let config = Config::default()
-        .lock(lock.ttl(Duration::from_millis(lease)))
+        .lock(lock)
         .storage_timeout(PATIENCE)
         .observer(move |event: &Event<'_>| observed.on_event(event));
     let layer = IdempotencyLayer::enforce(storage).config(config);
@@ -60,7 +62,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let orders_route: MethodRouter<Shop> = match (env::var("EXACTLY_ONCE").is_ok(), &orders) {
         (false, _) => post(create_order),
         (true, Orders::Postgres(_)) => post(create_order_once_in_postgres),
-        (true, Orders::Sqlite(_)) => return Err("not there yet".into()),
+        (true, Orders::Sqlite(_)) => post(create_order_once_in_sqlite),
     };
     let app = Router::new()
         .route(
@@ -98,6 +100,19 @@ async fn create_order(
 #[idempotency_key]
 async fn create_order_once_in_postgres(
     mut tx: IdempotentTransaction<Postgres>,
+    Extension(stop): Extension<Stop>,
+    Json(new): Json<NewOrder>,
+) -> Result<(StatusCode, Json<Order>), Failed> {
+    let query = sqlx::query_as(INSERT).bind(&new.item).bind(&new.note);
+    let (id, item) = query.fetch_one(&mut *tx).await?;
+    stop.at(Phase::InHandler).await;
+    Ok((StatusCode::CREATED, Json(Order { id, item })))
+}
+
+/// The same in the other database.
+#[idempotency_key]
+async fn create_order_once_in_sqlite(
+    mut tx: IdempotentTransaction<Sqlite>,
     Extension(stop): Extension<Stop>,
     Json(new): Json<NewOrder>,
 ) -> Result<(StatusCode, Json<Order>), Failed> {
