@@ -154,17 +154,23 @@ impl Buffer {
 
     /// Joins the bytes. A second call copies nothing.
     pub(crate) fn join(&mut self) -> Bytes {
-        let joined = match mem::replace(&mut self.bytes, Read::One(Bytes::new())) {
-            Read::One(frame) => frame,
-            Read::Many { chunks, len } => joined(chunks, len),
-        };
+        let joined = mem::replace(&mut self.bytes, Read::One(Bytes::new())).joined();
         self.bytes = Read::One(joined.clone());
         joined
     }
 
     /// All the bytes joined, and their reservation.
-    pub(crate) fn into_parts(mut self) -> (Bytes, Reservation) {
-        (self.join(), self.reservation)
+    pub(crate) fn into_parts(self) -> (Bytes, Reservation) {
+        (self.bytes.joined(), self.reservation)
+    }
+}
+
+impl Read {
+    fn joined(self) -> Bytes {
+        match self {
+            Self::One(frame) => frame,
+            Self::Many { chunks, len } => joined(chunks, len),
+        }
     }
 }
 

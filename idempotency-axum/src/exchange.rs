@@ -59,7 +59,8 @@ impl Caller {
             shared.report_unknown_caller(&unknown, &parts.extensions);
             Problem::new(Refusal::ScopeRequired, config)
         })?;
-        if scope.overlooks_cookie(parts) {
+        // Without credentials a request with a cookie was refused.
+        if owner.is_some() && scope.overlooks_cookie(parts) {
             shared.warn_of_cookie(&parts.extensions);
         }
         Ok(Self { key, owner })

@@ -193,8 +193,10 @@ pub(crate) async fn gather(response: Response, config: &Config) -> Gathered {
 ///
 /// The engine reports to its observers whether the outcome was stored, and the client gets its answer in any case. So neither this nor
 /// [`store_none`] returns anything.
-async fn store(claim: Claim, response: StoredResponse) {
-    let _ = claim.complete(response).await;
+///
+/// No `async fn`, which would keep both arguments beside the future that they move into.
+fn store(claim: Claim, response: StoredResponse) -> impl Future<Output = ()> {
+    claim.complete(response).map(drop)
 }
 
 /// Stores a tombstone: the handler ran, and its answer can't be stored. Boxed, because it is rare, and a request's future is as large as

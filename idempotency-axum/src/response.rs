@@ -1,6 +1,6 @@
 //! Which parts of an answer are recorded, and how a recorded answer is replayed.
 
-use std::{collections::HashSet, convert::Infallible};
+use std::convert::Infallible;
 
 use axum::{
     body::Body,
@@ -56,7 +56,7 @@ impl IntoResponse for DoNotRecord {
 }
 
 /// Headers that belong to one connection, RFC 9110 section 7.6.1 and RFC 9112 section 9.
-const HOP_BY_HOP: [HeaderName; 9] = [
+static HOP_BY_HOP: [HeaderName; 9] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -75,26 +75,19 @@ pub(crate) fn stored(
     body: Bytes,
     config: &Config,
 ) -> StoredResponse {
-    StoredResponse::new(status, &kept_headers(headers, config), body)
-}
-
-fn kept_headers(headers: &HeaderMap, config: &Config) -> HeaderMap {
     let named = named_in_connection(headers);
-    let mut kept = HeaderMap::with_capacity(headers.keys_len());
-    for (name, value) in headers {
+    let is_kept = |name: &HeaderName| {
         let dropped = HOP_BY_HOP.contains(name)
             || named.contains(name)
             || config.stripped_headers.contains(name)
             // Computed anew from the body that is sent.
             || name == header::CONTENT_LENGTH;
-        if !dropped {
-            kept.append(name, value.clone());
-        }
-    }
-    kept
+        !dropped
+    };
+    StoredResponse::of_kept(status, headers, is_kept, body)
 }
 
-fn named_in_connection(headers: &HeaderMap) -> HashSet<HeaderName> {
+fn named_in_connection(headers: &HeaderMap) -> Vec<HeaderName> {
     headers
         .get_all(header::CONNECTION)
         .into_iter()

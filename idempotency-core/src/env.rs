@@ -14,6 +14,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use pin_project_lite::pin_project;
+use tokio::runtime::Handle;
 
 mod background;
 #[cfg(any(test, feature = "conformance"))]
@@ -184,17 +185,32 @@ impl fmt::Debug for Env {
 
 /// Spawns background tasks; captured where a runtime is entered, usable anywhere.
 #[derive(Clone)]
-pub struct Spawner(Arc<dyn Fn(BoxFuture<'static, ()>) + Send + Sync>);
+pub struct Spawner(Spawn);
+
+/// Each request captures a spawner, so that of tokio takes no allocation.
+#[derive(Clone)]
+enum Spawn {
+    Tokio(Handle),
+    Other(Arc<dyn Fn(BoxFuture<'static, ()>) + Send + Sync>),
+}
 
 impl Spawner {
     /// A spawner that hands each task to `spawn`.
     pub fn new(spawn: impl Fn(BoxFuture<'static, ()>) + Send + Sync + 'static) -> Self {
-        Self(Arc::new(spawn))
+        Self(Spawn::Other(Arc::new(spawn)))
+    }
+
+    fn tokio(runtime: Handle) -> Self {
+        Self(Spawn::Tokio(runtime))
     }
 
     /// Runs `task` in the background.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
-        (self.0)(Box::pin(task));
+        let task = Box::pin(task);
+        match &self.0 {
+            Spawn::Tokio(runtime) => drop(runtime.spawn(task)),
+            Spawn::Other(spawn) => spawn(task),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! secret of the client as far as logs are concerned, so it has no `Display` and its `Debug` shows
 //! nothing but a length. [`EncodedKey`] is a hash and may be shown.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{borrow::Cow, fmt, str::FromStr, sync::Arc};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -151,7 +151,7 @@ impl Key {
             at: start,
         };
         let text = if raw[start] == b'"' {
-            scanner.quoted_key()?
+            Cow::Owned(scanner.quoted_key()?)
         } else {
             scanner.bare_key()?
         };
@@ -196,9 +196,9 @@ struct Scanner<'a> {
     at: usize,
 }
 
-impl Scanner<'_> {
-    fn bare_key(&mut self) -> Result<String, InvalidKey> {
-        let mut text = String::new();
+impl<'a> Scanner<'a> {
+    fn bare_key(&mut self) -> Result<Cow<'a, str>, InvalidKey> {
+        let start = self.at;
         while let Some(byte) = self.peek() {
             let offset = self.at;
             match byte {
@@ -206,12 +206,11 @@ impl Scanner<'_> {
                 // would be accepted as a key that the client never meant.
                 b'"' => return Err(InvalidKey(Fault::UnbalancedQuote { offset })),
                 b',' => return Err(InvalidKey(Fault::Comma { offset })),
-                0x20..=0x7e => text.push(char::from(byte)),
+                0x20..=0x7e => self.at += 1,
                 _ => return Err(InvalidKey(Fault::ForbiddenByte { offset })),
             }
-            self.at += 1;
         }
-        Ok(text)
+        Ok(String::from_utf8_lossy(&self.bytes[start..]))
     }
 
     /// `sf-item` of RFC 8941 whose bare item is an `sf-string`.
@@ -231,7 +230,7 @@ impl Scanner<'_> {
     fn string(&mut self) -> Result<String, InvalidKey> {
         let open = self.at;
         self.at += 1;
-        let mut text = String::new();
+        let mut text = String::with_capacity(self.bytes.len() - self.at);
         loop {
             let offset = self.at;
             match self.next() {

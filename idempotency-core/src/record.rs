@@ -9,8 +9,12 @@ use crate::{codes::codes, encoder::Fingerprint};
 
 mod codec;
 pub(crate) mod envelope;
+#[cfg(feature = "memory")]
+mod packed;
 
 pub use self::codec::{DecodeError, DecodeErrorKind};
+#[cfg(feature = "memory")]
+pub(crate) use self::packed::Packed;
 
 /// What a storage keeps under a key once its operation is over.
 ///
@@ -172,15 +176,23 @@ impl StoredResponse {
     /// Keeps an answer. Every header is kept: what must not be replayed has to be gone by now.
     #[must_use]
     pub fn new(status: StatusCode, headers: &HeaderMap, body: impl Into<Bytes>) -> Self {
-        let text = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len();
-        // Lengths take a byte or two each.
-        let capacity = headers.iter().map(text).sum::<usize>() + 3 * headers.len();
-        let mut block = Vec::with_capacity(capacity);
-        for (name, value) in headers {
-            put(&mut block, name.as_str().as_bytes());
-            put(&mut block, value.as_bytes());
+        Self::of_kept(status, headers, |_| true, body)
+    }
+
+    /// [`new`](Self::new) with those headers only whose names are to be kept; for the middleware.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn of_kept(
+        status: StatusCode,
+        headers: &HeaderMap,
+        is_kept: impl Fn(&HeaderName) -> bool,
+        body: impl Into<Bytes>,
+    ) -> Self {
+        Self {
+            status,
+            header_block: pack(headers, is_kept),
+            body: body.into(),
         }
-        Self::of_block(status, block, body.into())
     }
 
     /// The headers are lines in `block`, each written by [`put`].
@@ -241,6 +253,21 @@ impl fmt::Debug for StoredResponse {
     }
 }
 
+fn pack(headers: &HeaderMap, is_kept: impl Fn(&HeaderName) -> bool) -> Bytes {
+    let lines = || {
+        let kept = headers.iter().filter(|(name, _)| is_kept(name));
+        kept.map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
+    };
+    // Exact: a record lives for a day.
+    let len = lines().map(|(name, value)| len_of_put(name) + len_of_put(value));
+    let mut block = Vec::with_capacity(len.sum());
+    for (name, value) in lines() {
+        put(&mut block, name);
+        put(&mut block, value);
+    }
+    block.into()
+}
+
 /// Appends the length, 7 bits a byte with the lowest first, and the bytes.
 fn put(block: &mut Vec<u8>, bytes: &[u8]) {
     let mut len = bytes.len();
@@ -250,6 +277,12 @@ fn put(block: &mut Vec<u8>, bytes: &[u8]) {
     }
     block.push(len as u8);
     block.extend_from_slice(bytes);
+}
+
+/// How many bytes [`put`] appends.
+fn len_of_put(bytes: &[u8]) -> usize {
+    let bits = usize::BITS - (bytes.len() | 1).leading_zeros();
+    bits.div_ceil(7) as usize + bytes.len()
 }
 
 /// Takes off what [`put`] appended; `None` at the end.
@@ -308,6 +341,10 @@ mod tests {
             let given = headers(&[("a", &value), ("b", b"end")]);
             let response = StoredResponse::new(StatusCode::OK, &given, "");
             assert_eq!(response.headers(), given, "{len}");
+
+            let mut block = Vec::new();
+            put(&mut block, &value);
+            assert_eq!(block.len(), len_of_put(&value), "{len}");
         }
         let name = "n".repeat(300);
         let mut given = HeaderMap::new();

@@ -128,20 +128,21 @@ impl Engine {
             ControlFlow::Continue(Some(claim)) => claim,
         };
         progress.set(true);
-        let attempt = self.ask(encoded, claim, progress, waited).await;
+        let attempt = self.ask(encoded, claim, progress, waited, now).await;
         if !matches!(attempt, ControlFlow::Break(Decision::Execute(_))) {
             progress.set(false);
         }
         attempt
     }
 
-    /// Asks the storage for the claim.
+    /// Asks the storage for the claim. A lease counts from `since` at the earliest.
     async fn ask(
         &self,
         encoded: &Encoded,
         claim: Claim,
         progress: &Progress,
         waited: Duration,
+        mut since: Duration,
     ) -> ControlFlow<Decision, Waiter> {
         let shared = &self.shared;
         let key = &encoded.key;
@@ -153,7 +154,6 @@ impl Engine {
         // Held until the run is listed, or it is known that there is none.
         let mut clearing = None;
         loop {
-            let mut since = shared.options.now();
             let mut answer = shared.limited(shared.storage.begin(key, &new)).await;
             if shared.is_to_be_cleared(&answer) {
                 if clearing.is_none() {
@@ -173,7 +173,10 @@ impl Engine {
                 since = shared.options.now();
                 match Box::pin(shared.renew_aged(key, &new, since)).await {
                     Ok(Held::Yes) => {}
-                    Ok(Held::Lost) => continue,
+                    Ok(Held::Lost) => {
+                        since = shared.options.now();
+                        continue;
+                    }
                     Err(error) => {
                         drop(claim);
                         let decision = shared.storage_failed(key, Operation::Renew, error);

@@ -60,8 +60,7 @@ impl Environment for System {
     }
 
     fn spawner(&self) -> Option<Spawner> {
-        let handle = Handle::try_current().ok()?;
-        Some(Spawner::new(move |task| drop(handle.spawn(task))))
+        Handle::try_current().ok().map(Spawner::tokio)
     }
 
     fn background(&self) -> Option<Spawner> {

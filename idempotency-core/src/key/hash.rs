@@ -161,8 +161,21 @@ impl FieldHasher {
 
     /// 8 bytes of length, big-endian, then the bytes.
     pub(crate) fn field(mut self, bytes: &[u8]) -> Self {
-        self.0.update((bytes.len() as u64).to_be_bytes());
-        self.0.update(bytes);
+        let len = (bytes.len() as u64).to_be_bytes();
+        // Most fields are short, and one call of SHA-256 for both costs less than copying them.
+        let mut joined = [0; 64];
+        match joined.get_mut(..len.len() + bytes.len()) {
+            Some(joined) => {
+                let (start, rest) = joined.split_at_mut(len.len());
+                start.copy_from_slice(&len);
+                rest.copy_from_slice(bytes);
+                self.0.update(joined);
+            }
+            None => {
+                self.0.update(len);
+                self.0.update(bytes);
+            }
+        }
         self
     }
 

@@ -14,13 +14,11 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-
 use self::{ledger::Ledger, records::Records};
 use super::lease::{self, Lease, LeaseTable, Wake};
 use crate::{
     Begin, EncodedKey, Entry, Env, Event, Fingerprint, Held, NewClaim, Outcome, Record, Storage,
-    StorageError, StorageErrorKind, StoredResponse, Token,
+    StorageError, StorageErrorKind, Token, TombstoneReason, record::Packed,
 };
 
 mod builder;
@@ -39,6 +37,9 @@ const SHARDS: usize = 32;
 /// How many expired records an operation clears away in passing. It adds one at most, so more than one keeps up; few, so that
 /// no request pays for a crowd.
 const SWEEP: usize = 8;
+
+/// Why a record that can't be kept has no answer to replay.
+const TOO_LARGE: TombstoneReason = TombstoneReason::ResponseTooLarge;
 
 /// Keeps claims and records in this process, up to a number of bytes. Clones share them.
 ///
@@ -97,7 +98,7 @@ type Claims = LeaseTable<EncodedKey, Option<Fingerprint>>;
 /// What lies under a completed key.
 #[derive(Clone)]
 struct Completed {
-    record: Record,
+    record: Packed,
     by: Token,
 }
 
@@ -195,7 +196,7 @@ impl Storage for MemoryStorage {
         ttl: Duration,
     ) -> Result<Held, StorageError> {
         // Copied before the lock is taken: nobody should wait for that.
-        let (record, too_large) = records::fitting(&self.0.records, own(record));
+        let (record, too_large) = self.0.pack(record);
         let held = self.0.complete(key, token, record, ttl);
         if too_large && held == Held::Yes {
             self.0.tell_too_large(key);
@@ -229,7 +230,7 @@ impl Storage for MemoryStorage {
         record: &Record,
         ttl: Duration,
     ) -> Result<(), StorageError> {
-        let (record, too_large) = records::fitting(&self.0.records, own(record));
+        let (record, too_large) = self.0.pack(record);
         let replaced = self.0.replace(key, record, ttl);
         if too_large && replaced {
             self.0.tell_too_large(key);
@@ -271,7 +272,7 @@ impl Inner {
             });
         }
         if let Some(found) = self.records.get(key, now) {
-            return Some(Begin::Completed(found.record));
+            return Some(Begin::Completed(found.record.record()));
         }
         let limit = match self.when_full {
             WhenFull::Evict => None,
@@ -289,7 +290,7 @@ impl Inner {
         Some(Begin::Acquired)
     }
 
-    fn complete(&self, key: &EncodedKey, token: Token, record: Record, ttl: Duration) -> Held {
+    fn complete(&self, key: &EncodedKey, token: Token, record: Packed, ttl: Duration) -> Held {
         let now = self.env.now();
         let mut claims = self.lock(key, now);
         match claims.get(key) {
@@ -342,11 +343,11 @@ impl Inner {
             });
         }
         let found = self.records.get(key, now)?;
-        Some(Entry::Completed(found.record))
+        Some(Entry::Completed(found.record.record()))
     }
 
     /// Says whether there was a record to replace.
-    fn replace(&self, key: &EncodedKey, record: Record, ttl: Duration) -> bool {
+    fn replace(&self, key: &EncodedKey, record: Packed, ttl: Duration) -> bool {
         let now = self.env.now();
         // Locked, though claims are not looked at: a claim and a record are never under one key.
         let _claims = self.lock(key, now);
@@ -358,7 +359,7 @@ impl Inner {
         true
     }
 
-    fn insert(&self, key: &EncodedKey, record: Record, by: Token, deadline: Duration) {
+    fn insert(&self, key: &EncodedKey, record: Packed, by: Token, deadline: Duration) {
         let weight = records::weight(record.weight());
         let completed = Completed { record, by };
         self.records.insert(key, completed, weight, deadline);
@@ -420,10 +421,23 @@ impl Inner {
         self.ledger.weight() >= self.max_bytes as u64
     }
 
+    /// A copy of `record`, or of a tombstone in its place if it is larger than all that can be kept (a retry would run the operation
+    /// again), and whether it is.
+    fn pack(&self, record: &Record) -> (Packed, bool) {
+        if self.records.fits(records::weight(record.weight())) {
+            return (Packed::of(record), false);
+        }
+        let tombstone = Record {
+            fingerprint: record.fingerprint,
+            outcome: Outcome::Tombstone(TOO_LARGE),
+        };
+        (Packed::of(&tombstone), true)
+    }
+
     fn tell_too_large(&self, key: &EncodedKey) {
         self.ledger.emit(&Event::Tombstoned {
             key: *key,
-            reason: records::TOO_LARGE,
+            reason: TOO_LARGE,
         });
     }
 
@@ -439,24 +453,4 @@ impl Inner {
 fn shard_of(key: &EncodedKey) -> usize {
     let bytes = key.as_bytes();
     usize::from(bytes[0] ^ bytes[31]) % SHARDS
-}
-
-/// A copy that holds on to no memory but its own.
-///
-/// `Bytes` doesn't tell whether it is a part of something larger (`Bytes::is_unique` tells who shares it, not how large it is),
-/// and a body often is: of the buffer that it was read into. So the body is always copied. The headers are packed anew, for
-/// the same reason.
-pub(super) fn own(record: &Record) -> Record {
-    let outcome = match &record.outcome {
-        Outcome::Response(response) => Outcome::Response(StoredResponse::new(
-            response.status(),
-            &response.headers(),
-            Bytes::copy_from_slice(response.body()),
-        )),
-        Outcome::Tombstone(reason) => Outcome::Tombstone(*reason),
-    };
-    Record {
-        fingerprint: record.fingerprint,
-        outcome,
-    }
 }

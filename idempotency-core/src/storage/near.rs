@@ -2,9 +2,10 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::memory::{Shelf, own};
+use super::memory::Shelf;
 use crate::{
     Begin, EncodedKey, Entry, Env, Held, NewClaim, Outcome, Record, Storage, StorageError, Token,
+    record::Packed,
 };
 
 #[cfg(all(test, feature = "conformance"))]
@@ -62,7 +63,7 @@ struct Near {
 /// A cached record.
 #[derive(Clone)]
 struct Kept {
-    record: Record,
+    record: Packed,
     /// When the near TTL is over, whatever its own TTL.
     near_end: Duration,
 }
@@ -233,7 +234,7 @@ impl Near {
 
     fn get(&self, key: &EncodedKey) -> Option<Record> {
         let kept = self.shelf.lock(key).get()?;
-        Some(kept.record)
+        Some(kept.record.record())
     }
 
     fn ask(&self, key: &EncodedKey) -> Asked {
@@ -269,7 +270,7 @@ impl Near {
             return;
         }
         // Copied before the lock is taken, so that nobody waits for the copy.
-        let record = own(record);
+        let record = Packed::of(record);
         {
             let shard = self.shelf.lock(key);
             // The response may be from before or after a change that is under way.

@@ -2,8 +2,10 @@
 //! they belong to.
 
 use std::{
-    cmp::Reverse,
+    borrow::Borrow,
+    cmp::Ordering,
     collections::BinaryHeap,
+    hash::{Hash, Hasher},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicIsize, Ordering::Relaxed},
@@ -14,22 +16,19 @@ use std::{
 use moka::{policy::EvictionPolicy, sync::Cache};
 
 use super::{SHARDS, ledger::Ledger, shard_of};
-use crate::{EncodedKey, Outcome, Record, TombstoneReason, key::HashKeys};
+use crate::{EncodedKey, key::HashKeys};
 
 /// What a record takes besides its body and its headers, in bytes: [`Stored`], its place among the expiries, and moka's nodes,
-/// table and buffers. With moka 0.12.16 that is 550, and 573 once it was read; the rest is for what the allocator rounds up
-/// ten blocks by. `tests/memory_limits.rs` holds the whole to its limit.
-const OVERHEAD: usize = 704;
+/// table and buffers. With moka 0.12.16 that is 406 at most, and 429 once it was read; the rest is for what the allocator rounds up
+/// nine blocks by. `tests/memory_limits.rs` holds the whole to its limit.
+const OVERHEAD: usize = 560;
 
 /// The part of the capacity by which records may be over it before moka is told to evict at once. Otherwise moka takes its
 /// time: it looks after every 64 writes, which may be 64 of the largest answers.
 const SLACK: u64 = 32;
 
-/// Why a record that can't be kept has no answer to replay.
-pub(super) const TOO_LARGE: TombstoneReason = TombstoneReason::ResponseTooLarge;
-
 pub(super) struct Records<V> {
-    cache: Cache<EncodedKey, Arc<Stored<V>>, HashKeys>,
+    cache: Cache<Place<V>, Arc<Stored<V>>, HashKeys>,
     ledger: Arc<Ledger>,
     /// `None` where nothing is evicted.
     capacity: Option<u64>,
@@ -41,36 +40,56 @@ pub(super) struct Records<V> {
 }
 
 /// A record in a heap whose greatest expires first.
-struct Expiry<V> {
-    deadline: Duration,
-    stored: Arc<Stored<V>>,
-}
+struct Expiry<V>(Arc<Stored<V>>);
 
 impl<V> Ord for Expiry<V> {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        Reverse(self.deadline).cmp(&Reverse(other.deadline))
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.0.deadline.cmp(&self.0.deadline)
     }
 }
 
 impl<V> PartialOrd for Expiry<V> {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
 impl<V> PartialEq for Expiry<V> {
     fn eq(&self, other: &Self) -> bool {
-        self.deadline == other.deadline
+        self.0.deadline == other.0.deadline
     }
 }
 
 impl<V> Eq for Expiry<V> {}
 
+/// A record as the key of itself in moka, so that its 32 bytes are there once.
+struct Place<V>(Arc<Stored<V>>);
+
+impl<V> Borrow<EncodedKey> for Place<V> {
+    fn borrow(&self) -> &EncodedKey {
+        &self.0.key
+    }
+}
+
+impl<V> Hash for Place<V> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.key.hash(state);
+    }
+}
+
+impl<V> PartialEq for Place<V> {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.key == other.0.key
+    }
+}
+
+impl<V> Eq for Place<V> {}
+
 /// A record as it lies in moka.
 struct Stored<V> {
     key: EncodedKey,
-    /// By the storage's clock. The record has expired from then on.
-    deadline: Duration,
+    /// By the storage's clock, see [`nanos`]. The record has expired from then on.
+    deadline: u64,
     weight: u32,
     /// Taken out when the record leaves the cache.
     value: Mutex<Option<V>>,
@@ -106,11 +125,12 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             .eviction_policy(EvictionPolicy::lru())
             .weigher(|_, stored: &Arc<Stored<V>>| stored.weight)
             // No expiry of moka's: it would follow another clock than the leases, and a clock can't be moved in moka.
-            .eviction_listener(move |key: Arc<EncodedKey>, stored: Arc<Stored<V>>, cause| {
+            .eviction_listener(move |_, stored: Arc<Stored<V>>, cause| {
                 // Now, not when moka's epochs get round to what they hold: a hundred such bodies may be more than the limit.
                 stored.clear();
-                departures[shard_of(&key)].fetch_add(1, Relaxed);
-                listener.record_left(&key, stored.weight, stored.deadline, cause);
+                departures[shard_of(&stored.key)].fetch_add(1, Relaxed);
+                let deadline = Duration::from_nanos(stored.deadline);
+                listener.record_left(&stored.key, stored.weight, deadline, cause);
             });
         if let Some(capacity) = capacity {
             cache = cache.max_capacity(capacity);
@@ -133,7 +153,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// The record of `key` if there is one and it is not expired.
     pub(super) fn get(&self, key: &EncodedKey, now: Duration) -> Option<V> {
         let stored = self.cache.get(key)?;
-        if stored.deadline <= now {
+        if stored.deadline <= nanos(now) {
             self.remove(key);
             return None;
         }
@@ -147,7 +167,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         self.ledger.record_came(weight);
         let stored = Arc::new(Stored {
             key: *key,
-            deadline,
+            deadline: nanos(deadline),
             weight,
             value: Mutex::new(Some(value)),
         });
@@ -157,14 +177,11 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         let before = expiries.len();
         if departed.load(Relaxed) > (before / 4 + 32) as isize {
             // They hold on to memory: without this, until their time is over.
-            expiries.retain(|expiry| !expiry.stored.is_cleared());
+            expiries.retain(|Expiry(stored)| !stored.is_cleared());
             departed.fetch_sub((before - expiries.len()) as isize, Relaxed);
         }
-        expiries.push(Expiry {
-            deadline,
-            stored: stored.clone(),
-        });
-        self.cache.insert(*key, stored);
+        expiries.push(Expiry(stored.clone()));
+        self.cache.insert(Place(stored.clone()), stored);
     }
 
     pub(super) fn remove(&self, key: &EncodedKey) {
@@ -173,13 +190,14 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
 
     /// Forgets up to `at_most` records of `shard` that have expired or left, those that expire first. Says whether there may be more.
     pub(super) fn sweep(&self, shard: usize, now: Duration, at_most: usize) -> bool {
+        let now = nanos(now);
         let mut expiries = self.expiries(shard);
         for _ in 0..at_most {
             match expiries.peek() {
-                Some(next) if next.deadline <= now || next.stored.is_cleared() => {}
+                Some(Expiry(next)) if next.deadline <= now || next.is_cleared() => {}
                 _ => return false,
             }
-            let Some(Expiry { stored, .. }) = expiries.pop() else {
+            let Some(Expiry(stored)) = expiries.pop() else {
                 return false;
             };
             if !stored.is_cleared() {
@@ -211,24 +229,13 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     }
 }
 
-/// `record`, or a tombstone in its place if it is larger than all that `records` can keep, and whether it is: a retry would run
-/// the operation again.
-pub(super) fn fitting<V>(records: &Records<V>, record: Record) -> (Record, bool)
-where
-    V: Clone + Send + Sync + 'static,
-{
-    if records.fits(weight(record.weight())) {
-        return (record, false);
-    }
-    let tombstone = Record {
-        fingerprint: record.fingerprint,
-        outcome: Outcome::Tombstone(TOO_LARGE),
-    };
-    (tombstone, true)
-}
-
 /// What a record of so many bytes weighs. moka's weights are 32 bits wide: one of 4 GiB weighs less than it should, by what it
 /// is larger.
 pub(super) fn weight(bytes: usize) -> u32 {
     u32::try_from(bytes.saturating_add(OVERHEAD)).unwrap_or(u32::MAX)
+}
+
+/// A time in half the memory. Times from 584 years on are all the same.
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
