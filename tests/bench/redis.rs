@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use axum::{Router, body::Body, extract::Request, routing::post};
+use axum::{Router, body::Body, extract::Request, http::HeaderMap, routing::post};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use idempotency_axum::{
@@ -26,30 +26,45 @@ use idempotency_axum::{
 use tokio::{runtime::Runtime, task::JoinSet};
 use tower::ServiceExt as _;
 
+use crate::apps::hash;
+
 /// How many requests are under way at once.
 const CONCURRENT: u64 = 64;
 /// How many requests a case sends in one round.
-const REQUESTS: u64 = 200 * CONCURRENT;
-const ROUNDS: usize = 22;
+const REQUESTS: u64 = 50 * CONCURRENT;
+/// Many short ones: cases that are compared then run within a moment of each other, whatever else the machine does.
+const ROUNDS: usize = 82;
 /// The first rounds are not counted.
 const WARM_UP: usize = 2;
 
 /// Sends the request of this number.
 type Case = Arc<dyn Fn(u64) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
-/// Measures all cases, or repeats the one of this name for a profiler.
-pub fn run(profiled: Option<&str>) {
+/// What is compared with what.
+const RATIOS: [[&str; 2]; 6] = [
+    ["storage first", "raw first"],
+    ["storage replay", "raw replay"],
+    ["layer first", "raw first"],
+    ["layer replay", "raw replay"],
+    ["layer first", "handler first"],
+    ["layer replay", "handler replay"],
+];
+
+/// Repeats a case in so many rounds, for a profiler.
+pub fn repeat(name: &str, rounds: usize) {
     let server = Server::start();
-    if let Some(name) = profiled {
-        let bench = Bench::new(1, &server);
-        let (_, case) = (bench.cases.iter())
-            .find(|(case, _)| *case == name)
-            .expect("a case of this name");
-        for round in 0..60 {
-            bench.round(round, case);
-        }
-        return;
+    let bench = Bench::new(1, &server);
+    let (_, case) = (bench.cases.iter())
+        .find(|(case, _)| *case == name)
+        .expect("a case of this name");
+    for round in 0..rounds {
+        bench.round(round, case);
     }
+}
+
+/// Measures all cases.
+pub fn run() {
+    let server = Server::start();
     for threads in [1, 2] {
         let bench = Bench::new(threads, &server);
         let mut times: HashMap<&str, Vec<f64>> = HashMap::new();
@@ -65,16 +80,11 @@ pub fn run(profiled: Option<&str>) {
         for (name, _) in &bench.cases {
             println!("  {name:20} {:8.0} ns", quartiles(times[name].clone())[1]);
         }
-        for (case, raw) in [
-            ("storage first", "raw first"),
-            ("storage replay", "raw replay"),
-            ("layer first", "raw first"),
-            ("layer replay", "raw replay"),
-        ] {
-            let ratios = times[case].iter().zip(&times[raw]);
-            let [low, median, high] = quartiles(ratios.map(|(ours, raw)| raw / ours).collect());
+        for [case, other] in RATIOS {
+            let ratios = times[case].iter().zip(&times[other]);
+            let [low, median, high] = quartiles(ratios.map(|(ours, other)| other / ours).collect());
             println!(
-                "  throughput of {case} / {raw} = {median:.2} ({low:.2} to {high:.2} in half of the rounds)"
+                "  throughput of {case} / {other} = {median:.2} ({low:.2} to {high:.2} in half of the rounds)"
             );
         }
     }
@@ -156,9 +166,8 @@ async fn cases(
 
     let storage = RedisStorage::connect(server.url()).await;
     let storage = storage.expect("Redis answers").prefix("bench");
-    let shop = shop(storage.clone());
-    let ours = |fresh: bool| -> Case {
-        let (shop, body) = (shop.clone(), body.clone());
+    let requests = |shop: Router, fresh: bool| -> Case {
+        let body = body.clone();
         Arc::new(move |n| {
             let (shop, body) = (shop.clone(), body.clone());
             Box::pin(async move {
@@ -168,17 +177,17 @@ async fn cases(
             })
         })
     };
+    let layer = shop(storage.clone());
+    let handler = by_hand(raw.clone(), commands.clone());
     let driver = |fresh: bool| -> Case {
         let (raw, commands) = (raw.clone(), commands.clone());
         Arc::new(move |n| {
             let (raw, commands) = (raw.clone(), commands.clone());
             Box::pin(async move {
                 let key = if fresh { n } else { u64::MAX };
-                let is_replay = commands[0].send(&raw, key).await != Value::Nil;
+                // As long as ours.
+                let is_replay = sent(&raw, &commands, &format!("bench:{key:064x}")).await;
                 assert_eq!(is_replay, !fresh && n != u64::MAX);
-                if !is_replay {
-                    assert_eq!(commands[1].send(&raw, key).await, Value::Int(1));
-                }
             })
         })
     };
@@ -212,11 +221,37 @@ async fn cases(
     vec![
         ("raw first", driver(true)),
         ("storage first", storage(true)),
-        ("layer first", ours(true)),
+        ("handler first", requests(handler.clone(), true)),
+        ("layer first", requests(layer.clone(), true)),
         ("raw replay", driver(false)),
         ("storage replay", storage(false)),
-        ("layer replay", ours(false)),
+        ("handler replay", requests(handler, false)),
+        ("layer replay", requests(layer, false)),
     ]
+}
+
+/// A service that does by hand what it can't do without: it hashes the request as the floor does, and sends our commands.
+fn by_hand(raw: MultiplexedConnection, commands: Arc<Vec<Recorded>>) -> Router {
+    let handler = post(async move |headers: HeaderMap, body: Bytes| {
+        let hash = hash(headers["idempotency-key"].as_bytes(), &body);
+        let [high, low] = [&hash[..16], &hash[16..]]
+            .map(|half| u128::from_be_bytes(half.try_into().expect("16 bytes")));
+        let name = format!("bench:{high:032x}{low:032x}");
+        match sent(&raw, &commands, &name).await {
+            true => Ok(([("idempotency-replayed", "true")], body)),
+            false => Err(body),
+        }
+    });
+    Router::new().route("/orders", handler).with_state(())
+}
+
+/// Sends our commands for the key of this name. Says whether it had a record.
+async fn sent(raw: &MultiplexedConnection, commands: &[Recorded], name: &str) -> bool {
+    let is_replay = commands[0].send(raw, name).await != Value::Nil;
+    if !is_replay {
+        assert_eq!(commands[1].send(raw, name).await, Value::Int(1));
+    }
+    is_replay
 }
 
 /// Sends a request with this key. Says whether the answer was a replay.
@@ -301,12 +336,11 @@ struct Recorded {
 }
 
 impl Recorded {
-    async fn send(&self, connection: &MultiplexedConnection, key: u64) -> Value {
+    async fn send(&self, connection: &MultiplexedConnection, name: &str) -> Value {
         let mut command = Cmd::new();
         for (place, word) in self.words.iter().enumerate() {
             match place == self.name {
-                // As long as ours.
-                true => command.arg(format!("bench:{key:064x}")),
+                true => command.arg(name),
                 false => command.arg(&word[..]),
             };
         }
