@@ -83,7 +83,7 @@ impl Floor {
     }
 }
 
-fn hash(key: &[u8], body: &[u8]) -> [u8; 32] {
+pub fn hash(key: &[u8], body: &[u8]) -> [u8; 32] {
     let mut sha = Sha256::new();
     sha.update(key);
     sha.update(b"POST/orders");

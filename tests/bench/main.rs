@@ -56,8 +56,11 @@ fn main() {
         ["--profile", case] => in_process::repeat(case, 500_000),
         ["--profile", case, count] => in_process::repeat(case, count.parse().expect("a count")),
         ["--serve", app, size] => http::serve(app, size.parse().expect("a size")),
-        ["redis"] => redis::run(None),
-        ["redis", "--profile", case] => redis::run(Some(case)),
+        ["redis"] => redis::run(),
+        ["redis", "--profile", case] => redis::repeat(case, 240),
+        ["redis", "--profile", case, rounds] => {
+            redis::repeat(case, rounds.parse().expect("a count"))
+        }
         [database @ ("postgres" | "sqlite")] => sql(database, None),
         [database @ ("postgres" | "sqlite"), "--profile", case] => sql(database, Some(case)),
         [name] => match PARTS.iter().find(|(part, _)| *part == name) {

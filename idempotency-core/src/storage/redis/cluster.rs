@@ -16,7 +16,7 @@ use futures_util::{
 };
 use redis::{
     Arg, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult,
-    ServerErrorKind, Value, cluster_routing::Slot,
+    ServerErrorKind, Value,
 };
 use tokio::sync::oneshot;
 
@@ -26,6 +26,8 @@ use super::{
     reconnecting::{Connection, Reconnecting, gone},
 };
 use crate::Env;
+
+const SLOTS: usize = 16_384;
 
 /// Redis names this host if nodes are to be reached by name and the name is not known.
 const NAMELESS: &str = "?";
@@ -75,11 +77,11 @@ struct Refresh {
 }
 
 /// Which node owns which slot.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct Owners {
     addresses: Vec<Address>,
-    /// For each slot with a known owner an index into `addresses`.
-    slots: HashMap<Slot, usize>,
+    /// For each slot an index into `addresses`; out of range if the owner is not known.
+    slots: Vec<usize>,
 }
 
 impl Cluster {
@@ -140,7 +142,7 @@ impl Cluster {
         let Some(key) = key_of(command) else {
             return self.ask_masters(command, patience).await;
         };
-        let slot = Slot::for_key(key);
+        let slot = slot_of(key);
         // If the call is dropped, its node may be gone.
         let mut doubt = Doubt(Some(self));
         let mut to = match self.owner(slot) {
@@ -208,7 +210,7 @@ impl Cluster {
         Ok(answers?.pop().unwrap_or(Value::Nil))
     }
 
-    fn owner(&self, slot: Slot) -> Option<Address> {
+    fn owner(&self, slot: usize) -> Option<Address> {
         self.0.state().owners.of(slot).cloned()
     }
 
@@ -357,6 +359,15 @@ impl State {
     }
 }
 
+impl Default for Owners {
+    fn default() -> Self {
+        Self {
+            addresses: Vec::new(),
+            slots: vec![usize::MAX; SLOTS],
+        }
+    }
+}
+
 impl Owners {
     /// Reads the answer to `CLUSTER SLOTS`; `None` if it has no slot. An empty host means the node that was asked.
     fn read(answer: Value, asked: &str) -> Option<Self> {
@@ -389,8 +400,8 @@ impl Owners {
             let host = host.filter(|host| !host.is_empty());
             let host = host.unwrap_or_else(|| asked.to_owned());
             let master = (host, u16::try_from(*port).ok()?);
-            let [first, last] = [first, last].map(|slot| u16::try_from(*slot).ok());
-            for slot in (first?..=last?).map_while(Slot::new) {
+            let [first, last] = [first, last].map(|slot| usize::try_from(*slot).ok());
+            for slot in first?..=last?.min(SLOTS - 1) {
                 owners.set(slot, &master);
             }
         }
@@ -403,7 +414,7 @@ impl Owners {
             return told.remove(0);
         }
         let mut agreed = Self::default();
-        for slot in (0..).map_while(Slot::new) {
+        for slot in 0..SLOTS {
             let named = || told.iter().filter_map(|owners| owners.of(slot));
             let votes = |owner: &Address| named().filter(|other| *other == owner).count();
             // In a tie `max_by_key` returns the last.
@@ -414,17 +425,19 @@ impl Owners {
         agreed
     }
 
-    fn of(&self, slot: Slot) -> Option<&Address> {
-        self.addresses.get(*self.slots.get(&slot)?)
+    fn of(&self, slot: usize) -> Option<&Address> {
+        self.addresses.get(*self.slots.get(slot)?)
     }
 
-    fn set(&mut self, slot: Slot, owner: &Address) {
+    fn set(&mut self, slot: usize, owner: &Address) {
         let known = self.addresses.iter().position(|address| address == owner);
         let place = known.unwrap_or_else(|| {
             self.addresses.push(owner.clone());
             self.addresses.len() - 1
         });
-        self.slots.insert(slot, place);
+        if let Some(slot) = self.slots.get_mut(slot) {
+            *slot = place;
+        }
     }
 
     fn masters(&self) -> Vec<Address> {
@@ -471,6 +484,29 @@ fn word(command: &Cmd, at: usize) -> Option<&[u8]> {
     }
 }
 
+/// CRC-16 (XMODEM) of the key, or of the text in its first braces:
+/// <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#key-distribution-model>
+fn slot_of(key: &[u8]) -> usize {
+    let mut sum = 0_u16;
+    for byte in tag_of(key).unwrap_or(key) {
+        sum ^= u16::from(*byte) << 8;
+        for _ in 0..8 {
+            sum = match sum & 0x8000 {
+                0 => sum << 1,
+                _ => (sum << 1) ^ 0x1021,
+            };
+        }
+    }
+    usize::from(sum) % SLOTS
+}
+
+fn tag_of(key: &[u8]) -> Option<&[u8]> {
+    let open = key.iter().position(|byte| *byte == b'{')?;
+    let tail = key.get(open + 1..)?;
+    let close = tail.iter().position(|byte| *byte == b'}')?;
+    tail.get(..close).filter(|tag| !tag.is_empty())
+}
+
 fn invalid(what: &'static str) -> RedisError {
     (ErrorKind::InvalidClientConfig, what).into()
 }
@@ -485,6 +521,7 @@ mod tests {
 
     use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
+    use redis::cluster_routing::Slot;
     use tokio::{
         io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
         net::TcpListener,
@@ -540,10 +577,6 @@ mod tests {
         }
     }
 
-    fn slot(number: u16) -> Slot {
-        Slot::new(number).unwrap()
-    }
-
     fn cluster(named: &[&Address], env: Env) -> Cluster {
         let named: Vec<ConnectionInfo> = named
             .iter()
@@ -568,7 +601,7 @@ mod tests {
         let asked = node.tell(&address, at_once());
         let cluster = cluster(&[&address], env);
         drop(cluster.refresh());
-        while cluster.owner(slot(0)).is_none() {
+        while cluster.owner(0).is_none() {
             yield_now().await;
         }
         clock.advance(FRESH);
@@ -600,7 +633,7 @@ mod tests {
             turn.send_replace(true);
         };
         tokio::join!(refreshed, turns);
-        assert_eq!(cluster.owner(slot(0)), Some(new));
+        assert_eq!(cluster.owner(0), Some(new));
     }
 
     /// The nodes that were named may have been replaced long ago.
@@ -626,6 +659,24 @@ mod tests {
             () = patience => {}
         }
         assert_eq!(asked.load(SeqCst), 1);
+    }
+
+    #[test]
+    fn slots_are_those_of_redis() {
+        assert_eq!(slot_of(b"123456789"), 0x31c3);
+        for key in [
+            "",
+            "idempotency:00",
+            "{shop}:00",
+            "a{shop}b{c}",
+            "{}a",
+            "a{b",
+            "}{a}",
+            "{{a}}",
+        ] {
+            let slot = u16::try_from(slot_of(key.as_bytes())).ok();
+            assert_eq!(slot.and_then(Slot::new), Some(Slot::for_key(key)), "{key}");
+        }
     }
 
     #[test]
@@ -662,10 +713,11 @@ mod tests {
         let owners = Owners::read(answer, "asked").unwrap_or_default();
         let [one, two] = [("n1".to_owned(), 1), ("asked".to_owned(), 2)];
         assert_eq!(
-            [0, 1, 2, 3].map(|number| owners.of(slot(number))),
+            [0, 1, 2, 3].map(|slot| owners.of(slot)),
             [Some(&one), Some(&one), Some(&two), Some(&one)]
         );
-        assert_eq!(owners.of(slot(16_383)), Some(&one));
+        assert_eq!(owners.of(SLOTS - 1), Some(&one));
+        assert_eq!(owners.of(SLOTS), None);
         // That of which the name is not known tells its address.
         let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
         let pair = || [text("ip"), text("::1")];
@@ -678,7 +730,7 @@ mod tests {
             let node = vec![text("?"), Value::Int(1), text("id"), told];
             let answer = Value::Array(vec![range(0, 1, Value::Array(node))]);
             let owners = Owners::read(answer, "asked").unwrap();
-            assert_eq!(owners.of(slot(0)), Some(&(host.to_owned(), 1)));
+            assert_eq!(owners.of(0), Some(&(host.to_owned(), 1)));
         }
         for odd in [
             Value::Nil,
