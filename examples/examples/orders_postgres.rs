@@ -1,5 +1,5 @@
-//! An order service that keeps its records in PostgreSQL: any number of processes, and a retry after a restart still gets the first
-//! answer.
+//! An order service that keeps orders and records in PostgreSQL, and commits an order together with its recorded answer: any number of
+//! processes, one order per key, and a retry after a restart still gets the first answer.
 //!
 //! `cargo run -p idempotency-examples --example orders_postgres` prints the `curl` lines to try:
 //!
@@ -15,26 +15,27 @@
 //! shares the table. `DATABASE_URL` says where the database is (default: `postgres://localhost/orders`); `PORT` chooses another port
 //! than 3000, `PORT=0` any free one; `RUST_LOG=idempotency=debug` shows each step.
 
-use std::{
-    env,
-    error::Error,
-    net::SocketAddr,
-    process::{self, ExitCode},
-    sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
-};
+use std::{env, error::Error, net::SocketAddr, process::ExitCode, time::Duration};
 
 use axum::{Router, http::StatusCode, routing::post};
-use idempotency_axum::{IdempotencyLayer, PostgresStorage, idempotency_key};
+use idempotency_axum::{
+    IdempotencyLayer, IdempotentTransaction, PostgresStorage, idempotency_key,
+    sqlx::{self, Postgres},
+};
 
-/// Counts executions of this process.
-static RUNS: AtomicU32 = AtomicU32::new(1);
-
+/// The order and its recorded answer are committed together, so a key never has two orders, whenever this process is killed.
 #[idempotency_key]
-async fn create_order() -> (StatusCode, String) {
-    let run = RUNS.fetch_add(1, Ordering::Relaxed);
-    let order = format!("order {run} of process {}\n", process::id());
-    (StatusCode::CREATED, order)
+async fn create_order(
+    mut tx: IdempotentTransaction<Postgres>,
+) -> Result<(StatusCode, String), StatusCode> {
+    let id: i64 = sqlx::query_scalar("INSERT INTO orders DEFAULT VALUES RETURNING id")
+        .fetch_one(&mut *tx)
+        .await
+        .map_err(|error| {
+            tracing::error!(%error, "the order was not made");
+            StatusCode::INTERNAL_SERVER_ERROR
+        })?;
+    Ok((StatusCode::CREATED, format!("order {id}\n")))
 }
 
 async fn run() -> Result<(), Box<dyn Error>> {
@@ -42,6 +43,13 @@ async fn run() -> Result<(), Box<dyn Error>> {
     let storage = PostgresStorage::connect(url).await?;
     // Makes the table when it is missing. All processes may do so at once.
     storage.migrate().await?;
+    // A table of our own, in the same database.
+    let pool = storage.pool();
+    sqlx::query(
+        "CREATE TABLE IF NOT EXISTS orders (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY)",
+    )
+    .execute(pool)
+    .await?;
     // Gives the room of expired records back, until it is dropped.
     let _purger = storage.purge_every(Duration::from_secs(600));
 

@@ -1,4 +1,5 @@
-//! An order service that keeps its records in a SQLite file: no server, and a retry after a restart still gets the first answer.
+//! An order service that keeps orders and records in a SQLite file, and commits an order together with its recorded answer: no server,
+//! one order per key, and a retry after a restart still gets the first answer.
 //!
 //! `cargo run -p idempotency-examples --example orders_sqlite` prints the `curl` lines to try:
 //!
@@ -14,26 +15,27 @@
 //! shares the file. `DATABASE_URL` says where the file is (default: `sqlite:orders.db`, which is created); `PORT` chooses another port
 //! than 3000, `PORT=0` any free one; `RUST_LOG=idempotency=debug` shows each step.
 
-use std::{
-    env,
-    error::Error,
-    net::SocketAddr,
-    process::{self, ExitCode},
-    sync::atomic::{AtomicU32, Ordering},
-    time::Duration,
-};
+use std::{env, error::Error, net::SocketAddr, process::ExitCode, time::Duration};
 
 use axum::{Router, http::StatusCode, routing::post};
-use idempotency_axum::{IdempotencyLayer, SqliteStorage, idempotency_key};
+use idempotency_axum::{
+    IdempotencyLayer, IdempotentTransaction, SqliteStorage, idempotency_key,
+    sqlx::{self, Sqlite},
+};
 
-/// Counts executions of this process.
-static RUNS: AtomicU32 = AtomicU32::new(1);
-
+/// The order and its recorded answer are committed together, so a key never has two orders, whenever this process is killed.
 #[idempotency_key]
-async fn create_order() -> (StatusCode, String) {
-    let run = RUNS.fetch_add(1, Ordering::Relaxed);
-    let order = format!("order {run} of process {}\n", process::id());
-    (StatusCode::CREATED, order)
+async fn create_order(
+    mut tx: IdempotentTransaction<Sqlite>,
+) -> Result<(StatusCode, String), StatusCode> {
+    let id: i64 = sqlx::query_scalar("INSERT INTO orders DEFAULT VALUES RETURNING id")
+        .fetch_one(&mut *tx)
+        .await
+        .map_err(|error| {
+            tracing::error!(%error, "the order was not made");
+            StatusCode::INTERNAL_SERVER_ERROR
+        })?;
+    Ok((StatusCode::CREATED, format!("order {id}\n")))
 }
 
 async fn run() -> Result<(), Box<dyn Error>> {
@@ -41,6 +43,11 @@ async fn run() -> Result<(), Box<dyn Error>> {
     let storage = SqliteStorage::open(location).await?;
     // Makes the table when it is missing. All processes may do so at once.
     storage.migrate().await?;
+    // A table of our own, in the same database.
+    let pool = storage.pool();
+    sqlx::query("CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY)")
+        .execute(pool)
+        .await?;
     // Gives the room of expired records back, until it is dropped.
     let _purger = storage.purge_every(Duration::from_secs(600));
 

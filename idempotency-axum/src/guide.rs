@@ -9,6 +9,7 @@
 //! | [`scope`] | Whose key is it? |
 //! | [`uploads`] | How do large request bodies and uploads work? |
 //! | [`cors`] | What do browsers need? |
+//! | [`transactions`] | How does a handler write exactly once? |
 //! | [`streams`] | What happens to streams, server-sent events and WebSockets? |
 //! | [`clients`] | What should a client do? |
 //! | [`webhooks`] | How are webhooks received and sent? |
@@ -53,6 +54,9 @@ pub mod uploads {}
 
 #[doc = include_str!("docs/cors.md")]
 pub mod cors {}
+
+#[doc = include_str!("docs/transactions.md")]
+pub mod transactions {}
 
 #[doc = include_str!("docs/streams.md")]
 pub mod streams {}

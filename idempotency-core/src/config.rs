@@ -10,86 +10,97 @@ use crate::{
 };
 
 mod lock_policy;
+mod options;
 mod scope;
 mod store_on;
 
+use self::options::options;
 pub use self::{
     lock_policy::LockPolicy,
     scope::{Scope, UnknownCaller},
     store_on::StoreOn,
 };
 
-/// All options of the engine and the middleware, with safe defaults.
-///
-/// [`Config::default`] does what `django-idempotency-key` does; [`Config::ietf`] what the IETF draft asks for;
-/// [`Config::stripe`] what Stripe's API does. Setters consume and return the configuration:
-///
-/// ```
-/// use std::time::Duration;
-/// use http::StatusCode;
-/// use idempotency_core::{Config, LockPolicy, StoreOn};
-///
-/// let config = Config::ietf()
-///     .ttl(Duration::from_secs(3600))
-///     .store_on(StoreOn::below(500).except([StatusCode::NOT_FOUND]))
-///     .lock(LockPolicy::default().timeout(Duration::from_secs(10)));
-/// # let _ = config;
-/// ```
-///
-/// The fields are what the setters set; read them to write a middleware of your own on the engine.
-#[derive(Clone)]
-#[must_use]
-#[non_exhaustive]
-pub struct Config {
-    /// See [`Config::header`].
-    pub header: HeaderName,
-    /// See [`Config::methods`]; `None` is every unsafe method.
-    pub methods: Option<Vec<Method>>,
-    /// See [`Config::key_format`].
-    pub key_format: KeyFormat,
-    /// See [`Config::encoder`].
-    pub encoder: Arc<dyn KeyEncoder>,
-    /// See [`Config::scope`].
-    pub scope: Scope,
-    /// See [`Config::conflict_status`].
-    pub conflict_status: Option<StatusCode>,
-    /// See [`Config::in_flight_status`].
-    pub in_flight_status: StatusCode,
-    /// See [`Config::mismatch_status`].
-    pub mismatch_status: StatusCode,
-    /// See [`Config::store_on`].
-    pub store_on: StoreOn,
-    /// See [`Config::ttl`].
-    pub ttl: Duration,
-    /// See [`Config::lock`].
-    pub lock: LockPolicy,
-    /// See [`Config::on_storage_error`].
-    pub on_storage_error: OnStorageError,
-    /// See [`Config::on_unreadable`].
-    pub on_unreadable: OnUnreadable,
-    /// See [`Config::storage_timeout`].
-    pub storage_timeout: Duration,
-    /// See [`Config::max_request_body`].
-    pub max_request_body: usize,
-    /// See [`Config::max_response_body`].
-    pub max_response_body: usize,
-    /// See [`Config::max_running`].
-    pub max_running: usize,
-    /// See [`Config::max_waiting`].
-    pub max_waiting: usize,
-    /// See [`Config::max_buffered`].
-    pub budget: Budget,
-    /// See [`Config::body_timeout`].
-    pub body_timeout: Duration,
-    /// See [`Config::replay_header`].
-    pub replay_header: Option<HeaderName>,
-    /// See [`Config::strip_header`].
-    pub stripped_headers: Vec<HeaderName>,
-    /// See [`Config::documentation`].
-    pub documentation: Option<HeaderValue>,
-    /// See [`Config::env`].
-    pub env: Env,
-    pub(crate) observers: Observers,
+options! {
+    /// All options of the engine and the middleware, with safe defaults.
+    ///
+    /// [`Config::default`] does what `django-idempotency-key` does; [`Config::ietf`] what the IETF draft asks for;
+    /// [`Config::stripe`] what Stripe's API does. Setters consume and return the configuration:
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use http::StatusCode;
+    /// use idempotency_core::{Config, LockPolicy, StoreOn};
+    ///
+    /// let config = Config::ietf()
+    ///     .ttl(Duration::from_secs(3600))
+    ///     .store_on(StoreOn::below(500).except([StatusCode::NOT_FOUND]))
+    ///     .lock(LockPolicy::default().timeout(Duration::from_secs(10)));
+    /// # let _ = config;
+    /// ```
+    ///
+    /// The fields are what the setters set; read them to write a middleware of your own on the engine.
+    pub struct Config {
+        /// The request header that carries the key. `HeaderName::from_static` accepts lower case only. Default: `Idempotency-Key`.
+        header(header): HeaderName = HeaderName::from_static("idempotency-key"),
+        /// What a key must look like, beyond being one. Default: [`KeyFormat::any`].
+        key_format(format): KeyFormat = KeyFormat::any(),
+        /// Whose key it is: the same key of another caller is another operation. Default: [`Scope::default`], which is
+        /// `Authorization` and the usual headers of API keys, and refuses a request that has a cookie alone.
+        scope(scope): Scope = Scope::default(),
+        /// Status of a replayed answer; `None` is the original one. Default: 409.
+        conflict_status(status): Option<StatusCode> = Some(StatusCode::CONFLICT),
+        /// Status for a duplicate that gave up waiting for the running original. Default: 423.
+        in_flight_status(status): StatusCode = StatusCode::LOCKED,
+        /// Status for a key that was used for another request, if the encoder makes fingerprints. Default: 422.
+        mismatch_status(status): StatusCode = StatusCode::UNPROCESSABLE_ENTITY,
+        /// Which answers are recorded; after any other a retry runs again. Default: [`StoreOn::success`].
+        ///
+        /// The axum layer never records what a router answers in the place of a handler: a 405, and a 404 where no route matched.
+        store_on(store_on): StoreOn = StoreOn::success(),
+        /// How long a record is kept. Default: 24 hours.
+        ///
+        /// Zero keeps nothing: the operation still runs in one place at a time, but a retry after its answer runs it again. Settings
+        /// and attributes refuse zero.
+        ttl(ttl): Duration = Duration::from_secs(24 * 3600),
+        /// How claims behave. Default: [`LockPolicy::default`].
+        lock(policy): LockPolicy = LockPolicy::default(),
+        /// What happens when the storage fails before the operation ran. Default: [`OnStorageError::Reject`].
+        on_storage_error(reaction): OnStorageError = OnStorageError::default(),
+        /// What happens when a record can't be read. Default: [`OnUnreadable::Reject`].
+        on_unreadable(reaction): OnUnreadable = OnUnreadable::default(),
+        /// Time limit of each storage operation. Default: 1 s.
+        storage_timeout(limit): Duration = Duration::from_secs(1),
+        /// The longest request body that is buffered for the encoder, in bytes; a longer one is refused with 413. Default: 2 MiB.
+        max_request_body(bytes): usize = 2 << 20,
+        /// The longest answer that is recorded, in bytes; a longer one reaches the first client in full, and its key gets a
+        /// tombstone. Default: 1 MiB.
+        max_response_body(bytes): usize = 1 << 20,
+        /// How many operations may run at once in this process; one more is refused with 503. Default: 16,384.
+        max_running(operations): usize = 16_384,
+        /// How many duplicates may wait at once in this process; one more is refused with 503. Default: 16,384.
+        max_waiting(duplicates): usize = 16_384,
+        /// How long a request body may be silent while it is read for the encoder. After that the request is refused with 408, and its
+        /// memory is freed. Default: 30 s.
+        body_timeout(limit): Duration = Duration::from_secs(30),
+        /// Clock, sleep, randomness and spawning of the engine. Default: [`Env::system`].
+        env(env): Env = Env::system(),
+    }
+    and {
+        /// See [`Config::methods`]; `None` is every unsafe method.
+        pub methods: Option<Vec<Method>> = None,
+        /// See [`Config::encoder`].
+        pub encoder: Arc<dyn KeyEncoder> = Arc::new(BasicKeyEncoder),
+        /// See [`Config::max_buffered`].
+        pub budget: Budget = Budget::new(256 << 20),
+        /// See [`Config::replay_header`].
+        pub replay_header: Option<HeaderName> = Some(HeaderName::from_static("idempotency-replayed")),
+        /// See [`Config::strip_header`].
+        pub stripped_headers: Vec<HeaderName> = vec![header::DATE, header::SET_COOKIE],
+        /// See [`Config::documentation`].
+        pub documentation: Option<HeaderValue> = None,
+        pub(crate) observers: Observers = Observers::default(),
+    }
 }
 
 // Not `#[non_exhaustive]`: a middleware does one of these.
@@ -197,12 +208,6 @@ impl Config {
             )
     }
 
-    /// The request header that carries the key. `HeaderName::from_static` accepts lower case only. Default: `Idempotency-Key`.
-    pub fn header(mut self, header: HeaderName) -> Self {
-        self.header = header;
-        self
-    }
-
     /// The methods on which a key is asked for, where the mode is `enforce` and the handler has no policy. Default: all except GET, HEAD,
     /// OPTIONS, TRACE and CONNECT, which never use keys, listed or not; POST and PATCH in [`Config::ietf`], POST in [`Config::stripe`].
     ///
@@ -213,106 +218,9 @@ impl Config {
         self
     }
 
-    /// What a key must look like, beyond being one. Default: [`KeyFormat::any`].
-    pub fn key_format(mut self, format: KeyFormat) -> Self {
-        self.key_format = format;
-        self
-    }
-
     /// What makes two requests the same operation. Default: [`BasicKeyEncoder`].
     pub fn encoder(mut self, encoder: impl KeyEncoder) -> Self {
         self.encoder = Arc::new(encoder);
-        self
-    }
-
-    /// Whose key it is: the same key of another caller is another operation. Default: [`Scope::default`], which is
-    /// `Authorization` and the usual headers of API keys, and refuses a request that has a cookie alone.
-    pub fn scope(mut self, scope: Scope) -> Self {
-        self.scope = scope;
-        self
-    }
-
-    /// Status of a replayed answer; `None` is the original one. Default: 409.
-    pub fn conflict_status(mut self, status: Option<StatusCode>) -> Self {
-        self.conflict_status = status;
-        self
-    }
-
-    /// Status for a duplicate that gave up waiting for the running original. Default: 423.
-    pub fn in_flight_status(mut self, status: StatusCode) -> Self {
-        self.in_flight_status = status;
-        self
-    }
-
-    /// Status for a key that was used for another request, if the encoder makes fingerprints. Default: 422.
-    pub fn mismatch_status(mut self, status: StatusCode) -> Self {
-        self.mismatch_status = status;
-        self
-    }
-
-    /// Which answers are recorded; after any other a retry runs again. Default: [`StoreOn::success`].
-    ///
-    /// The axum layer never records what a router answers in the place of a handler: a 405, and a 404 where no route matched.
-    pub fn store_on(mut self, store_on: StoreOn) -> Self {
-        self.store_on = store_on;
-        self
-    }
-
-    /// How long a record is kept. Default: 24 hours.
-    ///
-    /// Zero keeps nothing: the operation still runs in one place at a time, but a retry after its answer runs it again. Settings
-    /// and attributes refuse zero.
-    pub fn ttl(mut self, ttl: Duration) -> Self {
-        self.ttl = ttl;
-        self
-    }
-
-    /// How claims behave. Default: [`LockPolicy::default`].
-    pub fn lock(mut self, policy: LockPolicy) -> Self {
-        self.lock = policy;
-        self
-    }
-
-    /// What happens when the storage fails before the operation ran. Default: [`OnStorageError::Reject`].
-    pub fn on_storage_error(mut self, reaction: OnStorageError) -> Self {
-        self.on_storage_error = reaction;
-        self
-    }
-
-    /// What happens when a record can't be read. Default: [`OnUnreadable::Reject`].
-    pub fn on_unreadable(mut self, reaction: OnUnreadable) -> Self {
-        self.on_unreadable = reaction;
-        self
-    }
-
-    /// Time limit of each storage operation. Default: 1 s.
-    pub fn storage_timeout(mut self, limit: Duration) -> Self {
-        self.storage_timeout = limit;
-        self
-    }
-
-    /// The longest request body that is buffered for the encoder, in bytes; a longer one is refused with 413. Default: 2 MiB.
-    pub fn max_request_body(mut self, bytes: usize) -> Self {
-        self.max_request_body = bytes;
-        self
-    }
-
-    /// The longest answer that is recorded, in bytes; a longer one reaches the first client in full, and its key gets a
-    /// tombstone. Default: 1 MiB.
-    pub fn max_response_body(mut self, bytes: usize) -> Self {
-        self.max_response_body = bytes;
-        self
-    }
-
-    /// How many operations may run at once in this process; one more is refused with 503. Default: 16,384.
-    pub fn max_running(mut self, operations: usize) -> Self {
-        self.max_running = operations;
-        self
-    }
-
-    /// How many duplicates may wait at once in this process; one more is refused with 503. Default: 16,384.
-    pub fn max_waiting(mut self, duplicates: usize) -> Self {
-        self.max_waiting = duplicates;
         self
     }
 
@@ -323,13 +231,6 @@ impl Config {
     /// Clones of this configuration share the limit, so all caches of a layer are under one.
     pub fn max_buffered(mut self, bytes: usize) -> Self {
         self.budget = Budget::new(bytes);
-        self
-    }
-
-    /// How long a request body may be silent while it is read for the encoder. After that the request is refused with 408, and its
-    /// memory is freed. Default: 30 s.
-    pub fn body_timeout(mut self, limit: Duration) -> Self {
-        self.body_timeout = limit;
         self
     }
 
@@ -369,12 +270,6 @@ impl Config {
         self
     }
 
-    /// Clock, sleep, randomness and spawning of the engine. Default: [`Env::system`].
-    pub fn env(mut self, env: Env) -> Self {
-        self.env = env;
-        self
-    }
-
     /// Whether a request of `method` needs a key where its handler has no policy and the mode is `enforce`.
     #[must_use]
     pub fn asks(&self, method: &Method) -> bool {
@@ -411,69 +306,6 @@ fn link_value(url: &str) -> Option<HeaderValue> {
     }
     link.push_str(">; rel=\"describedby\"");
     HeaderValue::try_from(link).ok()
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self {
-            header: HeaderName::from_static("idempotency-key"),
-            methods: None,
-            key_format: KeyFormat::any(),
-            encoder: Arc::new(BasicKeyEncoder),
-            scope: Scope::default(),
-            conflict_status: Some(StatusCode::CONFLICT),
-            in_flight_status: StatusCode::LOCKED,
-            mismatch_status: StatusCode::UNPROCESSABLE_ENTITY,
-            store_on: StoreOn::success(),
-            ttl: Duration::from_secs(24 * 3600),
-            lock: LockPolicy::default(),
-            on_storage_error: OnStorageError::default(),
-            on_unreadable: OnUnreadable::default(),
-            storage_timeout: Duration::from_secs(1),
-            max_request_body: 2 << 20,
-            max_response_body: 1 << 20,
-            max_running: 16_384,
-            max_waiting: 16_384,
-            budget: Budget::new(256 << 20),
-            body_timeout: Duration::from_secs(30),
-            replay_header: Some(HeaderName::from_static("idempotency-replayed")),
-            stripped_headers: vec![header::DATE, header::SET_COOKIE],
-            documentation: None,
-            env: Env::system(),
-            observers: Observers::default(),
-        }
-    }
-}
-
-impl fmt::Debug for Config {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Config")
-            .field("header", &self.header)
-            .field("methods", &self.methods)
-            .field("key_format", &self.key_format)
-            .field("scope", &self.scope)
-            .field("conflict_status", &self.conflict_status)
-            .field("in_flight_status", &self.in_flight_status)
-            .field("mismatch_status", &self.mismatch_status)
-            .field("store_on", &self.store_on)
-            .field("ttl", &self.ttl)
-            .field("lock", &self.lock)
-            .field("on_storage_error", &self.on_storage_error)
-            .field("on_unreadable", &self.on_unreadable)
-            .field("storage_timeout", &self.storage_timeout)
-            .field("max_request_body", &self.max_request_body)
-            .field("max_response_body", &self.max_response_body)
-            .field("max_running", &self.max_running)
-            .field("max_waiting", &self.max_waiting)
-            .field("max_buffered", &self.budget.limit())
-            .field("body_timeout", &self.body_timeout)
-            .field("replay_header", &self.replay_header)
-            .field("stripped_headers", &self.stripped_headers)
-            .field("documentation", &self.documentation)
-            .field("env", &self.env)
-            .field("observers", &self.observers.len())
-            .finish_non_exhaustive()
-    }
 }
 
 #[cfg(test)]

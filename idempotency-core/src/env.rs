@@ -3,9 +3,17 @@
 //! The engine and [`MemoryStorage`](crate::MemoryStorage) ask an [`Env`] and nothing else, so a test can move the clock
 //! instead of sleeping, and a simulation can replay a run from its seed.
 
-use std::{fmt, future::Future, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use futures_util::future::BoxFuture;
+use pin_project_lite::pin_project;
 
 mod background;
 #[cfg(any(test, feature = "conformance"))]
@@ -86,21 +94,13 @@ impl Env {
     }
 
     /// What comes of `work`, or `None` if it takes longer than `limit`. What is done at once needs no timer.
-    pub(crate) async fn within<T>(
-        &self,
-        limit: Duration,
-        work: impl Future<Output = T>,
-    ) -> Option<T> {
-        let mut work = pin!(work);
-        let mut timer = None;
-        std::future::poll_fn(|cx| {
-            if let Poll::Ready(done) = work.as_mut().poll(cx) {
-                return Poll::Ready(Some(done));
-            }
-            let timer = timer.get_or_insert_with(|| self.0.sleep(limit));
-            timer.as_mut().poll(cx).map(|()| None)
-        })
-        .await
+    pub(crate) fn within<F: Future>(&self, limit: Duration, work: F) -> Within<'_, F> {
+        Within {
+            env: self,
+            limit,
+            work,
+            timer: None,
+        }
     }
 
     /// Fills `buffer` with random bytes.
@@ -139,6 +139,32 @@ impl Env {
     #[must_use]
     pub fn is_real_time(&self) -> bool {
         self.0.is_real_time()
+    }
+}
+
+pin_project! {
+    /// Future of [`Env::within`]. An `async fn` would keep `work` twice: as its argument, and pinned.
+    pub(crate) struct Within<'a, F> {
+        env: &'a Env,
+        limit: Duration,
+        #[pin]
+        work: F,
+        timer: Option<BoxFuture<'static, ()>>,
+    }
+}
+
+impl<F: Future> Future for Within<'_, F> {
+    type Output = Option<F::Output>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Poll::Ready(done) = this.work.poll(cx) {
+            return Poll::Ready(Some(done));
+        }
+        let timer = this
+            .timer
+            .get_or_insert_with(|| this.env.0.sleep(*this.limit));
+        timer.as_mut().poll(cx).map(|()| None)
     }
 }
 

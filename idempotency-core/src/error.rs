@@ -1,6 +1,6 @@
 //! What can go wrong at a storage.
 
-use std::{error::Error, fmt};
+use std::error::Error;
 
 /// A boxed error, kept as the source of ours.
 pub type BoxError = Box<dyn Error + Send + Sync>;
@@ -17,7 +17,13 @@ pub type BoxError = Box<dyn Error + Send + Sync>;
 /// assert_eq!(error.kind(), StorageErrorKind::Unavailable);
 /// assert_eq!(error.to_string(), "the idempotency storage is unavailable");
 /// ```
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{}", match kind {
+    StorageErrorKind::Unavailable => "the idempotency storage is unavailable",
+    StorageErrorKind::Timeout => "the idempotency storage did not answer in time (see `Config::storage_timeout`)",
+    StorageErrorKind::Unreadable => "the record under this key can't be read; `Engine::remove` clears it, or its TTL will",
+    StorageErrorKind::Full => "the idempotency storage has no room: give it more, or shorten the TTL",
+})]
 pub struct StorageError {
     kind: StorageErrorKind,
     source: Option<BoxError>,
@@ -79,29 +85,6 @@ impl StorageError {
     #[must_use]
     pub fn kind(&self) -> StorageErrorKind {
         self.kind
-    }
-}
-
-impl fmt::Display for StorageError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.kind {
-            StorageErrorKind::Unavailable => "the idempotency storage is unavailable",
-            StorageErrorKind::Timeout => {
-                "the idempotency storage did not answer in time (see `Config::storage_timeout`)"
-            }
-            StorageErrorKind::Unreadable => {
-                "the record under this key can't be read; `Engine::remove` clears it, or its TTL will"
-            }
-            StorageErrorKind::Full => {
-                "the idempotency storage has no room: give it more, or shorten the TTL"
-            }
-        })
-    }
-}
-
-impl Error for StorageError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.source.as_deref().map(|source| source as _)
     }
 }
 

@@ -5,7 +5,7 @@ use std::{fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use http::StatusCode;
 use tracing::field::display;
 
-use crate::{EncodedKey, StorageError, TombstoneReason};
+use crate::{EncodedKey, StorageError, TombstoneReason, codes::codes};
 
 /// Something that happened to a key.
 ///
@@ -168,55 +168,37 @@ impl Event<'_> {
     }
 }
 
-/// Why a request was refused before its operation ran; the kinds of problem that a client can meet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Refusal {
-    /// A required key is missing.
-    MissingKey,
-    /// The key is not valid.
-    InvalidKey,
-    /// The original is still running.
-    InFlight,
-    /// The key was used for another request.
-    KeyReused,
-    /// The operation ran, but its answer was not recorded.
-    NotReplayable,
-    /// The request's body is over the limit.
-    BodyTooLarge,
-    /// The request's body could not be read to its end.
-    BodyUnreadable,
-    /// The request carries nothing that says whose key it is.
-    ScopeRequired,
-    /// The storage failed.
-    StorageUnavailable,
-    /// The operation ran in a transaction, which was rolled back: it met another one, the database failed, or it took too long.
-    RolledBack,
-    /// The connection was lost while the transaction of the operation was committed.
-    InDoubt,
-    /// Too many operations are running or waiting, or too many bytes are held in memory.
-    Overloaded,
-}
-
-impl Refusal {
-    /// The code of this refusal, in kebab case: the last part of its problem type.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::MissingKey => "missing-key",
-            Self::InvalidKey => "invalid-key",
-            Self::InFlight => "in-flight",
-            Self::KeyReused => "key-reused",
-            Self::NotReplayable => "not-replayable",
-            Self::BodyTooLarge => "body-too-large",
-            Self::BodyUnreadable => "body-unreadable",
-            Self::ScopeRequired => "scope-required",
-            Self::StorageUnavailable => "storage-unavailable",
-            Self::RolledBack => "rolled-back",
-            Self::InDoubt => "in-doubt",
-            Self::Overloaded => "overloaded",
-        }
+codes! {
+    /// Why a request was refused before its operation ran; the kinds of problem that a client can meet.
+    pub enum Refusal {
+        /// A required key is missing.
+        MissingKey = "missing-key",
+        /// The key is not valid.
+        InvalidKey = "invalid-key",
+        /// The original is still running.
+        InFlight = "in-flight",
+        /// The key was used for another request.
+        KeyReused = "key-reused",
+        /// The operation ran, but its answer was not recorded.
+        NotReplayable = "not-replayable",
+        /// The request's body is over the limit.
+        BodyTooLarge = "body-too-large",
+        /// The request's body could not be read to its end.
+        BodyUnreadable = "body-unreadable",
+        /// The request carries nothing that says whose key it is.
+        ScopeRequired = "scope-required",
+        /// The storage failed.
+        StorageUnavailable = "storage-unavailable",
+        /// The operation ran in a transaction, which was rolled back: it met another one, the database failed, or it took too long.
+        RolledBack = "rolled-back",
+        /// The connection was lost while the transaction of the operation was committed.
+        InDoubt = "in-doubt",
+        /// Too many operations are running or waiting, or too many bytes are held in memory.
+        Overloaded = "overloaded",
     }
+
+    /// The code of this refusal, in kebab case: the last part of its problem type.
+    pub fn as_str;
 }
 
 impl fmt::Display for Refusal {
@@ -225,43 +207,29 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// An operation of a [`Storage`](crate::Storage), named in events.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Operation {
-    /// `Storage::begin`
-    Begin,
-    /// `Storage::complete`
-    Complete,
-    /// `Storage::renew`
-    Renew,
-    /// `Storage::release`
-    Release,
-    /// `Storage::get`
-    Get,
-    /// `Storage::replace`
-    Replace,
-    /// `Storage::remove`
-    Remove,
-    /// `Storage::wait`
-    Wait,
-}
-
-impl Operation {
-    /// The method's name.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Begin => "begin",
-            Self::Complete => "complete",
-            Self::Renew => "renew",
-            Self::Release => "release",
-            Self::Get => "get",
-            Self::Replace => "replace",
-            Self::Remove => "remove",
-            Self::Wait => "wait",
-        }
+codes! {
+    /// An operation of a [`Storage`](crate::Storage), named in events.
+    pub enum Operation {
+        /// `Storage::begin`
+        Begin = "begin",
+        /// `Storage::complete`
+        Complete = "complete",
+        /// `Storage::renew`
+        Renew = "renew",
+        /// `Storage::release`
+        Release = "release",
+        /// `Storage::get`
+        Get = "get",
+        /// `Storage::replace`
+        Replace = "replace",
+        /// `Storage::remove`
+        Remove = "remove",
+        /// `Storage::wait`
+        Wait = "wait",
     }
+
+    /// The method's name.
+    pub fn as_str;
 }
 
 impl fmt::Display for Operation {

@@ -4,7 +4,7 @@
 //! secret of the client as far as logs are concerned, so it has no `Display` and its `Debug` shows
 //! nothing but a length. [`EncodedKey`] is a hash and may be shown.
 
-use std::{error::Error, fmt, str::FromStr, sync::Arc};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -351,7 +351,8 @@ fn is_ows(byte: u8) -> bool {
 /// assert_eq!(error.kind(), InvalidKeyKind::UnbalancedQuote);
 /// assert!(!error.to_string().contains("order-7"));
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
 pub struct InvalidKey(Fault);
 
 impl InvalidKey {
@@ -373,70 +374,6 @@ impl InvalidKey {
         }
     }
 }
-
-impl fmt::Display for InvalidKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Fault::Empty => write!(
-                f,
-                "the idempotency key is empty: send 1 to {MAX_LEN} visible ASCII characters, for \
-                 example a fresh UUID"
-            ),
-            Fault::TooLong { len } => write!(
-                f,
-                "the idempotency key has {len} bytes: send at most {MAX_LEN}, for example a fresh \
-                 UUID"
-            ),
-            Fault::ForbiddenByte { offset } => write!(
-                f,
-                "the byte at offset {offset} of the idempotency key is a control or non-ASCII \
-                 byte: send visible ASCII, for example a fresh UUID"
-            ),
-            Fault::UnbalancedQuote { offset } => write!(
-                f,
-                "the double quote at offset {offset} of the idempotency key has no partner: send \
-                 the key without quotes, or all of it inside one pair"
-            ),
-            Fault::Escape { offset } => write!(
-                f,
-                "the backslash at offset {offset} of the quoted idempotency key escapes neither a \
-                 double quote nor a backslash: write two backslashes for one"
-            ),
-            Fault::TrailingData { offset } => write!(
-                f,
-                "the quoted idempotency key is followed by something else at offset {offset}: end \
-                 the value with the closing quote"
-            ),
-            Fault::Comma { offset } => write!(
-                f,
-                "the idempotency key has a comma at offset {offset}: send one key, and put a key \
-                 that contains a comma in double quotes"
-            ),
-            Fault::Parameter { offset } => write!(
-                f,
-                "the quoted idempotency key has a malformed parameter at offset {offset}: end the \
-                 value with the closing quote, or write parameters as RFC 8941 does"
-            ),
-            Fault::OuterSpace => f.write_str(
-                "the idempotency key begins or ends with a space inside its quotes: send it \
-                 without",
-            ),
-            Fault::Repeated { lines } => write!(
-                f,
-                "the idempotency key header was sent {lines} times: send it once"
-            ),
-            Fault::NotUuid => f.write_str(
-                "the idempotency key is not a UUID: send 32 hex digits in the groups 8-4-4-4-12",
-            ),
-            Fault::Refused => f.write_str(
-                "the idempotency key does not have the format that this server asks for: see its \
-                 documentation",
-            ),
-        }
-    }
-}
-
-impl Error for InvalidKey {}
 
 /// The kinds of [`InvalidKey`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -467,19 +404,49 @@ pub enum InvalidKeyKind {
 }
 
 /// What [`InvalidKeyKind`] says, with the numbers for the message.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 enum Fault {
+    #[error(
+        "the idempotency key is empty: send 1 to {MAX_LEN} visible ASCII characters, for example a fresh UUID"
+    )]
     Empty,
+    #[error(
+        "the idempotency key has {len} bytes: send at most {MAX_LEN}, for example a fresh UUID"
+    )]
     TooLong { len: usize },
+    #[error(
+        "the byte at offset {offset} of the idempotency key is a control or non-ASCII byte: send visible ASCII, for example a fresh UUID"
+    )]
     ForbiddenByte { offset: usize },
+    #[error(
+        "the double quote at offset {offset} of the idempotency key has no partner: send the key without quotes, or all of it inside one pair"
+    )]
     UnbalancedQuote { offset: usize },
+    #[error(
+        "the backslash at offset {offset} of the quoted idempotency key escapes neither a double quote nor a backslash: write two backslashes for one"
+    )]
     Escape { offset: usize },
+    #[error(
+        "the quoted idempotency key is followed by something else at offset {offset}: end the value with the closing quote"
+    )]
     TrailingData { offset: usize },
+    #[error(
+        "the idempotency key has a comma at offset {offset}: send one key, and put a key that contains a comma in double quotes"
+    )]
     Comma { offset: usize },
+    #[error(
+        "the quoted idempotency key has a malformed parameter at offset {offset}: end the value with the closing quote, or write parameters as RFC 8941 does"
+    )]
     Parameter { offset: usize },
+    #[error("the idempotency key begins or ends with a space inside its quotes: send it without")]
     OuterSpace,
+    #[error("the idempotency key header was sent {lines} times: send it once")]
     Repeated { lines: usize },
+    #[error("the idempotency key is not a UUID: send 32 hex digits in the groups 8-4-4-4-12")]
     NotUuid,
+    #[error(
+        "the idempotency key does not have the format that this server asks for: see its documentation"
+    )]
     Refused,
 }
 
@@ -553,11 +520,7 @@ impl KeyFormat {
             Format::Uuid => (is_uuid(key.as_str()), Fault::NotUuid),
             Format::Custom(accepts) => (accepts(key.as_str()), Fault::Refused),
         };
-        if accepted {
-            Ok(())
-        } else {
-            Err(InvalidKey(fault))
-        }
+        accepted.then_some(()).ok_or(InvalidKey(fault))
     }
 }
 

@@ -71,6 +71,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod budget;
+mod codes;
 mod config;
 mod encoder;
 mod engine;

@@ -5,7 +5,7 @@ use std::fmt;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
-use crate::encoder::Fingerprint;
+use crate::{codes::codes, encoder::Fingerprint};
 
 mod codec;
 pub(crate) mod envelope;
@@ -79,71 +79,49 @@ pub enum Outcome {
     Tombstone(TombstoneReason),
 }
 
-/// Why a finished operation has no answer to replay.
-///
-/// `Display` is a sentence for the client of a retry.
-///
-/// ```
-/// use idempotency_core::TombstoneReason;
-///
-/// let reason = TombstoneReason::ResponseTooLarge;
-/// assert_eq!(reason.as_str(), "response-too-large");
-/// assert_eq!(reason.to_string(), "the original response was too large to be stored");
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum TombstoneReason {
-    /// The answer's body went over the size limit.
-    ResponseTooLarge,
-    /// The answer's body ended with an error.
-    StreamBroken,
-    /// The answer is a `text/event-stream`, which has no end to wait for.
-    EventStream,
-    /// The answer has trailers, which are not recorded.
-    Trailers,
-    /// The answer streams and can't be recorded.
-    Streaming,
-    /// The operation held its claim longer than is allowed.
-    MaxHold,
-    /// The handler panicked, or the service around it failed.
-    HandlerFailed,
-    /// There was no memory left for the answer, in this process or in the storage.
-    NoRoom,
-    /// The storage refused the answer again and again, while it answered other calls for the key.
-    Unstorable,
+codes! {
+    /// Why a finished operation has no answer to replay.
+    ///
+    /// `Display` is a sentence for the client of a retry.
+    ///
+    /// ```
+    /// use idempotency_core::TombstoneReason;
+    ///
+    /// let reason = TombstoneReason::ResponseTooLarge;
+    /// assert_eq!(reason.as_str(), "response-too-large");
+    /// assert_eq!(reason.to_string(), "the original response was too large to be stored");
+    /// ```
+    pub enum TombstoneReason {
+        /// The answer's body went over the size limit.
+        ResponseTooLarge = "response-too-large",
+        /// The answer's body ended with an error.
+        StreamBroken = "stream-broken",
+        /// The answer is a `text/event-stream`, which has no end to wait for.
+        EventStream = "event-stream",
+        /// The answer has trailers, which are not recorded.
+        Trailers = "trailers",
+        /// The answer streams and can't be recorded.
+        Streaming = "streaming",
+        /// The operation held its claim longer than is allowed.
+        MaxHold = "max-hold",
+        /// The handler panicked, or the service around it failed.
+        HandlerFailed = "handler-failed",
+        /// There was no memory left for the answer, in this process or in the storage.
+        NoRoom = "no-room",
+        /// The storage refused the answer again and again, while it answered other calls for the key.
+        Unstorable = "unstorable",
+    }
+
+    /// A short code for logs and metrics. Records keep it, so it never changes.
+    pub fn as_str;
 }
 
 impl TombstoneReason {
-    const ALL: [Self; 9] = [
-        Self::ResponseTooLarge,
-        Self::StreamBroken,
-        Self::EventStream,
-        Self::Trailers,
-        Self::Streaming,
-        Self::MaxHold,
-        Self::HandlerFailed,
-        Self::NoRoom,
-        Self::Unstorable,
-    ];
-
-    /// A short code for logs and metrics. Records keep it, so it never changes.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::ResponseTooLarge => "response-too-large",
-            Self::StreamBroken => "stream-broken",
-            Self::EventStream => "event-stream",
-            Self::Trailers => "trailers",
-            Self::Streaming => "streaming",
-            Self::MaxHold => "max-hold",
-            Self::HandlerFailed => "handler-failed",
-            Self::NoRoom => "no-room",
-            Self::Unstorable => "unstorable",
-        }
-    }
-
     pub(crate) fn from_code(code: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|reason| reason.as_str() == code)
+        Self::ALL
+            .iter()
+            .find(|reason| reason.as_str() == code)
+            .copied()
     }
 }
 
@@ -194,10 +172,25 @@ impl StoredResponse {
     /// Keeps an answer. Every header is kept: what must not be replayed has to be gone by now.
     #[must_use]
     pub fn new(status: StatusCode, headers: &HeaderMap, body: impl Into<Bytes>) -> Self {
+        let text = |(name, value): (&HeaderName, &HeaderValue)| name.as_str().len() + value.len();
+        // Lengths take a byte or two each.
+        let capacity = headers.iter().map(text).sum::<usize>() + 3 * headers.len();
+        let mut block = Vec::with_capacity(capacity);
+        for (name, value) in headers {
+            put(&mut block, name.as_str().as_bytes());
+            put(&mut block, value.as_bytes());
+        }
+        Self::of_block(status, block, body.into())
+    }
+
+    /// The headers are lines in `block`, each written by [`put`].
+    fn of_block(status: StatusCode, mut block: Vec<u8>, body: Bytes) -> Self {
+        // A record lives for a day: the spare bytes go back now.
+        block.shrink_to_fit();
         Self {
             status,
-            header_block: pack(headers),
-            body: body.into(),
+            header_block: block.into(),
+            body,
         }
     }
 
@@ -246,22 +239,6 @@ impl fmt::Debug for StoredResponse {
             .field("body_len", &self.body.len())
             .finish()
     }
-}
-
-fn pack(headers: &HeaderMap) -> Bytes {
-    let text: usize = headers
-        .iter()
-        .map(|(name, value)| name.as_str().len() + value.len())
-        .sum();
-    // Lengths take a byte or two each.
-    let mut block = Vec::with_capacity(text + 3 * headers.len());
-    for (name, value) in headers {
-        put(&mut block, name.as_str().as_bytes());
-        put(&mut block, value.as_bytes());
-    }
-    // A record lives for a day: the spare bytes go back now.
-    block.shrink_to_fit();
-    block.into()
 }
 
 /// Appends the length, 7 bits a byte with the lowest first, and the bytes.
@@ -391,7 +368,7 @@ mod tests {
 
     #[test]
     fn codes_are_distinct_and_found_again() {
-        for (at, reason) in TombstoneReason::ALL.into_iter().enumerate() {
+        for (at, reason) in TombstoneReason::ALL.iter().copied().enumerate() {
             assert_eq!(TombstoneReason::from_code(reason.as_str()), Some(reason));
             assert!(
                 reason

@@ -9,12 +9,15 @@
 use std::time::Duration;
 
 pub mod catalogue;
+mod chance;
 pub mod client;
 pub mod example;
 pub mod faults;
 pub mod feed;
 pub mod fuzz;
+pub mod hooked;
 pub mod incoming;
+pub mod kills;
 pub mod listen;
 pub mod node;
 pub mod postgres;
@@ -29,6 +32,7 @@ pub use self::{
     example::Example,
     faults::{Fault, FaultyStorage},
     feed::{End, Feed, Length},
+    hooked::{Hook, Hooked, Moment, StorageCall, Waits},
     incoming::{Ending, Incoming},
     listen::{Events, Logs},
     runs::{Gate, Runs},

@@ -16,8 +16,9 @@ use self::{
     judge::Judge,
     network::Link,
     people::{Node, Nodes, PlainEncoder, client},
-    world::{Chance, SERVER, Step, World},
+    world::{SERVER, Step, World},
 };
+use crate::chance::Chance;
 
 mod judge;
 mod network;

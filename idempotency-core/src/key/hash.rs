@@ -1,6 +1,6 @@
 //! The hash of a key: [`EncodedKey`], and the length-prefixed fields that hashes are made of.
 
-use std::{error::Error, fmt, str::FromStr};
+use std::{fmt, str::FromStr};
 
 use sha2::{Digest, Sha256};
 
@@ -127,28 +127,15 @@ impl FromStr for EncodedKey {
 /// let error = "order-7".parse::<EncodedKey>().unwrap_err();
 /// assert!(error.to_string().contains("7 bytes"));
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+// It does not show the text: a caller who mixes the two up passes the client's key.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a storage key has {}: pass what `EncodedKey` displays, not the client's key", match len {
+    64 => "hex digits only, and this text has another character".to_owned(),
+    _ => format!("64 hex digits, and this text has {len} bytes"),
+})]
 pub struct ParseEncodedKeyError {
     len: usize,
 }
-
-impl fmt::Display for ParseEncodedKeyError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Not the text: a caller who mixes the two up passes the client's key.
-        if self.len == 64 {
-            f.write_str("a storage key has hex digits only, and this text has another character")?;
-        } else {
-            write!(
-                f,
-                "a storage key has 64 hex digits, and this text has {} bytes",
-                self.len
-            )?;
-        }
-        f.write_str(": pass what `EncodedKey` displays, not the client's key")
-    }
-}
-
-impl Error for ParseEncodedKeyError {}
 
 /// SHA-256 over fields, each behind its length, so that no two lists of fields hash the same bytes
 /// (`["ab", "c"]` and `["a", "bc"]` would, one after the other).
@@ -231,9 +218,16 @@ pub(crate) fn parse_hex(text: &str) -> Option<[u8; 32]> {
     }
     let mut bytes = [0; 32];
     for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        let high = char::from(pair[0]).to_digit(16)?;
-        let low = char::from(pair[1]).to_digit(16)?;
-        *byte = u8::try_from(high << 4 | low).ok()?;
+        *byte = from_hex_digit(pair[0])? << 4 | from_hex_digit(pair[1])?;
     }
     Some(bytes)
+}
+
+fn from_hex_digit(digit: u8) -> Option<u8> {
+    match digit {
+        b'0'..=b'9' => Some(digit - b'0'),
+        b'a'..=b'f' => Some(digit - b'a' + 10),
+        b'A'..=b'F' => Some(digit - b'A' + 10),
+        _ => None,
+    }
 }

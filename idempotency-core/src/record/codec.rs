@@ -8,14 +8,19 @@ use std::{borrow::Cow, error::Error, fmt};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderName, StatusCode};
 use serde::{Deserialize, Serialize};
+use serde_json::error::Category;
 
 use crate::{
+    BoxError,
     encoder::Fingerprint,
     key::parse_hex,
-    record::{Outcome, Record, StoredResponse, TombstoneReason},
+    record::{Outcome, Record, StoredResponse, TombstoneReason, put},
 };
+
+/// So many headers a `HeaderMap` can hold, whatever their names are.
+const FEW: usize = 10_000;
 
 // Raise it when an older reader would misread what a newer one writes. A member added to the
 // metadata that older readers may ignore does not need it.
@@ -24,6 +29,7 @@ const VERSION: u8 = 1;
 /// Version, length of the metadata, checksum.
 const HEAD: usize = 1 + 4 + 4;
 
+const LENGTH: std::ops::Range<usize> = 1..5;
 const CHECKSUM: std::ops::Range<usize> = 5..9;
 
 impl Record {
@@ -52,21 +58,26 @@ impl Record {
     /// ```
     #[must_use]
     pub fn encode(&self) -> Bytes {
+        self.encode_after(&[]).into()
+    }
+
+    /// [`encode`](Self::encode), with `prefix` before it.
+    pub(crate) fn encode_after(&self, prefix: &[u8]) -> Vec<u8> {
         let (metadata, body) = Metadata::of(self);
+        let start = prefix.len();
+        let mut bytes = Vec::with_capacity(start + HEAD + 64 + 2 * self.weight());
+        bytes.extend_from_slice(prefix);
+        bytes.extend_from_slice(&[VERSION, 0, 0, 0, 0, 0, 0, 0, 0]);
         // Neither can fail: there is no map with other than string keys, and no header block of
         // 4 GiB. Were they to, the bytes would decode to an error, which is the safe side.
-        let metadata = serde_json::to_vec(&metadata).unwrap_or_default();
-        let len = u32::try_from(metadata.len()).unwrap_or(u32::MAX);
-
-        let mut bytes = Vec::with_capacity(HEAD + metadata.len() + body.len());
-        bytes.push(VERSION);
-        bytes.extend_from_slice(&len.to_be_bytes());
-        bytes.extend_from_slice(&[0; 4]);
-        bytes.extend_from_slice(&metadata);
+        let _ = serde_json::to_writer(&mut bytes, &metadata);
+        let len = u32::try_from(bytes.len() - start - HEAD).unwrap_or(u32::MAX);
         bytes.extend_from_slice(body);
-        let checksum = checksum(&bytes);
-        bytes[CHECKSUM].copy_from_slice(&checksum.to_be_bytes());
-        bytes.into()
+        let record = &mut bytes[start..];
+        record[LENGTH].copy_from_slice(&len.to_be_bytes());
+        let checksum = checksum(record);
+        record[CHECKSUM].copy_from_slice(&checksum.to_be_bytes());
+        bytes
     }
 
     /// The record that [`encode`](Record::encode) made these bytes of.
@@ -105,7 +116,7 @@ impl Record {
         }
         let metadata: Metadata<'_> = serde_json::from_slice(&bytes[HEAD..body_at])
             .map_err(|error| DecodeError::with(Fault::Json, JsonError::from(&error)))?;
-        metadata.into_record(bytes.slice(body_at..))
+        metadata.into_record(bytes.slice(body_at..), body_at)
     }
 }
 
@@ -119,22 +130,29 @@ fn checksum(bytes: &[u8]) -> u32 {
 
 #[derive(Serialize, Deserialize)]
 struct Metadata<'a> {
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    fingerprint: Option<Cow<'a, str>>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    fingerprint: Option<Text<'a>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     status: Option<u16>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    headers: Vec<(Cow<'a, str>, Value<'a>)>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    tombstone: Option<Cow<'a, str>>,
+    #[serde(borrow, default, skip_serializing_if = "Vec::is_empty")]
+    headers: Vec<(Text<'a>, Value<'a>)>,
+    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
+    tombstone: Option<Text<'a>>,
 }
+
+/// A string that is copied only if the JSON escapes some of it. serde copies a plain `Cow` in any case.
+#[derive(Serialize, Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// A header's value. JSON strings are UTF-8 and header values are bytes.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
 enum Value<'a> {
-    Text(Cow<'a, str>),
-    Opaque { base64: Cow<'a, str> },
+    Text(#[serde(borrow)] Cow<'a, str>),
+    Opaque {
+        #[serde(borrow)]
+        base64: Cow<'a, str>,
+    },
 }
 
 impl<'a> Metadata<'a> {
@@ -142,7 +160,7 @@ impl<'a> Metadata<'a> {
         let mut metadata = Self {
             fingerprint: record
                 .fingerprint
-                .map(|print| Cow::Owned(print.to_string())),
+                .map(|print| Text(Cow::Owned(print.to_string()))),
             status: None,
             headers: Vec::new(),
             tombstone: None,
@@ -152,21 +170,22 @@ impl<'a> Metadata<'a> {
                 metadata.status = Some(response.status().as_u16());
                 metadata.headers = response
                     .header_lines()
-                    .map(|(name, value)| (String::from_utf8_lossy(name), Value::of(value)))
+                    .map(|(name, value)| (Text(String::from_utf8_lossy(name)), Value::of(value)))
                     .collect();
                 (metadata, response.body())
             }
             Outcome::Tombstone(reason) => {
-                metadata.tombstone = Some(Cow::Borrowed(reason.as_str()));
+                metadata.tombstone = Some(Text(Cow::Borrowed(reason.as_str())));
                 (metadata, &[])
             }
         }
     }
 
-    fn into_record(self, body: Bytes) -> Result<Record, DecodeError> {
+    /// The headers, without the JSON around them, take up to `size` bytes.
+    fn into_record(self, body: Bytes, size: usize) -> Result<Record, DecodeError> {
         let fingerprint = match self.fingerprint {
             None => None,
-            Some(hex) => match parse_hex(&hex) {
+            Some(Text(hex)) => match parse_hex(&hex) {
                 Some(bytes) => Some(Fingerprint::from_bytes(bytes)),
                 None => return Err(DecodeError::new(Fault::Fingerprint)),
             },
@@ -175,17 +194,21 @@ impl<'a> Metadata<'a> {
             (Some(status), None) => {
                 let status = StatusCode::from_u16(status)
                     .map_err(|error| DecodeError::with(Fault::Status, error))?;
-                let mut headers = HeaderMap::new();
-                for (name, value) in self.headers {
+                let lines = self.headers.len();
+                let mut block = Vec::with_capacity(size);
+                for (Text(name), value) in self.headers {
                     let name = HeaderName::from_bytes(name.as_bytes())
                         .map_err(|error| DecodeError::with(Fault::HeaderName, error))?;
-                    headers
-                        .try_append(name, value.into_header()?)
-                        .map_err(|error| DecodeError::with(Fault::HeaderCount, error))?;
+                    put(&mut block, name.as_str().as_bytes());
+                    put(&mut block, &value.into_bytes()?);
                 }
-                Outcome::Response(StoredResponse::new(status, &headers, body))
+                let response = StoredResponse::of_block(status, block, body);
+                if lines > FEW && response.headers().len() < lines {
+                    return Err(DecodeError::new(Fault::HeaderCount));
+                }
+                Outcome::Response(response)
             }
-            (None, Some(code)) => {
+            (None, Some(Text(code))) => {
                 if !body.is_empty() || !self.headers.is_empty() {
                     return Err(DecodeError::new(Fault::Outcome));
                 }
@@ -214,25 +237,39 @@ impl<'a> Value<'a> {
         }
     }
 
-    fn into_header(self) -> Result<HeaderValue, DecodeError> {
-        match self {
-            Self::Text(text) => HeaderValue::from_str(&text),
+    /// The value, if it is one that a `HeaderValue` may have.
+    fn into_bytes(self) -> Result<Cow<'a, [u8]>, DecodeError> {
+        let bytes = match self {
+            Self::Text(Cow::Borrowed(text)) => Cow::Borrowed(text.as_bytes()),
+            Self::Text(Cow::Owned(text)) => Cow::Owned(text.into_bytes()),
             Self::Opaque { base64 } => match BASE64.decode(base64.as_bytes()) {
-                Ok(bytes) => HeaderValue::from_bytes(&bytes),
+                Ok(bytes) => Cow::Owned(bytes),
                 // Without its source, which shows a byte of the value.
                 Err(_) => return Err(DecodeError::new(Fault::Base64)),
             },
+        };
+        let is_valid = |byte: &u8| matches!(byte, b'\t' | 0x20..=0x7e | 0x80..);
+        match bytes.iter().all(is_valid) {
+            true => Ok(bytes),
+            false => Err(DecodeError::new(Fault::HeaderValue)),
         }
-        .map_err(|error| DecodeError::with(Fault::HeaderValue, error))
     }
 }
 
 /// Bytes from a storage are not a [`Record`] that this version can read.
 ///
 /// `Display` says what is wrong with them and what to do; neither it nor a source shows contents.
+#[derive(thiserror::Error)]
+#[error("the stored record can't be read: {fault}; {}", match self.kind() {
+    DecodeErrorKind::UnknownVersion => {
+        "if a newer version of this library shares the storage, upgrade this one; if another program does, give each its own prefix; \
+         else remove the key"
+    }
+    _ => "remove the key, or wait until it expires",
+})]
 pub struct DecodeError {
     fault: Fault,
-    source: Option<Box<dyn Error + Send + Sync>>,
+    source: Option<BoxError>,
 }
 
 impl DecodeError {
@@ -280,50 +317,6 @@ impl fmt::Debug for DecodeError {
     }
 }
 
-impl fmt::Display for DecodeError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the stored record can't be read: ")?;
-        match self.fault {
-            Fault::Head => f.write_str("it is cut off within its first bytes"),
-            Fault::MetadataCut => f.write_str("it is cut off within its metadata"),
-            Fault::Version(version) => {
-                write!(
-                    f,
-                    "it begins with version {version}, and this library reads {VERSION}"
-                )
-            }
-            Fault::Checksum => f.write_str("its checksum does not match, so it is damaged or cut"),
-            Fault::Json => f.write_str("its metadata is not the JSON it should be"),
-            Fault::Fingerprint => f.write_str("its fingerprint is not 64 hex digits"),
-            Fault::Outcome => f.write_str("it is neither a response nor a tombstone"),
-            Fault::TombstoneReason => {
-                f.write_str("it is a tombstone with a reason that this library does not know")
-            }
-            Fault::Status => f.write_str("its status is not one of HTTP"),
-            Fault::HeaderName => f.write_str("it has an invalid header name"),
-            Fault::HeaderValue => f.write_str("it has an invalid header value"),
-            Fault::HeaderCount => f.write_str("it has too many headers"),
-            Fault::Base64 => f.write_str("it has a header value that is not base64"),
-        }?;
-        f.write_str(match self.kind() {
-            DecodeErrorKind::UnknownVersion => {
-                "; if a newer version of this library shares the storage, upgrade this one; if \
-                 another program does, give each its own prefix; else remove the key"
-            }
-            _ => "; remove the key, or wait until it expires",
-        })
-    }
-}
-
-impl Error for DecodeError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match &self.source {
-            Some(source) => Some(&**source),
-            None => None,
-        }
-    }
-}
-
 /// The kinds of [`DecodeError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -340,28 +333,46 @@ pub enum DecodeErrorKind {
 }
 
 /// What [`DecodeErrorKind`] says, in detail for the message.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, thiserror::Error)]
 enum Fault {
+    #[error("it is cut off within its first bytes")]
     Head,
+    #[error("it is cut off within its metadata")]
     MetadataCut,
+    #[error("it begins with version {0}, and this library reads {VERSION}")]
     Version(u8),
+    #[error("its checksum does not match, so it is damaged or cut")]
     Checksum,
+    #[error("its metadata is not the JSON it should be")]
     Json,
+    #[error("its fingerprint is not 64 hex digits")]
     Fingerprint,
+    #[error("it is neither a response nor a tombstone")]
     Outcome,
+    #[error("it is a tombstone with a reason that this library does not know")]
     TombstoneReason,
+    #[error("its status is not one of HTTP")]
     Status,
+    #[error("it has an invalid header name")]
     HeaderName,
+    #[error("it has an invalid header value")]
     HeaderValue,
+    #[error("it has too many headers")]
     HeaderCount,
+    #[error("it has a header value that is not base64")]
     Base64,
 }
 
 /// What may be shown of a `serde_json::Error`: its own text quotes the value it stumbled over,
 /// which can be a cookie.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{} at column {column}", match category {
+    Category::Io | Category::Eof => "unexpected end",
+    Category::Syntax => "wrong syntax",
+    Category::Data => "a value of the wrong type",
+})]
 struct JsonError {
-    category: serde_json::error::Category,
+    category: Category,
     column: usize,
 }
 
@@ -374,25 +385,11 @@ impl From<&serde_json::Error> for JsonError {
     }
 }
 
-impl fmt::Display for JsonError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use serde_json::error::Category;
-
-        let what = match self.category {
-            Category::Io | Category::Eof => "unexpected end",
-            Category::Syntax => "wrong syntax",
-            Category::Data => "a value of the wrong type",
-        };
-        write!(f, "{what} at column {}", self.column)
-    }
-}
-
-impl Error for JsonError {}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+    use http::{HeaderMap, HeaderValue};
     use proptest::prelude::*;
 
     use super::*;

@@ -21,13 +21,11 @@ pub(crate) struct Envelope {
 }
 
 pub(crate) fn seal(completed_by: Token, record: &Record) -> Bytes {
-    let record = record.encode();
-    let mut bytes = Vec::with_capacity(HEAD + record.len());
-    bytes.push(VERSION);
-    bytes.extend_from_slice(completed_by.as_bytes());
-    bytes.extend_from_slice(&crc32fast::hash(&bytes).to_be_bytes());
-    bytes.extend_from_slice(&record);
-    bytes.into()
+    let mut head = [VERSION; HEAD];
+    head[1..TOKEN_END].copy_from_slice(completed_by.as_bytes());
+    let checksum = crc32fast::hash(&head[..TOKEN_END]);
+    head[TOKEN_END..].copy_from_slice(&checksum.to_be_bytes());
+    record.encode_after(&head).into()
 }
 
 /// The record shares `bytes`; nothing is copied.

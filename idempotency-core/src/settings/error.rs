@@ -1,6 +1,6 @@
 //! What can be wrong with settings.
 
-use std::{error::Error, fmt};
+use std::fmt;
 
 use serde::de::{self, Error as _, Expected, Unexpected};
 use serde_path_to_error::Segment;
@@ -28,7 +28,11 @@ use crate::BoxError;
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {message}", match self.field() {
+    "" => "the settings".to_owned(),
+    field => format!("`{field}`"),
+})]
 pub struct SettingsError {
     kind: SettingsErrorKind,
     field: String,
@@ -125,21 +129,6 @@ impl SettingsError {
     #[must_use]
     pub fn field(&self) -> &str {
         &self.field
-    }
-}
-
-impl fmt::Display for SettingsError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.field() {
-            "" => write!(f, "the settings: {}", self.message),
-            field => write!(f, "`{field}`: {}", self.message),
-        }
-    }
-}
-
-impl Error for SettingsError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        self.source.as_deref().map(|source| source as _)
     }
 }
 

@@ -1,13 +1,13 @@
 //! From a class and its location to an open storage.
 
-use std::{net::Ipv6Addr, time::Duration};
+use std::{fmt::Display, net::Ipv6Addr, time::Duration};
 
 use serde::Deserialize;
 
 use super::{
     error::{
         SettingsError,
-        SettingsErrorKind::{Conflict, Invalid, Missing, Unavailable},
+        SettingsErrorKind::{self, Conflict, Invalid, Missing, Unavailable, Unsupported},
     },
     scalar::{Flag, Lease, MaxHold, Name, Period, PurgePeriod, Room},
     secret::Location,
@@ -74,6 +74,18 @@ pub(super) enum StorageKind {
     Sqlite,
 }
 
+impl StorageKind {
+    /// The feature that it needs.
+    fn feature(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::Redis => "redis",
+            Self::Postgres => "postgres",
+            Self::Sqlite => "sqlite",
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum WhatWhenFull {
@@ -130,14 +142,9 @@ impl LockSettings {
 
     /// What holds the claims. Without claims it is the storage, but mistakes in the location are errors all the same.
     fn holder(&self) -> Result<LockKind> {
-        let class = class(
-            self.class,
-            self.location.as_ref(),
-            "lock",
-            LockKind::Storage,
-        )?;
+        let class = class(self.class, &self.location, "lock", LockKind::Storage)?;
         if class == LockKind::Redis {
-            redis_location(self.location.as_ref(), "lock")?;
+            redis_location(&self.location, "lock")?;
         }
         Ok(match self.enable {
             Some(Flag(false)) => LockKind::Storage,
@@ -156,13 +163,20 @@ pub(super) struct Place<'a> {
     pub(super) time_limit: Duration,
 }
 
+impl Place<'_> {
+    /// An error of one of its fields.
+    fn error(&self, kind: SettingsErrorKind, field: &str, message: impl Display) -> SettingsError {
+        SettingsError::new(kind, format_args!("{}.{field}", self.table), message)
+    }
+}
+
 impl StorageSettings {
     /// Opens the storage that is at `place`.
     pub(super) async fn open(&self, place: Place<'_>) -> Result<AnyStorage> {
         let holder = place.lock.holder()?;
         let class = class(
             self.class,
-            self.location.as_ref(),
+            &self.location,
             &place.table,
             StorageKind::Memory,
         )?;
@@ -174,10 +188,6 @@ impl StorageSettings {
             (StorageKind::Postgres, LockKind::Storage) => self.open_postgres(&place).await,
             #[cfg(feature = "sqlite")]
             (StorageKind::Sqlite, LockKind::Storage) => self.open_sqlite(&place).await,
-            #[cfg(not(feature = "postgres"))]
-            (StorageKind::Postgres, LockKind::Storage) => Err(not_built("postgres", &place.table)),
-            #[cfg(not(feature = "sqlite"))]
-            (StorageKind::Sqlite, LockKind::Storage) => Err(not_built("sqlite", &place.table)),
             (_, LockKind::Process) => self.open_locked(class, &place, ProcessLock::new()).await,
             #[cfg(feature = "memory")]
             (StorageKind::Memory, LockKind::Storage) => {
@@ -216,12 +226,10 @@ impl StorageSettings {
                 }
                 self.open_locked(class, &place, lock).await
             }
-            #[cfg(not(feature = "memory"))]
-            (StorageKind::Memory, LockKind::Storage) => Err(not_built("memory", &place.table)),
-            #[cfg(not(feature = "redis"))]
-            (StorageKind::Redis, LockKind::Storage) => Err(not_built("redis", &place.table)),
             #[cfg(not(feature = "redis"))]
             (_, LockKind::Redis) => Err(not_built("redis", "lock")),
+            #[allow(unreachable_patterns, reason = "a build may have every class")]
+            (class, LockKind::Storage) => Err(not_built(class.feature(), &place.table)),
         }
     }
 
@@ -238,8 +246,7 @@ impl StorageSettings {
                 if self.when_full == Some(WhatWhenFull::Refuse) {
                     // An operation that began has to be completed, and a cache does not know which ones began.
                     let message = "\"refuse\" needs the claims of the storage; give \"evict\", or set `lock.class` to \"storage\"";
-                    let field = format_args!("{}.when_full", place.table);
-                    return Err(SettingsError::new(Conflict, field, message));
+                    return Err(place.error(Conflict, "when_full", message));
                 }
                 let mut cache = crate::MokaCache::new();
                 if let Some(Room(bytes)) = self.max_bytes {
@@ -253,11 +260,9 @@ impl StorageSettings {
                 let cache = self.connect(place, make).await?;
                 Ok(AnyStorage::new(crate::LockedStorage::new(cache, lock)))
             }
-            #[cfg(not(feature = "memory"))]
-            StorageKind::Memory => Err(not_built("memory", &place.table)),
-            #[cfg(not(feature = "redis"))]
-            StorageKind::Redis => Err(not_built("redis", &place.table)),
             StorageKind::Postgres | StorageKind::Sqlite => Err(has_own_claims()),
+            #[allow(unreachable_patterns, reason = "a build may have every class")]
+            class => Err(not_built(class.feature(), &place.table)),
         }
     }
 
@@ -267,7 +272,7 @@ impl StorageSettings {
 
         let url = self.location_or("postgres://[user:password@]host[:port]/database", place)?;
         let connecting = crate::PostgresStorage::connect(url)
-            .table(self.table_name(place))
+            .table(self.name_at(place, '_'))
             .time_limit(place.time_limit);
         let storage = connecting.await.map_err(|error| {
             let (kind, field) = match error.kind() {
@@ -275,13 +280,13 @@ impl StorageSettings {
                 Table => return no_table_name(place),
                 _ => (Unavailable, "location"),
             };
-            SettingsError::new(kind, format_args!("{}.{field}", place.table), &error)
-                .because_of(error)
+            place.error(kind, field, &error).because_of(error)
         })?;
         storage.migrate().await.map_err(|error| {
             let message = "the table can't be made in PostgreSQL";
-            let field = format_args!("{}.location", place.table);
-            SettingsError::new(Unavailable, field, message).because_of(error)
+            place
+                .error(Unavailable, "location", message)
+                .because_of(error)
         })?;
         Ok(AnyStorage::new(storage.purging(self.purge_period())))
     }
@@ -294,23 +299,22 @@ impl StorageSettings {
         let opened = async {
             let storage = crate::SqliteStorage::open(path).await?;
             let storage = storage
-                .table(self.table_name(place))
+                .table(self.name_at(place, '_'))
                 .time_limit(place.time_limit);
             storage.migrate().await?;
             Ok(AnyStorage::new(storage.purging(self.purge_period())))
         };
         opened.await.map_err(|error: crate::SqliteStorageError| {
-            let field = format_args!("{}.location", place.table);
             let kind = match error.kind() {
                 TableName => return no_table_name(place),
                 InMemory => {
                     let message = "is in memory and would be forgotten; give the path of a file, or set the class to \"memory\"";
-                    return SettingsError::new(Invalid, field, message);
+                    return place.error(Invalid, "location", message);
                 }
                 Path => Invalid,
                 _ => Unavailable,
             };
-            SettingsError::new(kind, field, &error).because_of(error)
+            place.error(kind, "location", &error).because_of(error)
         })
     }
 
@@ -319,11 +323,19 @@ impl StorageSettings {
     fn location_or(&self, form: &str, place: &Place<'_>) -> Result<&str> {
         match &self.location {
             Some(Location(location)) if !location.is_empty() => Ok(location),
-            _ => Err(SettingsError::new(
-                Missing,
-                format_args!("{}.location", place.table),
-                format_args!("is missing or empty; give {form}"),
-            )),
+            _ => {
+                let message = format_args!("is missing or empty; give {form}");
+                Err(place.error(Missing, "location", message))
+            }
+        }
+    }
+
+    /// The name of the table, or the prefix of the keys. Each cache has its own, so caches in one Redis or database share nothing.
+    fn name_at(&self, place: &Place<'_>, separator: char) -> String {
+        let name = self.name.as_ref().map_or("idempotency", |Name(name)| name);
+        match place.cache {
+            None => name.to_owned(),
+            Some(cache) => format!("{name}{separator}{cache}"),
         }
     }
 
@@ -333,17 +345,7 @@ impl StorageSettings {
         chosen.map_or(PURGE_EVERY, |PurgePeriod(period)| *period)
     }
 
-    /// The name of the table. Each cache has its own, so caches in one database share nothing.
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
-    fn table_name(&self, place: &Place<'_>) -> String {
-        let name = self.name.as_ref().map_or("idempotency", |Name(name)| name);
-        match place.cache {
-            None => name.to_owned(),
-            Some(cache) => format!("{name}_{cache}"),
-        }
-    }
-
-    /// Connects to the location, with a prefix for the keys. Each cache has its own, so caches in one Redis share nothing.
+    /// Connects to the location, with a prefix for the keys.
     #[cfg(feature = "redis")]
     async fn connect<T: 'static>(
         &self,
@@ -351,7 +353,7 @@ impl StorageSettings {
         make: impl FnOnce(&str, String) -> crate::RedisConnect<T>,
     ) -> Result<T> {
         let table = &place.table;
-        let location = redis_location(self.location.as_ref(), table)?;
+        let location = redis_location(&self.location, table)?;
         if self.name.is_none() {
             tracing::warn!(
                 target: "idempotency",
@@ -359,18 +361,14 @@ impl StorageSettings {
                 "the keys in Redis begin with the default name: two services that share a Redis and keep it share their keys; set one for each"
             );
         }
-        let name = self.name.as_ref().map_or("idempotency", |Name(name)| name);
-        let name = match place.cache {
-            None => name.to_owned(),
-            Some(cache) => format!("{name}:{cache}"),
-        };
-        let connected = self.terms(make(location, name), place.time_limit).await;
+        let connecting = make(location, self.name_at(place, ':'));
+        let connected = self.terms(connecting, place.time_limit).await;
         connected.map_err(|error| {
             let kind = match error.kind() {
                 crate::RedisConnectErrorKind::Url => Invalid,
                 _ => Unavailable,
             };
-            SettingsError::new(kind, format_args!("{table}.location"), &error).because_of(error)
+            place.error(kind, "location", &error).because_of(error)
         })
     }
 
@@ -393,7 +391,7 @@ impl StorageSettings {
 fn no_table_name(place: &Place<'_>) -> SettingsError {
     let message = "can't be the name of a table: it takes 1 to 48 lower-case letters, digits and underscores, and no digit first; for \
                    one of `storages`, an underscore and the name of the cache are a part of it";
-    SettingsError::new(Invalid, format_args!("{}.name", place.table), message)
+    place.error(Invalid, "name", message)
 }
 
 /// A table of a database is no plain cache: its claims lie in it too.
@@ -402,25 +400,15 @@ fn has_own_claims() -> SettingsError {
     SettingsError::new(Conflict, "lock.class", message)
 }
 
-#[cfg(not(all(
-    feature = "memory",
-    feature = "redis",
-    feature = "postgres",
-    feature = "sqlite"
-)))]
 fn not_built(feature: &str, table: &str) -> SettingsError {
     let message = format_args!(
         "needs the feature `{feature}`, which is off; turn it on, or choose another class"
     );
-    SettingsError::new(
-        super::SettingsErrorKind::Unsupported,
-        format_args!("{table}.class"),
-        message,
-    )
+    SettingsError::new(Unsupported, format_args!("{table}.class"), message)
 }
 
 /// The class. With a location the default is not meant, so then a class is needed.
-fn class<C>(class: Option<C>, location: Option<&Location>, table: &str, default: C) -> Result<C> {
+fn class<C>(class: Option<C>, location: &Option<Location>, table: &str, default: C) -> Result<C> {
     let (field, message) = match (class, location) {
         (Some(class), _) => return Ok(class),
         (None, None) => return Ok(default),
@@ -433,19 +421,16 @@ fn class<C>(class: Option<C>, location: Option<&Location>, table: &str, default:
             "is missing, and `location` needs one, such as \"redis\"",
         ),
     };
-    Err(SettingsError::new(
-        Missing,
-        format_args!("{table}.{field}"),
-        message,
-    ))
+    let field = format_args!("{table}.{field}");
+    Err(SettingsError::new(Missing, field, message))
 }
 
 /// The location, if it is one of Redis. An error shows nothing of it: it may be a password in the wrong place.
-fn redis_location<'a>(location: Option<&'a Location>, table: &str) -> Result<&'a str> {
+fn redis_location<'a>(location: &'a Option<Location>, table: &str) -> Result<&'a str> {
     const FORM: &str = "host[:port] or redis://[user:password@]host[:port][/database]";
     const SCHEMES: [&str; 5] = ["redis", "rediss", "valkey", "valkeys", "unix"];
 
-    let text = location.map_or("", |Location(text)| text);
+    let text = location.as_ref().map_or("", |Location(text)| text);
     let has_form = match text.split_once("://") {
         Some((scheme, rest)) => {
             let scheme = scheme.rsplit('+').next().unwrap_or_default();
@@ -459,11 +444,8 @@ fn redis_location<'a>(location: Option<&'a Location>, table: &str) -> Result<&'a
         false if text.is_empty() => (Missing, format!("is missing or empty; give {FORM}")),
         false => (Invalid, format!("expected {FORM}, found something else")),
     };
-    Err(SettingsError::new(
-        kind,
-        format_args!("{table}.location"),
-        message,
-    ))
+    let field = format_args!("{table}.location");
+    Err(SettingsError::new(kind, field, message))
 }
 
 /// `host`, `host:port`, `[::1]:port`.

@@ -40,220 +40,64 @@ impl fmt::Debug for AnyStorage {
     }
 }
 
-/// [`Storage`] with boxed futures.
-trait Erased: Send + Sync {
-    fn begin<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        claim: &'a NewClaim,
-    ) -> BoxFuture<'a, Result<Begin, StorageError>>;
-    fn complete<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        token: Token,
-        record: &'a Record,
-        ttl: Duration,
-    ) -> BoxFuture<'a, Result<Held, StorageError>>;
-    fn renew<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        token: Token,
-        lease: Duration,
-    ) -> BoxFuture<'a, Result<Held, StorageError>>;
-    fn release<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        token: Token,
-    ) -> BoxFuture<'a, Result<Held, StorageError>>;
-    fn get<'a>(&'a self, key: &'a EncodedKey)
-    -> BoxFuture<'a, Result<Option<Entry>, StorageError>>;
-    fn replace<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        record: &'a Record,
-        ttl: Duration,
-    ) -> BoxFuture<'a, Result<(), StorageError>>;
-    fn remove<'a>(&'a self, key: &'a EncodedKey) -> BoxFuture<'a, Result<bool, StorageError>>;
-    fn wait<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        timeout: Duration,
-    ) -> BoxFuture<'a, Result<(), StorageError>>;
-    fn transactions(&self) -> Option<Arc<dyn Transactions>>;
-    fn type_name(&self) -> &'static str;
-}
-
-impl<S: Storage> Erased for S {
-    fn begin<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        claim: &'a NewClaim,
-    ) -> BoxFuture<'a, Result<Begin, StorageError>> {
-        Box::pin(Storage::begin(self, key, claim))
-    }
-
-    fn complete<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        token: Token,
-        record: &'a Record,
-        ttl: Duration,
-    ) -> BoxFuture<'a, Result<Held, StorageError>> {
-        Box::pin(Storage::complete(self, key, token, record, ttl))
-    }
-
-    fn renew<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        token: Token,
-        lease: Duration,
-    ) -> BoxFuture<'a, Result<Held, StorageError>> {
-        Box::pin(Storage::renew(self, key, token, lease))
-    }
-
-    fn release<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        token: Token,
-    ) -> BoxFuture<'a, Result<Held, StorageError>> {
-        Box::pin(Storage::release(self, key, token))
-    }
-
-    fn get<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-    ) -> BoxFuture<'a, Result<Option<Entry>, StorageError>> {
-        Box::pin(Storage::get(self, key))
-    }
-
-    fn replace<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        record: &'a Record,
-        ttl: Duration,
-    ) -> BoxFuture<'a, Result<(), StorageError>> {
-        Box::pin(Storage::replace(self, key, record, ttl))
-    }
-
-    fn remove<'a>(&'a self, key: &'a EncodedKey) -> BoxFuture<'a, Result<bool, StorageError>> {
-        Box::pin(Storage::remove(self, key))
-    }
-
-    fn wait<'a>(
-        &'a self,
-        key: &'a EncodedKey,
-        timeout: Duration,
-    ) -> BoxFuture<'a, Result<(), StorageError>> {
-        Box::pin(Storage::wait(self, key, timeout))
-    }
-
-    fn transactions(&self) -> Option<Arc<dyn Transactions>> {
-        Storage::transactions(self)
-    }
-
-    fn type_name(&self) -> &'static str {
-        std::any::type_name::<S>()
-    }
-}
-
-/// Implements [`Storage`] by passing every call to what `self.0` points to.
-macro_rules! forward_to_pointee {
-    ($($implementor:tt)*) => {
-        $($implementor)* {
-            async fn begin(
-                &self,
-                key: &EncodedKey,
-                claim: &NewClaim,
-            ) -> Result<Begin, StorageError> {
-                self.pointee().begin(key, claim).await
-            }
-
-            async fn complete(
-                &self,
-                key: &EncodedKey,
-                token: Token,
-                record: &Record,
-                ttl: Duration,
-            ) -> Result<Held, StorageError> {
-                self.pointee().complete(key, token, record, ttl).await
-            }
-
-            async fn renew(
-                &self,
-                key: &EncodedKey,
-                token: Token,
-                lease: Duration,
-            ) -> Result<Held, StorageError> {
-                self.pointee().renew(key, token, lease).await
-            }
-
-            async fn release(
-                &self,
-                key: &EncodedKey,
-                token: Token,
-            ) -> Result<Held, StorageError> {
-                self.pointee().release(key, token).await
-            }
-
-            async fn get(
-                &self,
-                key: &EncodedKey,
-            ) -> Result<Option<Entry>, StorageError> {
-                self.pointee().get(key).await
-            }
-
-            async fn replace(
-                &self,
-                key: &EncodedKey,
-                record: &Record,
-                ttl: Duration,
-            ) -> Result<(), StorageError> {
-                self.pointee().replace(key, record, ttl).await
-            }
-
-            async fn remove(
-                &self,
-                key: &EncodedKey,
-            ) -> Result<bool, StorageError> {
-                self.pointee().remove(key).await
-            }
-
-            async fn wait(
-                &self,
-                key: &EncodedKey,
-                timeout: Duration,
-            ) -> Result<(), StorageError> {
-                self.pointee().wait(key, timeout).await
-            }
-
-            fn transactions(&self) -> Option<Arc<dyn Transactions>> {
-                self.pointee().transactions()
-            }
+/// Passes the methods of [`Storage`] to a macro: the one list of what is forwarded. References have the lifetime that is asked for.
+macro_rules! methods {
+    ($pass_to:ident!($lifetime:lifetime $($arguments:tt)*)) => {
+        $pass_to! { $($arguments)*
+            begin(key: &$lifetime EncodedKey, claim: &$lifetime NewClaim) -> Begin;
+            complete(key: &$lifetime EncodedKey, token: Token, record: &$lifetime Record, ttl: Duration) -> Held;
+            renew(key: &$lifetime EncodedKey, token: Token, lease: Duration) -> Held;
+            release(key: &$lifetime EncodedKey, token: Token) -> Held;
+            get(key: &$lifetime EncodedKey) -> Option<Entry>;
+            replace(key: &$lifetime EncodedKey, record: &$lifetime Record, ttl: Duration) -> ();
+            remove(key: &$lifetime EncodedKey) -> bool;
+            wait(key: &$lifetime EncodedKey, timeout: Duration) -> ();
         }
     };
 }
 
-/// What a pointer to a storage points to; keeps the two forwarding impls alike.
-trait Pointer {
-    type Pointee: ?Sized;
-    fn pointee(&self) -> &Self::Pointee;
+macro_rules! erase {
+    ($($method:ident($($argument:ident: $type:ty),*) -> $done:ty;)*) => {
+        /// [`Storage`] with boxed futures.
+        trait Erased: Send + Sync {
+            $(fn $method<'a>(&'a self, $($argument: $type),*) -> BoxFuture<'a, Result<$done, StorageError>>;)*
+
+            fn transactions(&self) -> Option<Arc<dyn Transactions>>;
+
+            fn type_name(&self) -> &'static str;
+        }
+
+        impl<S: Storage> Erased for S {
+            $(fn $method<'a>(&'a self, $($argument: $type),*) -> BoxFuture<'a, Result<$done, StorageError>> {
+                Box::pin(Storage::$method(self, $($argument),*))
+            })*
+
+            fn transactions(&self) -> Option<Arc<dyn Transactions>> {
+                Storage::transactions(self)
+            }
+
+            fn type_name(&self) -> &'static str {
+                std::any::type_name::<S>()
+            }
+        }
+    };
 }
+methods!(erase!('a));
 
-impl Pointer for AnyStorage {
-    type Pointee = dyn Erased + 'static;
+/// Implements [`Storage`] by passing every call to what `self` points to.
+macro_rules! forward {
+    ([$($implementor:tt)*] [$self:ident => $pointee:expr]
+     $($method:ident($($argument:ident: $type:ty),*) -> $done:ty;)*) => {
+        $($implementor)* {
+            $(async fn $method(&$self, $($argument: $type),*) -> Result<$done, StorageError> {
+                $pointee.$method($($argument),*).await
+            })*
 
-    fn pointee(&self) -> &(dyn Erased + 'static) {
-        &*self.0
-    }
+            fn transactions(&$self) -> Option<Arc<dyn Transactions>> {
+                $pointee.transactions()
+            }
+        }
+    };
 }
-
-impl<S: Storage> Pointer for Arc<S> {
-    type Pointee = S;
-
-    fn pointee(&self) -> &S {
-        self
-    }
-}
-
-forward_to_pointee!(impl Storage for AnyStorage);
-forward_to_pointee!(impl<S: Storage> Storage for Arc<S>);
+methods!(forward!('_ [impl Storage for AnyStorage] [self => self.0]));
+methods!(forward!('_ [impl<S: Storage> Storage for Arc<S>] [self => (**self)]));

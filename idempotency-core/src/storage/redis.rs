@@ -6,10 +6,9 @@ use bytes::Bytes;
 use redis::aio::ConnectionLike;
 
 use self::{
-    connect::{Options, RedisConnect},
-    link::{Repeatable, bytes_of, milliseconds, unexpected},
+    commands::{Mode, milliseconds},
+    connect::{RedisConnect, Replicas},
     prefix::Prefix,
-    scripts::Script,
     server::Server,
 };
 use crate::{
@@ -18,9 +17,9 @@ use crate::{
 };
 
 mod cluster;
+pub(crate) mod commands;
 pub(crate) mod connect;
 mod layout;
-pub(crate) mod link;
 mod maker;
 pub(crate) mod prefix;
 mod reconnecting;
@@ -48,8 +47,7 @@ mod waits;
 #[must_use]
 pub struct RedisStorage {
     server: Server,
-    prefix: Prefix,
-    replicas: Option<(u32, Duration)>,
+    replicas: Option<Replicas>,
 }
 
 impl RedisStorage {
@@ -95,7 +93,7 @@ impl RedisStorage {
     ///
     /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
     pub fn connect(location: impl AsRef<str>) -> RedisConnect<Self> {
-        RedisConnect::new(location.as_ref(), Self::of)
+        RedisConnect::new(location.as_ref(), prefix(), Self::of)
     }
 
     /// A storage that sends its commands through `connection`: a `ConnectionManager`, a `ClusterConnection`, or anything else of the crate
@@ -124,7 +122,7 @@ impl RedisStorage {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::of(Server::through(connection), Options::default())
+        Self::of(Server::through(connection, prefix()), None)
     }
 
     /// A storage in the master that sentinels name. They are asked when the first command is sent, and again when the connection
@@ -146,16 +144,11 @@ impl RedisStorage {
     ///
     /// A failover can lose claims and records that the replica has not received yet: see [`wait_replicas`](Self::wait_replicas).
     pub fn sentinel(client: redis::sentinel::SentinelClient) -> Self {
-        Self::of(Server::behind_sentinels(client), Options::default())
+        Self::of(Server::behind_sentinels(client, prefix()), None)
     }
 
-    fn of(server: Server, options: Options) -> Self {
-        let Options { prefix, replicas } = options;
-        Self {
-            server,
-            prefix,
-            replicas,
-        }
+    fn of(server: Server, replicas: Option<Replicas>) -> Self {
+        Self { server, replicas }
     }
 
     /// The prefix of all keys: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`, of
@@ -164,7 +157,7 @@ impl RedisStorage {
     /// Storages of different prefixes share nothing. Two services that share a Redis need different ones: with the same prefix a key
     /// that a client sent to one may be answered by the other.
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.prefix = Prefix::chosen(prefix.as_ref());
+        self.server = self.server.prefixed(prefix.as_ref());
         self
     }
 
@@ -198,37 +191,15 @@ impl RedisStorage {
         self
     }
 
-    fn name(&self, key: &EncodedKey) -> String {
-        format!("{}:{key}", self.prefix)
-    }
-
     /// Reads kind and token: the version that compare-and-delete checks.
-    async fn first_bytes(&self, name: &str) -> Result<Bytes, StorageError> {
-        let mut range = redis::cmd("GETRANGE");
-        range.arg(name).arg(0).arg(17);
-        match self.server.ask(&range).await {
-            Ok(answer) => Ok(bytes_of(answer)?.unwrap_or_default()),
+    async fn first_bytes(&self, key: &EncodedKey) -> Result<Bytes, StorageError> {
+        let mut range = self.server.command("GETRANGE", key, 3);
+        range.arg(0).arg(17);
+        match self.server.bytes(&range).await {
             Err(error) if error.kind() == StorageErrorKind::Unreadable => {
                 Ok(Bytes::from_static(scripts::NOT_BYTES.as_bytes()))
             }
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Runs a script that returns whether the token held the key.
-    async fn held(
-        &self,
-        script: &Script,
-        name: &str,
-        arguments: &[&[u8]],
-        repeatable: Repeatable,
-    ) -> Result<Held, StorageError> {
-        let answer = self.server.run(script, name, arguments, repeatable);
-        match answer.await? {
-            scripts::DONE => Ok(Held::Yes),
-            scripts::NOT_HELD => Ok(Held::Lost),
-            scripts::FOREIGN => Err(layout::foreign()),
-            _ => Err(unexpected()),
+            bytes => Ok(bytes?.unwrap_or_default()),
         }
     }
 
@@ -244,15 +215,15 @@ impl RedisStorage {
     ) -> Result<Replicated, StorageError> {
         let mut wait = redis::cmd("WAIT");
         wait.arg(count).arg(milliseconds(timeout));
-        let failed = match self.server.ask_once(&wait).await {
+        let failed = match self.server.commands.ask(&wait, Mode::Once).await {
             Ok(redis::Value::Int(reached)) if reached >= i64::from(count) => {
-                return Ok(match self.server.age() == age {
+                return Ok(match self.server.commands.age() == age {
                     true => Replicated::Yes,
                     false => Replicated::OverAnotherConnection,
                 });
             }
             Ok(_) => StorageError::unavailable("too few replicas have the claim"),
-            Err(error) => error,
+            Err(error) => error.into(),
         };
         // Where this fails too, the claim ends with its lease.
         let _ = Box::pin(self.release(key, token)).await;
@@ -270,12 +241,10 @@ enum Replicated {
 
 impl Storage for RedisStorage {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        self.prefix.warn_if_default("RedisStorage::prefix");
-        let name = self.name(key);
         // The claim of this token, or the connection, may end between the steps, so there is a second try.
         for _ in 0..2 {
-            let age = self.server.age();
-            if let Some(found) = self.server.claim(&name, claim).await? {
+            let age = self.server.commands.age();
+            if let Some(found) = self.server.claim(key, claim).await? {
                 match found.entry {
                     Entry::Completed(record) => return Ok(Begin::Completed(record)),
                     Entry::Claimed { .. } if found.token == claim.token => {
@@ -317,23 +286,20 @@ impl Storage for RedisStorage {
         record: &Record,
         ttl: Duration,
     ) -> Result<Held, StorageError> {
-        let name = self.name(key);
         let ttl = milliseconds(ttl).to_string();
         let completed = async |script, record| {
             let value = layout::record(token, record);
             let arguments = [&token.as_bytes()[..], &value, ttl.as_bytes()];
-            self.held(script, &name, &arguments, Repeatable::Yes).await
+            let completed = self.server.held(script, key, &arguments, Mode::Repeatable);
+            completed.await
         };
         let error = match completed(&scripts::COMPLETE, record).await {
             Err(error) if error.kind() == StorageErrorKind::Full => error,
             stored => return stored,
         };
         tracing::warn!(target: "idempotency", %key, source = ?std::error::Error::source(&error), "Redis has no room for the answer: its key gets a tombstone");
-        Box::pin(completed(
-            &scripts::COMPLETE_SMALL,
-            &record.without_answer(),
-        ))
-        .await
+        let tombstone = record.without_answer();
+        Box::pin(completed(&scripts::COMPLETE_SMALL, &tombstone)).await
     }
 
     async fn renew(
@@ -342,21 +308,17 @@ impl Storage for RedisStorage {
         token: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
-        self.server.renew(&self.name(key), token, lease).await
+        self.server.renew(key, token, lease).await
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.server.release(&self.name(key), token).await
+        self.server.release(key, token).await
     }
 
     async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        let mut get = redis::cmd("GET");
-        get.arg(self.name(key));
-        let answer = self.server.ask(&get).await?;
-        match bytes_of(answer)? {
-            Some(bytes) => Ok(Some(layout::read(bytes)?.entry)),
-            None => Ok(None),
-        }
+        let get = self.server.command("GET", key, 0);
+        let found = self.server.bytes(&get).await?.map(layout::read);
+        Ok(found.transpose()?.map(|found| found.entry))
     }
 
     async fn replace(
@@ -367,27 +329,22 @@ impl Storage for RedisStorage {
     ) -> Result<(), StorageError> {
         let ttl = milliseconds(ttl).to_string();
         let arguments = [&record.encode()[..], ttl.as_bytes()];
+        let replaced = self
+            .server
+            .held(&scripts::REPLACE, key, &arguments, Mode::Repeatable);
         // It makes no difference whether there was a record.
-        let _ = self
-            .held(
-                &scripts::REPLACE,
-                &self.name(key),
-                &arguments,
-                Repeatable::Yes,
-            )
-            .await?;
+        let _ = replaced.await?;
         Ok(())
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
         const TRIES: usize = 3;
 
-        let name = self.name(key);
         for _ in 0..TRIES {
-            let seen = self.first_bytes(&name).await?;
+            let seen = self.first_bytes(key).await?;
             let removed = self
                 .server
-                .run(&scripts::REMOVE, &name, &[&seen], Repeatable::Yes)
+                .run(&scripts::REMOVE, key, &[&seen], Mode::Repeatable)
                 .await?;
             match removed {
                 scripts::DONE => return Ok(true),
@@ -402,15 +359,19 @@ impl Storage for RedisStorage {
     }
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.server.wait(&self.name(key), timeout).await
+        self.server.wait(key, timeout).await
     }
+}
+
+fn prefix() -> Prefix {
+    Prefix::new(":", "RedisStorage::prefix")
 }
 
 impl fmt::Debug for RedisStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisStorage")
-            .field("prefix", &format_args!("{}", self.prefix))
-            .field("time_limit", &self.server.limit())
+            .field("prefix", &self.server.prefix)
+            .field("time_limit", &self.server.commands.limit)
             .field("wait_replicas", &self.replicas)
             .finish_non_exhaustive()
     }
@@ -428,7 +389,7 @@ mod tests {
     use futures_util::future::{BoxFuture, ready};
     use redis::{Cmd, RedisResult, Value};
 
-    use super::{link::Link, reconnecting::Connection, source::NotifySource, *};
+    use super::{commands::Commands, reconnecting::Connection, source::NotifySource, *};
 
     /// Gives these answers, and counts as another connection after the command of this name.
     #[derive(Clone)]
@@ -488,9 +449,9 @@ mod tests {
                 ends_after,
                 age: Arc::new(AtomicU64::new(1)),
             };
-            let link = Link::new(script.clone(), Server::DEFAULT_LIMIT);
-            let storage =
-                RedisStorage::of(Server::new(link, NotifySource::none()), Options::default());
+            let commands = Commands::new(script.clone(), Server::DEFAULT_LIMIT);
+            let server = Server::new(commands, NotifySource::none(), prefix());
+            let storage = RedisStorage::of(server, None);
             let storage = storage.wait_replicas(1, Duration::from_millis(100));
             let key = EncodedKey::from_bytes([7; 32]);
             let begun = storage.begin(&key, &claim).await;

@@ -7,6 +7,7 @@ use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     process::{Child, ChildStdin, Command},
     sync::watch,
+    task::JoinHandle,
     time::timeout,
 };
 
@@ -58,6 +59,11 @@ impl Spec {
         self.variable("HOLD", "1".to_owned())
     }
 
+    /// The shop commits each order together with its record.
+    pub fn exactly_once(self) -> Self {
+        self.variable("EXACTLY_ONCE", "1".to_owned())
+    }
+
     /// Sets a variable of its environment.
     pub fn variable(mut self, name: &'static str, value: String) -> Self {
         self.variables.insert(name, value);
@@ -81,7 +87,7 @@ impl Spec {
         let stdout = child.stdout.take().expect("a piped stdout");
         let said = Arc::new(watch::Sender::new(Vec::new()));
         let saying = said.clone();
-        tokio::spawn(async move {
+        let listener = tokio::spawn(async move {
             let mut lines = BufReader::new(stdout).lines();
             while let Ok(Some(line)) = lines.next_line().await {
                 saying.send_modify(|said| said.push(line));
@@ -93,6 +99,7 @@ impl Spec {
             child,
             stdin,
             said,
+            listener,
             address: address.expect("an address"),
         }
     }
@@ -105,6 +112,8 @@ pub struct Process {
     stdin: ChildStdin,
     /// The lines that it has printed.
     said: Arc<watch::Sender<Vec<String>>>,
+    /// Ends after the last of them.
+    listener: JoinHandle<()>,
     address: SocketAddr,
 }
 
@@ -149,6 +158,12 @@ impl Process {
         Call::new(self.address, http::Method::POST, path)
     }
 
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// How many lines it has printed that begin with `words`: `ran KEY`, `event NAME`.
     #[must_use]
     pub fn count(&self, words: &str) -> usize {
@@ -182,6 +197,18 @@ impl Process {
     /// Panics if it can't be killed.
     pub async fn kill(&mut self) {
         self.child.kill().await.expect("the service can be killed");
+    }
+
+    /// `kill -9`; returns all lines that it had printed.
+    ///
+    /// # Panics
+    ///
+    /// Panics if it can't be killed.
+    pub async fn end(&mut self) -> Vec<String> {
+        self.kill().await;
+        let listened = (&mut self.listener).await;
+        listened.expect("no panic");
+        self.said.borrow().clone()
     }
 
     /// Stops it as it stands, for a while.

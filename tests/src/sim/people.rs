@@ -29,8 +29,9 @@ use tower::{Layer, ServiceExt, service_fn};
 use super::{
     LEASE, LIMIT, Terms,
     judge::{Client, End, Judge},
-    world::{Chance, Home, MeantToPanic, Sleep, World, unmeant},
+    world::{Home, MeantToPanic, Sleep, World, unmeant},
 };
+use crate::chance::Chance;
 
 /// One node of the service.
 #[derive(Clone)]

@@ -18,6 +18,8 @@ use std::{
 use futures_util::future::BoxFuture;
 use idempotency_axum::{Env, Environment, Spawner};
 
+use crate::chance::Chance;
+
 /// The node that keeps the records. It never dies: a storage that forgets is another subject.
 pub(super) const SERVER: usize = 0;
 
@@ -30,33 +32,6 @@ pub(super) struct MeantToPanic;
 pub(super) struct Home {
     pub(super) node: usize,
     life: u32,
-}
-
-/// SplitMix64 (Steele, Lea, Flood 2014): the same sequence for the same seed, on every machine and in every version.
-pub(super) struct Chance(u64);
-
-impl Chance {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Below `end`, which is not 0.
-    pub(super) fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
-    }
-
-    /// True in so many of a thousand cases.
-    pub(super) fn permille(&mut self, of: usize) -> bool {
-        self.below(1000) < of
-    }
-
-    pub(super) fn millis(&mut self, from: usize, to: usize) -> Duration {
-        Duration::from_micros((from * 1000 + self.below((to - from) * 1000)) as u64)
-    }
 }
 
 /// The tasks that can go on, in the order in which they were woken.

@@ -18,6 +18,18 @@ use crate::{
     StorageError, StoredResponse, Token,
 };
 
+/// `must!(call => outcome, "otherwise")`: awaits a call of a [`Subject`] and panics with the message if its outcome is another.
+macro_rules! must {
+    ($call:expr => $outcome:expr) => {
+        must!($call => $outcome, "a step of the suite failed")
+    };
+    ($call:expr => $outcome:expr, $otherwise:literal) => {{
+        let outcome = $call.await;
+        assert_eq!(outcome, $outcome, $otherwise);
+    }};
+}
+pub(super) use must;
+
 /// A lease or TTL that no rule outlasts.
 pub(super) const LONG: Duration = Duration::from_secs(3600);
 
@@ -44,16 +56,7 @@ impl<'h, H: Harness> Subject<'h, H> {
     }
 
     pub(super) async fn begin(&self, key: &EncodedKey, token: Token) -> Begin {
-        self.begin_for(key, token, LONG).await
-    }
-
-    pub(super) async fn begin_for(&self, key: &EncodedKey, token: Token, lease: Duration) -> Begin {
-        let claim = NewClaim {
-            token,
-            fingerprint: None,
-            lease,
-        };
-        fine(self.storage.begin(key, &claim).await)
+        fine(self.storage.begin(key, &claim(token, LONG)).await)
     }
 
     /// A fresh key with a claim.
@@ -64,7 +67,7 @@ impl<'h, H: Harness> Subject<'h, H> {
     /// A fresh key with a claim.
     pub(super) async fn claimed_for(&self, lease: Duration) -> (EncodedKey, Token) {
         let (key, token) = (fresh_key(), Token::random());
-        let begin = self.begin_for(&key, token, lease).await;
+        let begin = fine(self.storage.begin(&key, &claim(token, lease)).await);
         assert_eq!(
             begin,
             Begin::Acquired,
@@ -76,12 +79,8 @@ impl<'h, H: Harness> Subject<'h, H> {
     /// A fresh key with a record, and the token that completed it.
     pub(super) async fn completed(&self, record: &Record, ttl: Duration) -> (EncodedKey, Token) {
         let (key, token) = self.claimed().await;
-        let held = self.complete_for(&key, token, record, ttl).await;
-        assert_eq!(
-            held,
-            Held::Yes,
-            "the holder's `complete` was Lost: its answer is not stored, and a retry gets a conflict or runs again"
-        );
+        must!(self.complete_for(&key, token, record, ttl) => Held::Yes,
+            "the holder's `complete` was Lost: its answer is not stored, and a retry gets a conflict or runs again");
         (key, token)
     }
 
@@ -119,41 +118,19 @@ impl<'h, H: Harness> Subject<'h, H> {
         fine(self.storage.remove(key).await)
     }
 
-    /// Checks that `key` has a claim, so that another token can't take it.
-    pub(super) async fn assert_claimed(&self, key: &EncodedKey, otherwise: &str) {
-        let begin = self.begin(key, Token::random()).await;
-        assert!(
-            matches!(begin, Begin::InFlight { .. }),
-            "{otherwise} (a stranger's `begin` was {begin:?} instead of InFlight)"
-        );
-    }
-
-    /// Checks that nothing is under `key`, and leaves it so.
-    pub(super) async fn assert_free(&self, key: &EncodedKey, otherwise: &str) {
-        let entry = self.get(key).await;
-        assert_eq!(entry, None, "{otherwise} (`get` found something)");
+    /// What `get`, and `begin` with a token of its own, find under `key`, which they leave as it was.
+    pub(super) async fn find(&self, key: &EncodedKey) -> Found {
         let token = Token::random();
-        let begin = self.begin(key, token).await;
-        assert_eq!(begin, Begin::Acquired, "{otherwise} (`begin` refused)");
-        let released = self.release(key, token).await;
-        assert_eq!(
-            released,
-            Held::Yes,
-            "a claim just taken could not be released"
-        );
-    }
-
-    /// Checks that `record` is what both `begin` and `get` find.
-    pub(super) async fn assert_completed(
-        &self,
-        key: &EncodedKey,
-        record: &Record,
-        otherwise: &str,
-    ) {
-        let begin = self.begin(key, Token::random()).await;
-        assert_eq!(begin, Begin::Completed(record.clone()), "{otherwise}");
-        let entry = self.get(key).await;
-        assert_eq!(entry, Some(Entry::Completed(record.clone())), "{otherwise}");
+        match (self.get(key).await, self.begin(key, token).await) {
+            (None, Begin::Acquired) => {
+                must!(self.release(key, token) => Held::Yes, "a claim just taken could not be released");
+                Found::Nothing
+            }
+            // A claim of another process may be hidden from `get`; what `get` says of claims has a rule of its own.
+            (None | Some(Entry::Claimed { .. }), Begin::InFlight { .. }) => Found::Claim,
+            (Some(Entry::Completed(a)), Begin::Completed(b)) if a == b => Found::Record(a),
+            (get, begin) => Found::Contradiction { get, begin },
+        }
     }
 
     /// A task that waits for the end of the claim of `key`.
@@ -185,6 +162,19 @@ impl<'h, H: Harness> Subject<'h, H> {
     pub(super) async fn soon<T>(&self, future: impl Future<Output = T>, otherwise: &str) -> T {
         within(self.harness.patience(), future, otherwise).await
     }
+}
+
+/// What is under a key.
+#[derive(Debug, PartialEq)]
+pub(super) enum Found {
+    Nothing,
+    Claim,
+    Record(Record),
+    /// `begin` and `get` say different things.
+    Contradiction {
+        get: Option<Entry>,
+        begin: Begin,
+    },
 }
 
 /// A task under way.
@@ -234,6 +224,14 @@ pub(super) fn fresh_key() -> EncodedKey {
     let mut bytes = [0; 32];
     Env::system().fill_random(&mut bytes);
     EncodedKey::from_bytes(bytes)
+}
+
+pub(super) fn claim(token: Token, lease: Duration) -> NewClaim {
+    NewClaim {
+        token,
+        fingerprint: None,
+        lease,
+    }
 }
 
 pub(super) fn fingerprint(byte: u8) -> Fingerprint {

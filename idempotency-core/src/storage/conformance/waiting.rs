@@ -11,7 +11,9 @@ use futures_util::future::{Either, select};
 
 use super::{
     Harness,
-    harness::{LONG, Subject, Task, answer, breathe, fine, fresh_key, poll_once},
+    harness::{
+        Found, LONG, Subject, Task, answer, breathe, claim, fine, fresh_key, must, poll_once,
+    },
 };
 use crate::{Begin, EncodedKey, Held, Storage, Token};
 
@@ -48,7 +50,7 @@ pub async fn wait_returns_at_once_without_a_claim<H: Harness>(harness: &H) {
     }
     let key = fresh_key();
     fine(subject.storage.wait(&key, LONG).await);
-    subject.assert_free(&key, "`wait` left something").await;
+    must!(subject.find(&key) => Found::Nothing, "`wait` left something");
 }
 
 /// `wait` returns when its timeout is over, without an error, and leaves the claim alone (rule 8).
@@ -56,11 +58,8 @@ pub async fn wait_times_out<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, token) = subject.claimed().await;
     let wait = subject.storage.wait(&key, Duration::ZERO);
-    fine(
-        subject
-            .soon(wait, "`wait` with a timeout of zero did not return")
-            .await,
-    );
+    let otherwise = "`wait` with a timeout of zero did not return";
+    fine(subject.soon(wait, otherwise).await);
 
     let mut wait = pin!(subject.storage.wait(&key, subject.units(4)));
     subject.assert_waits(wait.as_mut(), 1).await;
@@ -68,12 +67,8 @@ pub async fn wait_times_out<H: Harness>(harness: &H) {
     for _ in 0..12 {
         if let Either::Left((over, _)) = select(wait.as_mut(), pin!(subject.pass(1))).await {
             fine(over);
-            let held = subject.renew(&key, token, LONG).await;
-            assert_eq!(
-                held,
-                Held::Yes,
-                "a `wait` that timed out took the claim from its holder"
-            );
+            must!(subject.renew(&key, token, LONG) => Held::Yes,
+                "a `wait` that timed out took the claim from its holder");
             return;
         }
         breathe().await;
@@ -88,13 +83,13 @@ pub async fn wait_sees_completion<H: Harness>(harness: &H) {
     let (key, token) = subject.claimed().await;
     subject
         .assert_wait_ends(&key, async {
-            assert_eq!(subject.complete(&key, token, &record).await, Held::Yes);
+            must!(subject.complete(&key, token, &record) => Held::Yes);
         })
         .await;
 
     let (key, token) = subject.claimed().await;
     let waiters = waiters(&subject, key).await;
-    assert_eq!(subject.complete(&key, token, &record).await, Held::Yes);
+    must!(subject.complete(&key, token, &record) => Held::Yes);
     for waiter in waiters {
         waiter.soon(MISSED).await;
     }
@@ -106,7 +101,7 @@ pub async fn wait_sees_release<H: Harness>(harness: &H) {
     let (key, token) = subject.claimed().await;
     subject
         .assert_wait_ends(&key, async {
-            assert_eq!(subject.release(&key, token).await, Held::Yes);
+            must!(subject.release(&key, token) => Held::Yes);
         })
         .await;
 }
@@ -136,14 +131,8 @@ pub async fn wait_sees_the_lease_end<H: Harness>(harness: &H) {
     let mut wait = pin!(subject.storage.wait(&key, LONG));
     subject.assert_waits(wait.as_mut(), 1).await;
     subject.pass(10).await;
-    fine(
-        subject
-            .soon(
-                wait,
-                "`wait` did not see the lease end: a duplicate waits for a dead holder",
-            )
-            .await,
-    );
+    let otherwise = "`wait` did not see the lease end: a duplicate waits for a dead holder";
+    fine(subject.soon(wait, otherwise).await);
 }
 
 /// `wait` stays pending when the claim is renewed, and when another claim follows before it looks (rule 8).
@@ -152,19 +141,15 @@ pub async fn wait_outlasts_renewals<H: Harness>(harness: &H) {
     let (key, token) = subject.claimed_for(subject.units(10)).await;
     let mut wait = pin!(subject.storage.wait(&key, LONG));
     subject.assert_waits(wait.as_mut(), 5).await;
-    let held = subject.renew(&key, token, LONG).await;
-    assert_eq!(held, Held::Yes, "the holder's `renew` was Lost");
+    must!(subject.renew(&key, token, LONG) => Held::Yes, "the holder's `renew` was Lost");
     subject.assert_waits(wait.as_mut(), 10).await;
 
-    assert_eq!(subject.release(&key, token).await, Held::Yes);
+    must!(subject.release(&key, token) => Held::Yes);
     let token = Token::random();
-    assert_eq!(subject.begin(&key, token).await, Begin::Acquired);
+    must!(subject.begin(&key, token) => Begin::Acquired);
     // The end in between may have woken it, and then it may return. Otherwise it stays pending.
     if poll_once(wait.as_mut()).await.is_pending() {
-        assert_eq!(
-            subject.complete(&key, token, &answer("done")).await,
-            Held::Yes
-        );
+        must!(subject.complete(&key, token, &answer("done")) => Held::Yes);
         fine(subject.soon(wait, MISSED).await);
     }
 }
@@ -179,12 +164,9 @@ pub async fn wait_misses_nothing<H: Harness>(harness: &H) {
             tokio::task::yield_now().await;
         }
         if round % 2 == 0 {
-            assert_eq!(
-                subject.complete(&key, token, &answer("done")).await,
-                Held::Yes
-            );
+            must!(subject.complete(&key, token, &answer("done")) => Held::Yes);
         } else {
-            assert_eq!(subject.release(&key, token).await, Held::Yes);
+            must!(subject.release(&key, token) => Held::Yes);
         }
         waiter.soon(MISSED).await;
     }
@@ -199,11 +181,7 @@ pub async fn release_wakes_waiters<H: Harness>(harness: &H) {
         .map(|_| {
             let storage = subject.storage.clone();
             subject.spawn(async move {
-                let claim = crate::NewClaim {
-                    token: Token::random(),
-                    fingerprint: None,
-                    lease: LONG,
-                };
+                let claim = claim(Token::random(), LONG);
                 loop {
                     fine(storage.wait(&key, LONG).await);
                     if fine(storage.begin(&key, &claim).await) == Begin::Acquired {
@@ -217,7 +195,7 @@ pub async fn release_wakes_waiters<H: Harness>(harness: &H) {
         .collect();
     breathe().await;
     subject.pass(1).await;
-    assert_eq!(subject.release(&key, token).await, Held::Yes);
+    must!(subject.release(&key, token) => Held::Yes);
     for turn in turns {
         turn.soon("a released key was free, and a waiter was not told: it waits for nothing")
             .await;
@@ -234,7 +212,7 @@ pub async fn cancelled_waiter_passes_its_wake_on<H: Harness>(harness: &H) {
         let mut second = Box::pin(subject.storage.wait(&key, LONG));
         subject.assert_waits(first.as_mut(), 1).await;
         subject.assert_waits(second.as_mut(), 1).await;
-        assert_eq!(subject.release(&key, token).await, Held::Yes);
+        must!(subject.release(&key, token) => Held::Yes);
         let rest = if cancel_first {
             drop(first);
             second

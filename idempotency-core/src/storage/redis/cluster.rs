@@ -16,17 +16,16 @@ use futures_util::{
 };
 use redis::{
     Arg, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult,
-    ServerErrorKind, Value,
+    ServerErrorKind, Value, cluster_routing::Slot,
 };
 use tokio::sync::oneshot;
 
 use super::{
+    commands::{pairs, text},
     maker::One,
     reconnecting::{Connection, Reconnecting, gone},
 };
 use crate::Env;
-
-const SLOTS: usize = 16_384;
 
 /// Redis names this host if nodes are to be reached by name and the name is not known.
 const NAMELESS: &str = "?";
@@ -62,6 +61,7 @@ type Address = (String, u16);
 
 type Node = Arc<Reconnecting<One>>;
 
+#[derive(Default)]
 struct State {
     owners: Owners,
     nodes: HashMap<Address, Node>,
@@ -75,11 +75,11 @@ struct Refresh {
 }
 
 /// Which node owns which slot.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 struct Owners {
     addresses: Vec<Address>,
-    /// For each slot an index into `addresses`; out of range if the owner is not known.
-    slots: Vec<usize>,
+    /// For each slot with a known owner an index into `addresses`.
+    slots: HashMap<Slot, usize>,
 }
 
 impl Cluster {
@@ -107,27 +107,23 @@ impl Cluster {
             named,
             limit,
             env,
-            state: Mutex::new(State {
-                owners: Owners::none(),
-                nodes: HashMap::new(),
-                refresh: None,
-            }),
+            state: Mutex::default(),
         })))
     }
 
     /// The same Cluster with connections of its own, for another runtime.
     pub(super) fn apart(&self) -> Self {
         let inner = &*self.0;
+        let state = State {
+            owners: inner.state().owners.clone(),
+            ..State::default()
+        };
         Self(Arc::new(Inner {
             settings: inner.settings.clone(),
             named: inner.named.clone(),
             limit: inner.limit,
             env: inner.env.clone(),
-            state: Mutex::new(State {
-                owners: inner.state().owners.clone(),
-                nodes: HashMap::new(),
-                refresh: None,
-            }),
+            state: Mutex::new(state),
         }))
     }
 
@@ -144,7 +140,7 @@ impl Cluster {
         let Some(key) = key_of(command) else {
             return self.ask_masters(command, patience).await;
         };
-        let slot = slot_of(key);
+        let slot = Slot::for_key(key);
         // If the call is dropped, its node may be gone.
         let mut doubt = Doubt(Some(self));
         let mut to = match self.owner(slot) {
@@ -212,7 +208,7 @@ impl Cluster {
         Ok(answers?.pop().unwrap_or(Value::Nil))
     }
 
-    fn owner(&self, slot: usize) -> Option<Address> {
+    fn owner(&self, slot: Slot) -> Option<Address> {
         self.0.state().owners.of(slot).cloned()
     }
 
@@ -328,20 +324,14 @@ impl Inner {
     }
 
     fn client(&self, (host, port): &Address) -> RedisResult<Client> {
-        let (host, port) = (host.clone(), *port);
-        let address = match self.settings.addr().clone() {
-            ConnectionAddr::TcpTls {
-                insecure,
-                tls_params,
-                ..
-            } => ConnectionAddr::TcpTls {
-                host,
-                port,
-                insecure,
-                tls_params,
-            },
-            _ => ConnectionAddr::Tcp(host, port),
-        };
+        let mut address = self.settings.addr().clone();
+        if let ConnectionAddr::Tcp(h, p)
+        | ConnectionAddr::TcpTls {
+            host: h, port: p, ..
+        } = &mut address
+        {
+            (*h, *p) = (host.clone(), *port);
+        }
         Client::open(self.settings.clone().set_addr(address))
     }
 
@@ -350,7 +340,7 @@ impl Inner {
         if let Some(node) = state.nodes.get(address) {
             return Ok(node.clone());
         }
-        let one = One::new(self.client(address)?, self.limit);
+        let one = One(self.client(address)?, self.limit);
         let node = Arc::new(Reconnecting::new(one, self.env.clone()));
         state.nodes.insert(address.clone(), node.clone());
         Ok(node)
@@ -368,16 +358,9 @@ impl State {
 }
 
 impl Owners {
-    fn none() -> Self {
-        Self {
-            addresses: Vec::new(),
-            slots: vec![usize::MAX; SLOTS],
-        }
-    }
-
     /// Reads the answer to `CLUSTER SLOTS`; `None` if it has no slot. An empty host means the node that was asked.
     fn read(answer: Value, asked: &str) -> Option<Self> {
-        let mut owners = Self::none();
+        let mut owners = Self::default();
         let Value::Array(ranges) = answer else {
             return None;
         };
@@ -397,14 +380,17 @@ impl Owners {
             let [host, Value::Int(port), ..] = &master[..] else {
                 return None;
             };
-            let host = match text(host).unwrap_or_default() {
-                "" => asked,
-                NAMELESS => ip_of(master).unwrap_or(asked),
-                host => host,
+            // A node whose name is not known tells its address, unless it does not know that either.
+            let ip = || pairs(master.get(3)?).remove("ip");
+            let host = match text(host) {
+                Some(NAMELESS) => ip(),
+                host => host.map(str::to_owned),
             };
-            let master = (host.to_owned(), u16::try_from(*port).ok()?);
-            let [first, last] = [first, last].map(|slot| usize::try_from(*slot).ok());
-            for slot in first?..=last?.min(SLOTS - 1) {
+            let host = host.filter(|host| !host.is_empty());
+            let host = host.unwrap_or_else(|| asked.to_owned());
+            let master = (host, u16::try_from(*port).ok()?);
+            let [first, last] = [first, last].map(|slot| u16::try_from(*slot).ok());
+            for slot in (first?..=last?).map_while(Slot::new) {
                 owners.set(slot, &master);
             }
         }
@@ -416,8 +402,8 @@ impl Owners {
         if told.len() == 1 {
             return told.remove(0);
         }
-        let mut agreed = Self::none();
-        for slot in 0..SLOTS {
+        let mut agreed = Self::default();
+        for slot in (0..).map_while(Slot::new) {
             let named = || told.iter().filter_map(|owners| owners.of(slot));
             let votes = |owner: &Address| named().filter(|other| *other == owner).count();
             // In a tie `max_by_key` returns the last.
@@ -428,47 +414,21 @@ impl Owners {
         agreed
     }
 
-    fn of(&self, slot: usize) -> Option<&Address> {
-        self.addresses.get(*self.slots.get(slot)?)
+    fn of(&self, slot: Slot) -> Option<&Address> {
+        self.addresses.get(*self.slots.get(&slot)?)
     }
 
-    fn set(&mut self, slot: usize, owner: &Address) {
+    fn set(&mut self, slot: Slot, owner: &Address) {
         let known = self.addresses.iter().position(|address| address == owner);
         let place = known.unwrap_or_else(|| {
             self.addresses.push(owner.clone());
             self.addresses.len() - 1
         });
-        if let Some(slot) = self.slots.get_mut(slot) {
-            *slot = place;
-        }
+        self.slots.insert(slot, place);
     }
 
     fn masters(&self) -> Vec<Address> {
         self.addresses.clone()
-    }
-}
-
-/// The IP address in the metadata of a node in `CLUSTER SLOTS`.
-fn ip_of(node: &[Value]) -> Option<&str> {
-    let ip = match node.get(3)? {
-        Value::Array(flat) => flat.chunks_exact(2).find_map(|pair| match pair {
-            [name, value] if text(name) == Some("ip") => text(value),
-            _ => None,
-        }),
-        Value::Map(pairs) => pairs
-            .iter()
-            .find_map(|(name, value)| text(value).filter(|_| text(name) == Some("ip"))),
-        _ => None,
-    };
-    // A node may not know its own address.
-    ip.filter(|ip| !ip.is_empty())
-}
-
-fn text(value: &Value) -> Option<&str> {
-    match value {
-        Value::BulkString(text) => std::str::from_utf8(text).ok(),
-        Value::SimpleString(text) => Some(text),
-        _ => None,
     }
 }
 
@@ -511,29 +471,6 @@ fn word(command: &Cmd, at: usize) -> Option<&[u8]> {
     }
 }
 
-/// CRC-16 (XMODEM) of the key, or of the text in its first braces:
-/// <https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#key-distribution-model>
-fn slot_of(key: &[u8]) -> usize {
-    let mut sum = 0_u16;
-    for byte in tag_of(key).unwrap_or(key) {
-        sum ^= u16::from(*byte) << 8;
-        for _ in 0..8 {
-            sum = match sum & 0x8000 {
-                0 => sum << 1,
-                _ => (sum << 1) ^ 0x1021,
-            };
-        }
-    }
-    usize::from(sum) % SLOTS
-}
-
-fn tag_of(key: &[u8]) -> Option<&[u8]> {
-    let open = key.iter().position(|byte| *byte == b'{')?;
-    let tail = key.get(open + 1..)?;
-    let close = tail.iter().position(|byte| *byte == b'}')?;
-    tail.get(..close).filter(|tag| !tag.is_empty())
-}
-
 fn invalid(what: &'static str) -> RedisError {
     (ErrorKind::InvalidClientConfig, what).into()
 }
@@ -548,7 +485,6 @@ mod tests {
 
     use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
-    use redis::cluster_routing::Slot;
     use tokio::{
         io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
         net::TcpListener,
@@ -604,6 +540,10 @@ mod tests {
         }
     }
 
+    fn slot(number: u16) -> Slot {
+        Slot::new(number).unwrap()
+    }
+
     fn cluster(named: &[&Address], env: Env) -> Cluster {
         let named: Vec<ConnectionInfo> = named
             .iter()
@@ -628,7 +568,7 @@ mod tests {
         let asked = node.tell(&address, at_once());
         let cluster = cluster(&[&address], env);
         drop(cluster.refresh());
-        while cluster.owner(0).is_none() {
+        while cluster.owner(slot(0)).is_none() {
             yield_now().await;
         }
         clock.advance(FRESH);
@@ -660,7 +600,7 @@ mod tests {
             turn.send_replace(true);
         };
         tokio::join!(refreshed, turns);
-        assert_eq!(cluster.owner(0), Some(new));
+        assert_eq!(cluster.owner(slot(0)), Some(new));
     }
 
     /// The nodes that were named may have been replaced long ago.
@@ -686,24 +626,6 @@ mod tests {
             () = patience => {}
         }
         assert_eq!(asked.load(SeqCst), 1);
-    }
-
-    #[test]
-    fn slots_are_those_of_redis() {
-        assert_eq!(slot_of(b"123456789"), 0x31c3);
-        for key in [
-            "",
-            "idempotency:00",
-            "{shop}:00",
-            "a{shop}b{c}",
-            "{}a",
-            "a{b",
-            "}{a}",
-            "{{a}}",
-        ] {
-            let slot = u16::try_from(slot_of(key.as_bytes())).ok();
-            assert_eq!(slot.and_then(Slot::new), Some(Slot::for_key(key)), "{key}");
-        }
     }
 
     #[test]
@@ -737,14 +659,13 @@ mod tests {
             range(2, 2, node(Value::Nil, 2)),
             range(3, 20_000, node(Value::BulkString(b"n1".to_vec()), 1)),
         ]);
-        let owners = Owners::read(answer, "asked").unwrap_or_else(Owners::none);
+        let owners = Owners::read(answer, "asked").unwrap_or_default();
         let [one, two] = [("n1".to_owned(), 1), ("asked".to_owned(), 2)];
         assert_eq!(
-            [0, 1, 2, 3].map(|slot| owners.of(slot)),
+            [0, 1, 2, 3].map(|number| owners.of(slot(number))),
             [Some(&one), Some(&one), Some(&two), Some(&one)]
         );
-        assert_eq!(owners.of(SLOTS - 1), Some(&one));
-        assert_eq!(owners.of(SLOTS), None);
+        assert_eq!(owners.of(slot(16_383)), Some(&one));
         // That of which the name is not known tells its address.
         let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
         let pair = || [text("ip"), text("::1")];
@@ -757,7 +678,7 @@ mod tests {
             let node = vec![text("?"), Value::Int(1), text("id"), told];
             let answer = Value::Array(vec![range(0, 1, Value::Array(node))]);
             let owners = Owners::read(answer, "asked").unwrap();
-            assert_eq!(owners.of(0), Some(&(host.to_owned(), 1)));
+            assert_eq!(owners.of(slot(0)), Some(&(host.to_owned(), 1)));
         }
         for odd in [
             Value::Nil,

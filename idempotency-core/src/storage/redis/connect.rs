@@ -8,10 +8,10 @@ use redis::{
     io::tcp::TcpSettings,
 };
 
-use self::{about::About, error::Reason};
+use self::about::About;
 use super::{
     cluster::Cluster,
-    link::Link,
+    commands::Commands,
     maker::{self, One, tcp},
     prefix::Prefix,
     reconnecting::Reconnecting,
@@ -32,24 +32,26 @@ pub struct RedisConnect<T> {
     location: String,
     require_noeviction: bool,
     limit: Duration,
-    options: Options,
-    make: fn(Server, Options) -> T,
+    prefix: Prefix,
+    replicas: Option<Replicas>,
+    make: fn(Server, Option<Replicas>) -> T,
 }
 
-/// Options of a storage, a lock or a cache that can also be set after it is connected.
-#[derive(Default)]
-pub(crate) struct Options {
-    pub(crate) prefix: Prefix,
-    pub(crate) replicas: Option<(u32, Duration)>,
-}
+/// How many replicas must have a claim, and how long that may take.
+pub(crate) type Replicas = (u32, Duration);
 
 impl<T> RedisConnect<T> {
-    pub(crate) fn new(location: &str, make: fn(Server, Options) -> T) -> Self {
+    pub(crate) fn new(
+        location: &str,
+        prefix: Prefix,
+        make: fn(Server, Option<Replicas>) -> T,
+    ) -> Self {
         Self {
             location: location.to_owned(),
             require_noeviction: false,
             limit: Server::DEFAULT_LIMIT,
-            options: Options::default(),
+            prefix,
+            replicas: None,
             make,
         }
     }
@@ -71,14 +73,14 @@ impl<T> RedisConnect<T> {
 impl RedisConnect<RedisStorage> {
     /// What the keys begin with: see [`RedisStorage::prefix`].
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.options.prefix = Prefix::chosen(prefix.as_ref());
+        self.prefix = self.prefix.chosen(prefix.as_ref());
         self
     }
 
     /// Waits after every claim until `count` replicas have it, `timeout` at most: see [`RedisStorage::wait_replicas`]. A Cluster is
     /// refused then.
     pub fn wait_replicas(mut self, count: u32, timeout: Duration) -> Self {
-        self.options.replicas = Some((count, timeout));
+        self.replicas = Some((count, timeout));
         self
     }
 }
@@ -86,7 +88,7 @@ impl RedisConnect<RedisStorage> {
 impl RedisConnect<RedisCache> {
     /// What the keys begin with: see [`RedisCache::prefix`].
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.options.prefix = Prefix::chosen(prefix.as_ref());
+        self.prefix = self.prefix.chosen(prefix.as_ref());
         self
     }
 }
@@ -94,7 +96,7 @@ impl RedisConnect<RedisCache> {
 impl RedisConnect<RedisLock> {
     /// What the keys begin with: see [`RedisLock::name`].
     pub fn name(mut self, name: impl AsRef<str>) -> Self {
-        self.options.prefix = Prefix::chosen(name.as_ref());
+        self.prefix = self.prefix.chosen(name.as_ref());
         self
     }
 }
@@ -105,8 +107,8 @@ impl<T> fmt::Debug for RedisConnect<T> {
         f.debug_struct("RedisConnect")
             .field("require_noeviction", &self.require_noeviction)
             .field("time_limit", &self.limit)
-            .field("prefix", &format_args!("{}", self.options.prefix))
-            .field("wait_replicas", &self.options.replicas)
+            .field("prefix", &self.prefix)
+            .field("wait_replicas", &self.replicas)
             .finish_non_exhaustive()
     }
 }
@@ -118,7 +120,7 @@ impl<T: 'static> IntoFuture for RedisConnect<T> {
     fn into_future(self) -> Self::IntoFuture {
         Box::pin(async move {
             let server = open(&self).await?;
-            Ok((self.make)(server, self.options))
+            Ok((self.make)(server, self.replicas))
         })
     }
 }
@@ -129,7 +131,8 @@ async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError>
         location,
         require_noeviction,
         limit,
-        options,
+        prefix,
+        replicas,
         make: _,
     } = connect;
     let (require_noeviction, limit) = (*require_noeviction, *limit);
@@ -147,9 +150,12 @@ async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError>
 
     let (mut connection, client) = first_that_answers(&nodes, patience).await?;
     let about = within(patience, About::server(&mut connection)).await??;
-    let link = if about.is_cluster() {
-        if options.replicas.is_some() {
-            return Err(RedisConnectError::new(Reason::ReplicasOfACluster));
+    let commands = if about.is_cluster() {
+        if replicas.is_some() {
+            return Err(RedisConnectError::new(
+                RedisConnectErrorKind::Unsupported,
+                "`wait_replicas` is for one server with replicas, and this is a Cluster: leave it out, or use one server or sentinels",
+            ));
         }
         let cluster = Cluster::new(&nodes, patience, env).map_err(RedisConnectError::url)?;
         let masters = within(patience.saturating_mul(2), cluster.masters()).await?;
@@ -169,18 +175,21 @@ async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError>
                 ),
             }
         }
-        Link::new(cluster.clone(), limit).with_background(cluster.apart())
+        Commands::new(cluster.clone(), limit).with_background(cluster.apart())
     } else {
         about.check(require_noeviction)?;
         if nodes.len() > 1 {
             // Whichever answers first would have the records.
-            return Err(RedisConnectError::new(Reason::NotACluster));
+            return Err(RedisConnectError::new(
+                RedisConnectErrorKind::NotACluster,
+                "the servers that are named are no Cluster; name one of them, or use `RedisStorage::sentinel` to follow a master",
+            ));
         }
-        let one = || Reconnecting::new(One::new(client.clone(), patience), env.clone());
-        Link::new(one(), limit).with_background(one())
+        let one = || Reconnecting::new(One(client.clone(), patience), env.clone());
+        Commands::new(one(), limit).with_background(one())
     };
-    link.load(&scripts::all()).await;
-    Ok(Server::new(link, source))
+    commands.load(&scripts::all()).await;
+    Ok(Server::new(commands, source, prefix.clone()))
 }
 
 /// Version and configuration of one server.

@@ -21,8 +21,8 @@ const NAME: usize = 2 + 16;
 /// Kind, token and checksum.
 const HEAD: usize = NAME + 4;
 
-/// What was found under a key.
-pub(crate) struct Found {
+/// What lies under a key.
+pub(crate) struct Stored {
     /// Who claimed or completed it.
     pub(crate) token: Token,
     pub(crate) entry: Entry,
@@ -31,41 +31,35 @@ pub(crate) struct Found {
 pub(super) fn claim(claim: &NewClaim) -> Vec<u8> {
     let fingerprint = claim.fingerprint.as_ref().map(Fingerprint::as_bytes);
     let fingerprint = fingerprint.map_or(&[][..], |print| &print[..]);
-    let mut bytes = head(CLAIM, claim.token);
-    let checksum = claim_checksum(&bytes, fingerprint);
-    bytes.extend_from_slice(&checksum.to_be_bytes());
-    bytes.extend_from_slice(fingerprint);
-    bytes
+    [&head(CLAIM, claim.token, fingerprint)[..], fingerprint].concat()
 }
 
 pub(super) fn record(completed_by: Token, record: &Record) -> Vec<u8> {
-    let record = record.encode();
-    let mut bytes = head(RECORD, completed_by);
-    bytes.reserve_exact(HEAD - NAME + record.len());
-    bytes.extend_from_slice(&crc32fast::hash(&bytes).to_be_bytes());
-    bytes.extend_from_slice(&record);
-    bytes
+    record.encode_after(&head(RECORD, completed_by, &[]))
 }
 
-fn head(kind: [u8; 2], token: Token) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(HEAD + 32);
-    bytes.extend_from_slice(&kind);
-    bytes.extend_from_slice(token.as_bytes());
-    bytes
+/// Kind, token, and the checksum of both and `rest`.
+fn head(kind: [u8; 2], token: Token, rest: &[u8]) -> [u8; HEAD] {
+    let mut head = [0; HEAD];
+    head[..2].copy_from_slice(&kind);
+    head[2..NAME].copy_from_slice(token.as_bytes());
+    let checksum = checksum(&head[..NAME], rest);
+    head[NAME..].copy_from_slice(&checksum.to_be_bytes());
+    head
 }
 
 /// What [`claim`] or [`record`] made; a record is a part of `bytes`, not a copy.
-pub(super) fn read(bytes: Bytes) -> Result<Found, StorageError> {
+pub(super) fn read(bytes: Bytes) -> Result<Stored, StorageError> {
     let Some((&head, rest)) = bytes.split_first_chunk::<HEAD>() else {
         return Err(unreadable("it is cut off within its first bytes"));
     };
     let [k0, k1, token @ .., c0, c1, c2, c3] = head;
     let token = Token::from_bytes(token);
-    let checksum = u32::from_be_bytes([c0, c1, c2, c3]);
+    let sum = u32::from_be_bytes([c0, c1, c2, c3]);
     let damaged = || unreadable("its checksum does not match, so it is damaged or cut");
     let entry = match [k0, k1] {
         CLAIM => {
-            if claim_checksum(&head[..NAME], rest) != checksum {
+            if checksum(&head[..NAME], rest) != sum {
                 return Err(damaged());
             }
             let fingerprint = match (rest.len(), rest.first_chunk::<32>()) {
@@ -79,14 +73,14 @@ pub(super) fn read(bytes: Bytes) -> Result<Found, StorageError> {
             }
         }
         RECORD => {
-            if crc32fast::hash(&head[..NAME]) != checksum {
+            if checksum(&head[..NAME], &[]) != sum {
                 return Err(damaged());
             }
             Entry::Completed(Record::decode(bytes.slice(HEAD..))?)
         }
         _ => return Err(foreign()),
     };
-    Ok(Found { token, entry })
+    Ok(Stored { token, entry })
 }
 
 pub(super) fn foreign() -> StorageError {
@@ -99,10 +93,10 @@ fn unreadable(reason: &'static str) -> StorageError {
     StorageError::unreadable(reason)
 }
 
-fn claim_checksum(name: &[u8], fingerprint: &[u8]) -> u32 {
+fn checksum(name: &[u8], rest: &[u8]) -> u32 {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(name);
-    hasher.update(fingerprint);
+    hasher.update(rest);
     hasher.finalize()
 }
 

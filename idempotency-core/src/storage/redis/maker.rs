@@ -22,24 +22,14 @@ pub(super) trait Maker: Send + Sync + 'static {
     fn make(&self) -> impl Future<Output = RedisResult<Self::Connection>> + Send;
 }
 
-/// One server.
-pub(super) struct One {
-    client: Client,
-    limit: Duration,
-}
-
-impl One {
-    /// Connecting may take `limit`.
-    pub(super) fn new(client: Client, limit: Duration) -> Self {
-        Self { client, limit }
-    }
-}
+/// One server, and the time limit of connecting to it.
+pub(super) struct One(pub(super) Client, pub(super) Duration);
 
 impl Maker for One {
     type Connection = MultiplexedConnection;
 
     async fn make(&self) -> RedisResult<MultiplexedConnection> {
-        connect(&self.client, self.limit).await
+        connect(&self.0, self.1).await
     }
 }
 
@@ -91,7 +81,7 @@ pub(super) async fn connect(
     client: &Client,
     limit: Duration,
 ) -> RedisResult<MultiplexedConnection> {
-    // `Link` limits the time of a command.
+    // `Commands` limits the time of a command.
     let config = AsyncConnectionConfig::new()
         .set_pipeline_buffer_size(COMMANDS)
         .set_connection_timeout(Some(limit))

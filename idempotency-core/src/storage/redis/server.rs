@@ -2,155 +2,176 @@
 
 use std::{sync::Arc, time::Duration};
 
-use redis::{Client, Cmd, Value, aio::ConnectionLike, sentinel::SentinelClient};
+use bytes::Bytes;
+use redis::{Client, Cmd, aio::ConnectionLike, sentinel::SentinelClient};
 
 use super::{
-    layout::{self, Found},
-    link::{Failure, Link, Repeatable, bytes_of, milliseconds},
+    commands::{Commands, Mode, bytes_of, command, milliseconds, unexpected},
+    layout::{self, Stored},
     maker::{Sentinels, with_tcp},
+    prefix::Prefix,
     reconnecting::{Own, Reconnecting},
     scripts::{self, Script},
     source::NotifySource,
     waits::Waits,
 };
-use crate::{Env, Held, NewClaim, StorageError, Token};
+use crate::{EncodedKey, Env, Held, NewClaim, StorageError, Token};
 
-/// Access to Redis; clones share it.
+/// Access to the keys of a prefix; clones share the connections.
 #[derive(Clone)]
 pub(crate) struct Server {
-    link: Link,
+    pub(crate) commands: Commands,
     waits: Arc<Waits>,
+    pub(crate) prefix: Prefix,
 }
 
 impl Server {
     /// How long a command may take.
     pub(super) const DEFAULT_LIMIT: Duration = Duration::from_secs(1);
 
-    /// Redis behind `link`, with notifications from `source`.
-    pub(super) fn new(link: Link, source: NotifySource) -> Self {
-        let waits = Arc::new(Waits::new(link.clone(), source));
-        Self { link, waits }
+    /// Redis behind `commands`, with notifications from `source`.
+    pub(super) fn new(commands: Commands, source: NotifySource, prefix: Prefix) -> Self {
+        let waits = Arc::new(Waits::new(commands.clone(), source));
+        Self {
+            commands,
+            waits,
+            prefix,
+        }
     }
 
     /// Redis behind a connection of the user's, which has no notifications.
-    pub(crate) fn through<C>(connection: C) -> Self
+    pub(crate) fn through<C>(connection: C, prefix: Prefix) -> Self
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        let link = Link::new(Own(connection), Self::DEFAULT_LIMIT);
-        Self::new(link, NotifySource::none())
+        let commands = Commands::new(Own(connection), Self::DEFAULT_LIMIT);
+        Self::new(commands, NotifySource::none(), prefix)
     }
 
     /// The master that sentinels name.
-    pub(super) fn behind_sentinels(client: SentinelClient) -> Self {
+    pub(super) fn behind_sentinels(client: SentinelClient, prefix: Prefix) -> Self {
         let sentinels = Sentinels::new(client);
         let connection = || Reconnecting::new(sentinels.clone(), Env::system());
-        let link = Link::new(connection(), Self::DEFAULT_LIMIT).with_background(connection());
-        Self::new(link, NotifySource::Master(sentinels))
+        let commands = Commands::new(connection(), Self::DEFAULT_LIMIT);
+        let commands = commands.with_background(connection());
+        Self::new(commands, NotifySource::Master(sentinels), prefix)
     }
 
     /// The same, with notifications from `client`.
-    pub(crate) fn told_by(self, client: Client) -> Self {
+    pub(super) fn told_by(self, client: Client) -> Self {
         // It was opened before, so it can be opened again.
         let client = Client::open(with_tcp(client.get_connection_info())).unwrap_or(client);
-        Self::new(self.link, NotifySource::Any(vec![client]))
+        let source = NotifySource::Any(vec![client]);
+        Self::new(self.commands, source, self.prefix)
     }
 
     /// The same, with another limit for each command.
     pub(crate) fn limited(self, limit: Duration) -> Self {
-        let mut link = self.link;
-        link.limit = limit;
-        Self::new(link, self.waits.source().clone())
+        let mut commands = self.commands;
+        commands.limit = limit;
+        Self::new(commands, self.waits.source().clone(), self.prefix)
     }
 
-    /// How often the connection was made.
-    pub(super) fn age(&self) -> u64 {
-        self.link.age()
+    /// The same, with keys of another prefix.
+    pub(crate) fn prefixed(self, text: &str) -> Self {
+        Self {
+            prefix: self.prefix.chosen(text),
+            ..self
+        }
     }
 
-    pub(crate) fn limit(&self) -> Duration {
-        self.link.limit
+    /// A command on `key`, with room for what else it is about.
+    pub(crate) fn command(&self, name: &str, key: &EncodedKey, bytes: usize) -> Cmd {
+        let key = self.prefix.name(key);
+        let mut command = command(name, 8, key.len() + bytes);
+        command.arg(key);
+        command
     }
 
-    pub(crate) fn env(&self) -> &Env {
-        &self.link.env
-    }
-
-    /// The answer to a command that may be repeated.
-    pub(crate) async fn ask(&self, command: &Cmd) -> Result<Value, StorageError> {
-        self.link.ask(command, Repeatable::Yes).await
-    }
-
-    /// The answer to a command that must not be repeated.
-    pub(super) async fn ask_once(&self, command: &Cmd) -> Result<Value, StorageError> {
-        self.link.ask(command, Repeatable::No).await
+    /// The bytes that a command returns, if there are any.
+    pub(crate) async fn bytes(&self, command: &Cmd) -> Result<Option<Bytes>, StorageError> {
+        bytes_of(self.commands.ask(command, Mode::Repeatable).await?)
     }
 
     pub(super) async fn run(
         &self,
         script: &Script,
-        name: &str,
+        key: &EncodedKey,
         arguments: &[&[u8]],
-        repeatable: Repeatable,
+        mode: Mode,
     ) -> Result<i64, StorageError> {
-        self.link.run(script, name, arguments, repeatable).await
+        let key = self.prefix.name(key);
+        self.commands.run(script, &key, arguments, mode).await
     }
 
-    /// Sets `name` to `claim` if it does not exist, and returns the existing value otherwise. One command, or two if Redis refuses
+    /// Runs a script that returns whether the token held the key.
+    pub(super) async fn held(
+        &self,
+        script: &Script,
+        key: &EncodedKey,
+        arguments: &[&[u8]],
+        mode: Mode,
+    ) -> Result<Held, StorageError> {
+        match self.run(script, key, arguments, mode).await? {
+            scripts::DONE => Ok(Held::Yes),
+            scripts::NOT_HELD => Ok(Held::Lost),
+            scripts::FOREIGN => Err(layout::foreign()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Sets `key` to `claim` if it does not exist, and returns the existing value otherwise. One command, or two if Redis refuses
     /// to write.
     pub(crate) async fn claim(
         &self,
-        name: &str,
+        key: &EncodedKey,
         claim: &NewClaim,
-    ) -> Result<Option<Found>, StorageError> {
-        let mut set = redis::cmd("SET");
-        set.arg(name).arg(layout::claim(claim)).arg("NX").arg("GET");
+    ) -> Result<Option<Stored>, StorageError> {
+        let mut set = self.command("SET", key, 96);
+        set.arg(layout::claim(claim)).arg("NX").arg("GET");
         set.arg("PX").arg(milliseconds(claim.lease));
-        let answer = match self.link.try_ask(&set, Repeatable::Yes).await {
+        let found = match self.commands.ask(&set, Mode::Repeatable).await {
             // On OOM, MISCONF (its disk) and NOREPLICAS, `SET` fails before it checks existence.
             Err(refused) if refused.is_refusal() => {
-                let mut get = redis::cmd("GET");
-                get.arg(name);
-                match Box::pin(self.ask(&get)).await? {
-                    Value::Nil => return Err(refused.into_error()),
+                let get = self.command("GET", key, 0);
+                match Box::pin(self.bytes(&get)).await? {
+                    None => return Err(refused.into()),
                     found => found,
                 }
             }
-            answer => answer.map_err(Failure::into_error)?,
+            answer => bytes_of(answer?)?,
         };
-        match bytes_of(answer)? {
-            Some(bytes) => layout::read(bytes).map(Some),
-            None => Ok(None),
-        }
+        found.map(layout::read).transpose()
     }
 
     pub(crate) async fn renew(
         &self,
-        name: &str,
+        key: &EncodedKey,
         token: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
         let lease = milliseconds(lease).to_string();
         let arguments = [&token.as_bytes()[..], lease.as_bytes()];
-        let renewed = self.run(&scripts::RENEW, name, &arguments, Repeatable::Yes);
-        Ok(held_if(renewed.await?))
+        self.held(&scripts::RENEW, key, &arguments, Mode::Repeatable)
+            .await
     }
 
-    pub(crate) async fn release(&self, name: &str, token: Token) -> Result<Held, StorageError> {
+    pub(crate) async fn release(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+    ) -> Result<Held, StorageError> {
         let arguments = [&token.as_bytes()[..]];
-        let released = self.run(&scripts::RELEASE, name, &arguments, Repeatable::No);
-        Ok(held_if(released.await?))
+        self.held(&scripts::RELEASE, key, &arguments, Mode::Once)
+            .await
     }
 
-    /// Returns when `name` has no claim, or after `timeout`. A release wakes one waiter, and soon more if the key stays free.
-    pub(crate) async fn wait(&self, name: &str, timeout: Duration) -> Result<(), StorageError> {
-        self.waits.wait(name, timeout).await
-    }
-}
-
-fn held_if(answer: i64) -> Held {
-    match answer {
-        scripts::DONE => Held::Yes,
-        _ => Held::Lost,
+    /// Returns when `key` has no claim, or after `timeout`. A release wakes one waiter, and soon more if the key stays free.
+    pub(crate) async fn wait(
+        &self,
+        key: &EncodedKey,
+        timeout: Duration,
+    ) -> Result<(), StorageError> {
+        self.waits.wait(&self.prefix.name(key), timeout).await
     }
 }

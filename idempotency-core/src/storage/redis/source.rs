@@ -1,14 +1,11 @@
 //! Which servers to subscribe to.
 
-use std::time::Duration;
-
 use redis::{
     Client, ConnectionInfo, ProtocolVersion, RedisResult,
     aio::{PubSubSink, PubSubStream},
 };
 
-use super::maker::Sentinels;
-use crate::Env;
+use super::{commands::Commands, maker::Sentinels};
 
 /// Where notifications of ended claims come from.
 #[derive(Clone)]
@@ -30,29 +27,25 @@ impl NotifySource {
         matches!(self, Self::Any(clients) if clients.is_empty())
     }
 
-    /// A connection for subscriptions, to a server that accepts it within `limit`.
-    pub(super) async fn open(
-        &self,
-        env: &Env,
-        limit: Duration,
-    ) -> Option<(PubSubSink, PubSubStream)> {
-        match self {
-            Self::Any(clients) => {
-                for client in clients {
-                    if let Some(Ok(open)) = env.within(limit, client.get_async_pubsub()).await {
-                        return Some(open.split());
-                    }
-                }
-                None
-            }
+    /// A connection for subscriptions, to a server that accepts it within the time limit of a command.
+    pub(super) async fn open(&self, commands: &Commands) -> Option<(PubSubSink, PubSubStream)> {
+        let clients = match self {
+            Self::Any(clients) => clients,
             Self::Master(sentinels) => {
                 // How long the sentinels may take is for the driver to say.
                 let master = sentinels.master().await.ok()?;
-                let client = subscribing(master.get_connection_info()).ok()?;
-                let open = env.within(limit, client.get_async_pubsub()).await?;
-                Some(open.ok()?.split())
+                &vec![subscribing(master.get_connection_info()).ok()?]
+            }
+        };
+        for client in clients {
+            let open = commands
+                .env
+                .within(commands.limit, client.get_async_pubsub());
+            if let Some(Ok(open)) = open.await {
+                return Some(open.split());
             }
         }
+        None
     }
 }
 

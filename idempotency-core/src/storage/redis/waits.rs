@@ -26,7 +26,11 @@ use redis::{
 };
 use tokio::sync::{Notify, OnceCell, Semaphore};
 
-use super::{link::Link, scripts, source::NotifySource};
+use super::{
+    commands::{Commands, Mode},
+    scripts,
+    source::NotifySource,
+};
 use crate::{Env, StorageError, StorageErrorKind};
 
 /// The first and the longest pause between two polls of a key, with a subscription and without.
@@ -51,9 +55,8 @@ const FORBIDDEN: Duration = Duration::from_secs(60);
 
 /// The waits of a storage and its clones.
 pub(super) struct Waits {
-    link: Link,
+    commands: Commands,
     source: NotifySource,
-    env: Env,
     /// `std`'s lock, because sections are short and never await.
     state: Mutex<State>,
     looks: Semaphore,
@@ -126,10 +129,9 @@ struct Waiter<'a> {
 }
 
 impl Waits {
-    pub(super) fn new(link: Link, source: NotifySource) -> Self {
+    pub(super) fn new(commands: Commands, source: NotifySource) -> Self {
         Self {
-            env: link.env.clone(),
-            link,
+            commands,
             source,
             state: Mutex::default(),
             looks: Semaphore::new(LOOKS),
@@ -145,7 +147,7 @@ impl Waits {
         if timeout.is_zero() {
             return Ok(());
         }
-        if self.env.spawner().is_none() {
+        if self.commands.env.spawner().is_none() {
             let error = "there is no tokio runtime to wait on";
             return Err(StorageError::unavailable(error));
         }
@@ -156,7 +158,7 @@ impl Waits {
             let _turn = waiter.turn().await;
             Box::pin(waiter.drive()).await;
         });
-        let timeout = pin!(self.env.sleep(timeout));
+        let timeout = pin!(self.commands.env.sleep(timeout));
         select(ended, select(drive, timeout)).await;
         waiter.result()
     }
@@ -167,7 +169,7 @@ impl Waits {
     }
 
     fn join<'a>(&'a self, name: &'a str) -> Waiter<'a> {
-        let now = self.env.now();
+        let now = self.commands.env.now();
         let mut state = self.state();
         let soon = match self.is_deaf(&state, now) {
             true => now,
@@ -191,7 +193,7 @@ impl Waits {
 
     /// The connection for subscriptions, which its first user opens.
     fn pub_sub(&self) -> Arc<PubSub> {
-        let age = self.link.age();
+        let age = self.commands.age();
         let mut state = self.state();
         if let Some(pub_sub) = state.pub_sub.as_ref().filter(|it| it.age == age) {
             return pub_sub.clone();
@@ -214,7 +216,7 @@ impl Waits {
             let backoff = state.backoff.clamp(RECONNECT[0], RECONNECT[1]);
             let pause = retry_after.unwrap_or(backoff);
             state.pub_sub = None;
-            state.retry_at = self.env.now().saturating_add(pause);
+            state.retry_at = self.commands.env.now().saturating_add(pause);
             state.backoff = backoff * 2;
         }
     }
@@ -231,14 +233,14 @@ impl Waits {
         }
         wait.signals.ended.notify_one();
         // By then the woken waiter has claimed the key, or others are woken.
-        wait.poll_at(self.env.now().saturating_add(POLLED[0]));
+        wait.poll_at(self.commands.env.now().saturating_add(POLLED[0]));
     }
 }
 
 impl Waiter<'_> {
     /// Returns when this waiter is to drive the wait.
     async fn turn(&self) -> Option<tokio::sync::MutexGuard<'_, ()>> {
-        let env = &self.waits.env;
+        let env = &self.waits.commands.env;
         loop {
             let turn = env.within(LATE, self.signals.turn.lock()).await;
             let now = env.now();
@@ -269,15 +271,17 @@ impl Waiter<'_> {
 
     /// Keeps the key subscribed, and reads messages for all keys if no other driver does.
     async fn subscribe(&self) {
-        let Waits { source, env, .. } = self.waits;
+        let Waits {
+            source, commands, ..
+        } = self.waits;
         if source.is_none() {
             return pending().await;
         }
         loop {
             let retry_at = self.waits.state().retry_at;
-            let pause = retry_at.saturating_sub(env.now());
+            let pause = retry_at.saturating_sub(commands.env.now());
             if !pause.is_zero() {
-                env.sleep(pause).await;
+                commands.env.sleep(pause).await;
                 continue;
             }
             let pub_sub = self.waits.pub_sub();
@@ -301,10 +305,10 @@ impl Waiter<'_> {
     /// Returns when `pub_sub` brings no messages for the key any more.
     async fn hear(&self, pub_sub: &PubSub) -> Deaf {
         let Waits {
-            source, env, link, ..
+            source, commands, ..
         } = self.waits;
         let open = async || {
-            let (sink, stream) = source.open(env, link.limit).await?;
+            let (sink, stream) = source.open(commands).await?;
             Some((sink, tokio::sync::Mutex::new(stream)))
         };
         let Some((sink, stream)) = pub_sub.open.get_or_init(open).await else {
@@ -314,7 +318,11 @@ impl Waiter<'_> {
             let number = Some(pub_sub.number);
             if self.with_wait(|wait| wait.subscribed) != Some(number) {
                 let mut sink = sink.clone();
-                match env.within(link.limit, sink.subscribe(self.name)).await {
+                match commands
+                    .env
+                    .within(commands.limit, sink.subscribe(self.name))
+                    .await
+                {
                     Some(Ok(())) => self.subscribed(number),
                     Some(Err(error))
                         if error.kind() == ErrorKind::Server(ServerErrorKind::NoPerm) =>
@@ -341,7 +349,7 @@ impl Waiter<'_> {
         if by.is_some() {
             self.waits.state().backoff = Duration::ZERO;
         }
-        let now = self.waits.env.now();
+        let now = self.waits.commands.env.now();
         self.with_wait(|wait| {
             wait.subscribed = by;
             wait.pause = Duration::ZERO;
@@ -352,22 +360,22 @@ impl Waiter<'_> {
     /// Polls the key whenever that is due. Returns when the connection for subscriptions may lead to another server than commands.
     async fn poll(&self) {
         let Waits {
-            env, link, looks, ..
+            commands, looks, ..
         } = self.waits;
         loop {
-            let now = env.now();
+            let now = commands.env.now();
             let begins = |wait: &mut Wait| {
                 if wait.due > now {
                     return Err(wait.due);
                 }
                 wait.is_polled = true;
-                wait.due = now.saturating_add(link.limit);
+                wait.due = now.saturating_add(commands.limit);
                 Ok(wait.changes)
             };
             let changes = match self.with_wait(begins) {
                 Some(Ok(changes)) => changes,
                 Some(Err(due)) => {
-                    let sleep = pin!(env.sleep(due.saturating_sub(now)));
+                    let sleep = pin!(commands.env.sleep(due.saturating_sub(now)));
                     select(pin!(self.signals.due.notified()), sleep).await;
                     continue;
                 }
@@ -376,11 +384,12 @@ impl Waiter<'_> {
             };
             let looked = {
                 let _permit = looks.acquire().await;
-                link.look(&scripts::LEASE_LEFT, self.name).await
+                let look = &scripts::LEASE_LEFT;
+                commands.run(look, self.name, &[], Mode::ForWaiters).await
             };
             self.looked(looked, changes);
             let pub_sub = &self.waits.state().pub_sub;
-            if pub_sub.as_ref().is_some_and(|it| it.age != link.age()) {
+            if pub_sub.as_ref().is_some_and(|it| it.age != commands.age()) {
                 return;
             }
         }
@@ -389,7 +398,7 @@ impl Waiter<'_> {
     /// Wakes waiters as the result of a poll demands it, and schedules the next.
     fn looked(&self, looked: Result<i64, StorageError>, changes: u64) {
         let waits = self.waits;
-        let now = waits.env.now();
+        let now = waits.commands.env.now();
         let mut state = waits.state();
         let connection = state.pub_sub.as_ref().map(|it| it.number);
         let is_deaf = waits.is_deaf(&state, now);
@@ -404,7 +413,7 @@ impl Waiter<'_> {
         wait.is_polled = false;
         wait.pause = (wait.pause * 2).clamp(first, longest);
         let mut next = match wait.changes == changes {
-            true => jittered(&waits.env, wait.pause),
+            true => jittered(&waits.commands.env, wait.pause),
             false => Duration::ZERO,
         };
         match looked {

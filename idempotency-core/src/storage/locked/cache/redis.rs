@@ -3,13 +3,13 @@
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
-use redis::{Cmd, aio::ConnectionLike};
+use redis::aio::ConnectionLike;
 
 use crate::{
     Cache, EncodedKey, StorageError,
     storage::redis::{
-        connect::{Options, RedisConnect},
-        link::{bytes_of, milliseconds},
+        commands::{Mode, milliseconds},
+        connect::RedisConnect,
         prefix::Prefix,
         server::Server,
     },
@@ -21,10 +21,7 @@ use crate::{
 /// same in fewer round trips and promises more.
 #[derive(Clone)]
 #[must_use]
-pub struct RedisCache {
-    server: Server,
-    prefix: Prefix,
-}
+pub struct RedisCache(Server);
 
 impl RedisCache {
     /// Connects to the server or Cluster at `location`, as [`RedisStorage::connect`](crate::RedisStorage::connect) does.
@@ -33,7 +30,7 @@ impl RedisCache {
     ///
     /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
     pub fn connect(location: impl AsRef<str>) -> RedisConnect<Self> {
-        RedisConnect::new(location.as_ref(), Self::of)
+        RedisConnect::new(location.as_ref(), prefix(), |server, _| Self(server))
     }
 
     /// A cache that asks through `connection`, of which clones share one connection. Claims are renewed and records stored
@@ -42,51 +39,40 @@ impl RedisCache {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::of(Server::through(connection), Options::default())
-    }
-
-    fn of(server: Server, options: Options) -> Self {
-        Self {
-            server,
-            prefix: options.prefix,
-        }
+        Self(Server::through(connection, prefix()))
     }
 
     /// What the keys begin with: the name of the key is `prefix`, `:cache:` and the encoded key in hex. Default: `idempotency`, of
     /// which the log warns at the first look: two services that share a Redis need different ones.
-    pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.prefix = Prefix::chosen(prefix.as_ref());
-        self
+    pub fn prefix(self, prefix: impl AsRef<str>) -> Self {
+        Self(self.0.prefixed(prefix.as_ref()))
     }
 
     /// How long a command may take. Default: 1 s.
-    pub fn time_limit(mut self, limit: Duration) -> Self {
-        self.server = self.server.limited(limit);
-        self
+    pub fn time_limit(self, limit: Duration) -> Self {
+        Self(self.0.limited(limit))
     }
+}
 
-    fn command(&self, name: &str, key: &EncodedKey) -> Cmd {
-        let mut command = redis::cmd(name);
-        command.arg(format!("{}:cache:{key}", self.prefix));
-        command
-    }
+fn prefix() -> Prefix {
+    Prefix::new(":cache:", "RedisCache::prefix")
 }
 
 impl Cache for RedisCache {
     async fn get(&self, key: &EncodedKey) -> Result<Option<Bytes>, StorageError> {
-        self.prefix.warn_if_default("RedisCache::prefix");
-        bytes_of(self.server.ask(&self.command("GET", key)).await?)
+        self.0.bytes(&self.0.command("GET", key, 0)).await
     }
 
     async fn set(&self, key: &EncodedKey, value: Bytes, ttl: Duration) -> Result<(), StorageError> {
-        let mut set = self.command("SET", key);
+        let mut set = self.0.command("SET", key, value.len() + 16);
         set.arg(&value[..]).arg("PX").arg(milliseconds(ttl));
-        self.server.ask(&set).await?;
+        self.0.commands.ask(&set, Mode::Repeatable).await?;
         Ok(())
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<(), StorageError> {
-        self.server.ask(&self.command("DEL", key)).await?;
+        let delete = self.0.command("DEL", key, 0);
+        self.0.commands.ask(&delete, Mode::Repeatable).await?;
         Ok(())
     }
 }
@@ -94,8 +80,8 @@ impl Cache for RedisCache {
 impl fmt::Debug for RedisCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisCache")
-            .field("prefix", &format_args!("{}", self.prefix))
-            .field("time_limit", &self.server.limit())
+            .field("prefix", &self.0.prefix)
+            .field("time_limit", &self.0.commands.limit)
             .finish_non_exhaustive()
     }
 }

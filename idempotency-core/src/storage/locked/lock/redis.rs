@@ -6,11 +6,7 @@ use redis::aio::ConnectionLike;
 
 use crate::{
     EncodedKey, Entry, Held, Lock, NewClaim, StorageError, Token,
-    storage::redis::{
-        connect::{Options, RedisConnect},
-        prefix::Prefix,
-        server::Server,
-    },
+    storage::redis::{connect::RedisConnect, prefix::Prefix, server::Server},
 };
 
 /// Locks keys in Redis, for all processes that use it. Clones share the connection.
@@ -35,10 +31,7 @@ use crate::{
 /// A failover to a replica that has not heard of a lock yet, and a restart without data, lose locks.
 #[derive(Clone)]
 #[must_use]
-pub struct RedisLock {
-    server: Server,
-    name: Prefix,
-}
+pub struct RedisLock(Server);
 
 impl RedisLock {
     /// Connects to the server or Cluster at `location`, as [`RedisStorage::connect`](crate::RedisStorage::connect) does.
@@ -47,7 +40,7 @@ impl RedisLock {
     ///
     /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
     pub fn connect(location: impl AsRef<str>) -> RedisConnect<Self> {
-        RedisConnect::new(location.as_ref(), Self::of)
+        RedisConnect::new(location.as_ref(), prefix(), |server, _| Self(server))
     }
 
     /// A lock that asks through `connection`, of which clones share one connection. Claims are renewed and records stored
@@ -56,32 +49,23 @@ impl RedisLock {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::of(Server::through(connection), Options::default())
-    }
-
-    fn of(server: Server, options: Options) -> Self {
-        Self {
-            server,
-            name: options.prefix,
-        }
+        Self(Server::through(connection, prefix()))
     }
 
     /// What the keys begin with: the name of the key is `name`, `:lock:` and the encoded key in hex. Default: `idempotency`, of
     /// which the log warns at the first lock: two services that share a Redis need different names.
-    pub fn name(mut self, name: impl AsRef<str>) -> Self {
-        self.name = Prefix::chosen(name.as_ref());
-        self
+    pub fn name(self, name: impl AsRef<str>) -> Self {
+        Self(self.0.prefixed(name.as_ref()))
     }
 
     /// How long a command may take. Default: 1 s.
-    pub fn time_limit(mut self, limit: Duration) -> Self {
-        self.server = self.server.limited(limit);
-        self
+    pub fn time_limit(self, limit: Duration) -> Self {
+        Self(self.0.limited(limit))
     }
+}
 
-    fn key(&self, key: &EncodedKey) -> String {
-        format!("{}:lock:{key}", self.name)
-    }
+fn prefix() -> Prefix {
+    Prefix::new(":lock:", "RedisLock::name")
 }
 
 impl Lock for RedisLock {
@@ -90,13 +74,12 @@ impl Lock for RedisLock {
         key: &EncodedKey,
         ttl: Duration,
     ) -> Result<Option<Token>, StorageError> {
-        self.name.warn_if_default("RedisLock::name");
         let claim = NewClaim {
-            token: Token::random_from(self.server.env()),
+            token: Token::random_from(&self.0.commands.env),
             fingerprint: None,
             lease: ttl,
         };
-        let found = self.server.claim(&self.key(key), &claim).await?;
+        let found = self.0.claim(key, &claim).await?;
         let is_ours = match found {
             None => true,
             // Set, but the connection was lost before it could be said.
@@ -113,24 +96,24 @@ impl Lock for RedisLock {
         token: Token,
         ttl: Duration,
     ) -> Result<Held, StorageError> {
-        self.server.renew(&self.key(key), token, ttl).await
+        self.0.renew(key, token, ttl).await
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.server.release(&self.key(key), token).await
+        self.0.release(key, token).await
     }
 
     /// Returns when the key is free: first for one of those who wait, and soon for the others if that one leaves it free.
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.server.wait(&self.key(key), timeout).await
+        self.0.wait(key, timeout).await
     }
 }
 
 impl fmt::Debug for RedisLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisLock")
-            .field("name", &format_args!("{}", self.name))
-            .field("time_limit", &self.server.limit())
+            .field("name", &self.0.prefix)
+            .field("time_limit", &self.0.commands.limit)
             .finish_non_exhaustive()
     }
 }

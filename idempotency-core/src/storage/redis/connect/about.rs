@@ -1,18 +1,17 @@
 //! Reads the version and configuration of a server, and checks that it can keep records.
 
-use redis::{Cmd, RedisError, Value, aio::MultiplexedConnection};
+use std::collections::HashMap;
 
-use super::error::{OLDEST, Reason, RedisConnectError};
+use redis::{RedisError, Value, aio::MultiplexedConnection};
 
-/// Version and configuration, as far as the user may read them.
-#[derive(Default)]
-pub(super) struct About {
-    version: Option<String>,
-    mode: Option<String>,
-    role: Option<String>,
-    /// The policy by which it evicts, if it does.
-    evicts: Option<Option<String>>,
-}
+use super::error::{RedisConnectError, RedisConnectErrorKind as Kind};
+use crate::storage::redis::commands::{pairs, text};
+
+/// The oldest version that has `SET … NX GET` and flags of scripts.
+const OLDEST: u32 = 7;
+
+/// What a server says in HELLO, INFO and CONFIG, as far as the user may read them.
+pub(super) struct About(HashMap<String, String>);
 
 impl About {
     /// Asks the server behind `connection`.
@@ -29,48 +28,50 @@ impl About {
                 return Err(RedisConnectError::connecting(error.clone()));
             }
         }
-        let (hello, info) = (pairs(hello), lines(info));
-        let config = match info.of("maxmemory_policy") {
-            Some(_) => ServerInfo::default(),
-            None => pairs(memory_settings().query_async(connection).await),
-        };
-        Ok(Self::read(&hello, &info, &config))
+        let mut facts = lines(info);
+        facts.extend(hello.as_ref().map(pairs).unwrap_or_default());
+        if !facts.contains_key("maxmemory_policy") {
+            let mut config = redis::cmd("CONFIG");
+            config.arg("GET").arg("maxmemory*");
+            let config = config.query_async(connection).await;
+            facts.extend(config.as_ref().map(pairs).unwrap_or_default());
+        }
+        Ok(Self(facts))
     }
 
-    fn read(hello: &ServerInfo, info: &ServerInfo, config: &ServerInfo) -> Self {
-        let told = |in_hello, in_info| hello.of(in_hello).or_else(|| info.of(in_info));
-        let set = |in_info, in_config| info.of(in_info).or_else(|| config.of(in_config));
-        let evicts = set("maxmemory_policy", "maxmemory-policy").map(|policy| {
-            let limit = set("maxmemory", "maxmemory");
-            let is_bounded = limit.is_none_or(|limit| limit != "0");
-            (is_bounded && policy != "noeviction").then(|| policy.to_owned())
-        });
-        Self {
-            version: told("version", "redis_version").map(str::to_owned),
-            mode: told("mode", "redis_mode").map(str::to_owned),
-            role: told("role", "role").map(str::to_owned),
-            evicts,
-        }
+    /// The first of these facts that is known: what is one name in HELLO may be another in INFO or CONFIG.
+    fn fact(&self, names: [&str; 2]) -> Option<&str> {
+        let mut found = names.into_iter().filter_map(|name| self.0.get(name));
+        found.next().map(String::as_str)
+    }
+
+    fn mode(&self) -> Option<&str> {
+        self.fact(["mode", "redis_mode"])
     }
 
     pub(super) fn is_cluster(&self) -> bool {
-        self.mode.as_deref() == Some("cluster")
+        self.mode() == Some("cluster")
     }
 
     /// Checks that it can keep records, and warns of what may lose them.
     pub(super) fn check(self, require_noeviction: bool) -> Result<(), RedisConnectError> {
-        if self.mode.as_deref() == Some("sentinel") {
-            return Err(RedisConnectError::new(Reason::Sentinel));
+        if self.mode() == Some("sentinel") {
+            return Err(RedisConnectError::new(
+                Kind::NotAMaster,
+                "a sentinel answers there, which keeps no records; give it to `RedisStorage::sentinel`",
+            ));
         }
-        match self.version {
+        match self.fact(["version", "redis_version"]) {
             Some(version) => {
-                let major = version
-                    .split('.')
-                    .next()
-                    .and_then(|major| major.parse().ok());
+                let major = version.split('.').next().map(str::parse);
                 // Who says something else is no Redis, and may well do what a new one does.
-                if major.is_some_and(|major: u32| major < OLDEST) {
-                    return Err(RedisConnectError::new(Reason::TooOld(version)));
+                if let Some(Ok(0..OLDEST)) = major {
+                    return Err(RedisConnectError::new(
+                        Kind::TooOld,
+                        format!(
+                            "Redis {version} is too old: version {OLDEST} or newer is needed, or Valkey"
+                        ),
+                    ));
                 }
             }
             None => tracing::warn!(
@@ -79,24 +80,33 @@ impl About {
             ),
         }
         // HELLO says `replica`, INFO says `slave`.
-        if self
-            .role
-            .is_some_and(|role| ["replica", "slave"].contains(&&*role))
-        {
-            return Err(RedisConnectError::new(Reason::Replica));
+        if let Some("replica" | "slave") = self.0.get("role").map(String::as_str) {
+            return Err(RedisConnectError::new(
+                Kind::NotAMaster,
+                "Redis is a replica there, which keeps no records of ours; name its master, or use `RedisStorage::sentinel`",
+            ));
         }
         let advice = "set `maxmemory-policy noeviction`, so that it refuses new keys instead of forgetting payments";
-        match self.evicts {
-            Some(None) => {}
-            Some(Some(policy)) if require_noeviction => {
-                return Err(RedisConnectError::new(Reason::Evicts(policy)));
+        let is_bounded = self.0.get("maxmemory").is_none_or(|limit| limit != "0");
+        match self.fact(["maxmemory_policy", "maxmemory-policy"]) {
+            Some(policy) if policy == "noeviction" || !is_bounded => {}
+            Some(policy) if require_noeviction => {
+                return Err(RedisConnectError::new(
+                    Kind::Evicts,
+                    format!(
+                        "Redis evicts records by the policy {policy} when its memory is full; set `maxmemory-policy noeviction`"
+                    ),
+                ));
             }
-            Some(Some(policy)) => tracing::warn!(
+            Some(policy) => tracing::warn!(
                 target: "idempotency", policy, advice,
                 "Redis evicts records when its memory is full, and what they answered for runs again"
             ),
             None if require_noeviction => {
-                return Err(RedisConnectError::new(Reason::EvictionUnknown));
+                return Err(RedisConnectError::new(
+                    Kind::Evicts,
+                    "Redis does not tell whether it evicts records; allow its user INFO or CONFIG GET",
+                ));
             }
             None => tracing::warn!(
                 target: "idempotency", advice,
@@ -107,52 +117,9 @@ impl About {
     }
 }
 
-/// Names and values.
-#[derive(Default)]
-struct ServerInfo(Vec<(String, String)>);
-
-impl ServerInfo {
-    /// The value of `name`.
-    fn of(&self, name: &str) -> Option<&str> {
-        let mut found = self.0.iter().filter(|(key, _)| key == name);
-        found.next().map(|(_, value)| &**value)
-    }
-}
-
-fn memory_settings() -> Cmd {
-    let mut config = redis::cmd("CONFIG");
-    config.arg("GET").arg("maxmemory*");
-    config
-}
-
-/// A map as either protocol gives it.
-fn pairs(answer: Result<Value, RedisError>) -> ServerInfo {
-    let flat = match answer {
-        Ok(Value::Map(pairs)) => pairs.into_iter().flat_map(|(k, v)| [k, v]).collect(),
-        Ok(Value::Array(flat)) => flat,
-        _ => Vec::new(),
-    };
-    let mut flat = flat.into_iter();
-    let mut pairs = Vec::new();
-    while let (Some(name), Some(value)) = (flat.next(), flat.next()) {
-        if let (Some(name), Some(value)) = (text(name), text(value)) {
-            pairs.push((name, value));
-        }
-    }
-    ServerInfo(pairs)
-}
-
-fn lines(answer: Result<Value, RedisError>) -> ServerInfo {
-    let text = answer.ok().and_then(text).unwrap_or_default();
-    let pairs = text.lines().filter_map(|line| line.split_once(':'));
+fn lines(answer: Result<Value, RedisError>) -> HashMap<String, String> {
+    let info = answer.as_ref().ok().and_then(text).unwrap_or_default();
+    let pairs = info.lines().filter_map(|line| line.split_once(':'));
     let pairs = pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned()));
-    ServerInfo(pairs.collect())
-}
-
-fn text(value: Value) -> Option<String> {
-    match value {
-        Value::BulkString(bytes) => String::from_utf8(bytes).ok(),
-        Value::SimpleString(text) | Value::VerbatimString { text, .. } => Some(text),
-        _ => None,
-    }
+    pairs.collect()
 }

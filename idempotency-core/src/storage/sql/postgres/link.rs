@@ -103,6 +103,10 @@ impl Link {
         }
     }
 
+    pub(super) fn main_pool(&self) -> &PgPool {
+        &self.pools.main
+    }
+
     /// What leads to the same server and database.
     pub(super) fn connect_options(&self) -> PgConnectOptions {
         (*self.pools.main.connect_options()).clone()

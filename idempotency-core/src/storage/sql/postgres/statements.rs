@@ -38,6 +38,7 @@ pub(super) struct Statements {
     pub(super) advance: String,
     pub(super) resume: String,
     pub(super) stop: String,
+    pub(super) recorded: String,
     pub(super) exists: String,
     pub(super) columns: String,
     pub(super) create: String,
@@ -56,10 +57,9 @@ impl Statements {
             )
         };
         let (all, one) = (notify("all"), notify("one"));
-        // By the number of the table, so that tables share no locks.
-        let lock = |mode, number| {
-            format!("{mode}(hashint8extended({number}, '{t}'::regclass::oid::bigint))")
-        };
+        // With the number of the table, so that tables share no locks.
+        let lock =
+            |mode, number| format!("{mode}({number} # ('{t}'::regclass::oid::bigint << 32))");
         // Of the first eight bytes of the key, which is a hash.
         let number = "('x' || encode(substring($1::bytea FROM 1 FOR 8), 'hex'))::bit(64)::bigint";
         let share = lock("pg_try_advisory_xact_lock_shared", number);
@@ -223,6 +223,10 @@ impl Statements {
             stop: format!(
                 "UPDATE {t} SET expires_at = clock_timestamp() \
                  WHERE key = $1::bytea AND token = $2::bytea AND record IS NULL RETURNING true"
+            ),
+            recorded: format!(
+                "SELECT true AS is_recorded FROM {t} \
+                 WHERE key = $1::bytea AND token = $2::bytea AND record IS NOT NULL"
             ),
             exists: format!("SELECT to_regclass('{t}') IS NOT NULL"),
             columns: format!(

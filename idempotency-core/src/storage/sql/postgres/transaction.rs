@@ -351,9 +351,9 @@ impl PostgresTransaction {
             Some(Err(error)) => error::into_storage_error(error),
             None => StorageError::timeout(),
         };
-        let number = self.number;
+        let (key, token, number) = (self.key, self.token, self.number);
         drop(self);
-        match fate(&link, number).await {
+        match fate(&link, &key, token, number).await {
             Some(true) => Committed::Yes,
             Some(false) => Committed::RolledBack(error),
             None => Committed::Unknown(StorageError::new(StorageErrorKind::Timeout, error)),
@@ -525,25 +525,35 @@ fn unphased(error: sqlx::Error) -> PhaseError {
 }
 
 /// Whether the transaction was committed, if the server knows.
-async fn fate(link: &Link, number: i64) -> Option<bool> {
+///
+/// The row decides. The transaction's number only tells whether it has ended: a server that crashed may have given it to another one
+/// since, because it forgets numbers of which no record reached its log.
+async fn fate(link: &Link, key: &EncodedKey, token: Token, number: i64) -> Option<bool> {
+    let statements = link.statements().ok()?;
     for question in 1..=QUESTIONS {
         let values = [Value::Number(number)];
-        let rows = link
-            .run("SELECT txid_status($1::bigint) AS status", &values)
-            .await;
-        if let Ok(rows) = rows {
-            let status: Option<String> = row::column(rows.first()?, "status").ok()?;
-            match status?.as_str() {
-                "committed" => return Some(true),
-                "aborted" => return Some(false),
-                // Its process has not yet noticed that the connection is gone.
-                _ => {}
+        let rows = link.run(IS_IN_PROGRESS, &values).await;
+        let is_over = match rows {
+            Ok(rows) => !row::column::<bool>(rows.first()?, "is_in_progress").ok()?,
+            Err(_) => false,
+        };
+        if is_over {
+            // Not in the same statement, which may see the table as it was before the commit.
+            let values = [Value::Bytes(key.as_bytes()), Value::Bytes(token.as_bytes())];
+            if let Ok(rows) = link.run(&statements.recorded, &values).await {
+                return Some(!rows.is_empty());
             }
         }
         link.env.sleep(link.pause(question)).await;
     }
     None
 }
+
+/// True until the process of the transaction has noticed that its connection is gone. A number that no transaction has yet is one from
+/// before a crash.
+const IS_IN_PROGRESS: &str = "SELECT CASE \
+    WHEN $1::bigint < txid_snapshot_xmax(txid_current_snapshot()) \
+    THEN coalesce(txid_status($1::bigint) = 'in progress', false) ELSE false END AS is_in_progress";
 
 /// As PostgreSQL counts: 0 would be no limit.
 fn milliseconds(duration: Duration) -> i32 {

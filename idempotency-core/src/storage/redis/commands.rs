@@ -1,8 +1,9 @@
 //! Sends commands, each under a time limit.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::FutureExt as _;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 
 use super::{reconnecting::Connection, scripts::Script};
@@ -10,25 +11,28 @@ use crate::{Env, StorageError, StorageErrorKind};
 
 /// The connections of a storage, and the time limit of a command; clones share them.
 #[derive(Clone)]
-pub(super) struct Link {
+pub(crate) struct Commands {
     connection: Arc<dyn Connection>,
     /// For calls on the background runtime, because the other connection stops with the runtime that made it. `None` if the user
     /// made the connection.
     background: Option<Arc<dyn Connection>>,
-    pub(super) limit: Duration,
-    pub(super) env: Env,
+    pub(crate) limit: Duration,
+    pub(crate) env: Env,
 }
 
-/// Whether a command may be sent again to a connection that was lost before its answer came.
+/// What may happen to a command that gets no answer.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Repeatable {
-    /// The second answer is the same as the first.
-    Yes,
-    /// The second answer may differ because the first attempt succeeded.
-    No,
+pub(crate) enum Mode {
+    /// It may be sent again to a new connection: the second answer is the same as the first.
+    Repeatable,
+    /// It must not be sent again: the second answer may differ because the first attempt succeeded.
+    Once,
+    /// It only reads, on behalf of waiters, and may be repeated. The call is dropped when its waiter leaves, so it counts as
+    /// unanswered only after half the time limit.
+    ForWaiters,
 }
 
-impl Link {
+impl Commands {
     /// Through one connection, wherever it is called.
     pub(super) fn new(connection: impl Connection, limit: Duration) -> Self {
         Self {
@@ -56,23 +60,8 @@ impl Link {
     }
 
     /// The answer to `command`, within the time limit.
-    pub(super) async fn ask(
-        &self,
-        command: &Cmd,
-        repeatable: Repeatable,
-    ) -> Result<Value, StorageError> {
-        let answer = self.try_ask(command, repeatable).await;
-        answer.map_err(Failure::into_error)
-    }
-
-    /// The same, with a failure that says whether Redis refused to write.
-    pub(super) async fn try_ask(
-        &self,
-        command: &Cmd,
-        repeatable: Repeatable,
-    ) -> Result<Value, Failure> {
-        self.within_limit(self.send(command, repeatable, Duration::ZERO))
-            .await
+    pub(crate) async fn ask(&self, command: &Cmd, mode: Mode) -> Result<Value, Failure> {
+        self.within_limit(self.send(command, mode)).await
     }
 
     /// The answer of `script`, within the time limit. If Redis has lost the script, it is loaded again.
@@ -81,17 +70,22 @@ impl Link {
         script: &Script,
         key: &str,
         arguments: &[&[u8]],
-        repeatable: Repeatable,
+        mode: Mode,
     ) -> Result<i64, StorageError> {
-        let calls = self.call(script, key, arguments, repeatable, Duration::ZERO);
-        integer(self.within_limit(calls).await)
-    }
-
-    /// The same for a script that only reads, on behalf of waiters. Such a call is dropped when its waiter leaves, so it counts as
-    /// unanswered only after half the time limit.
-    pub(super) async fn look(&self, script: &Script, key: &str) -> Result<i64, StorageError> {
-        let calls = self.call(script, key, &[], Repeatable::Yes, self.limit / 2);
-        integer(self.within_limit(calls).await)
+        let calls = async {
+            let known = script_command("EVALSHA", &script.hash, key, arguments);
+            match self.send(&known, mode).await {
+                Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
+                    let whole = script_command("EVAL", &script.code, key, arguments);
+                    Box::pin(self.send(&whole, mode)).await
+                }
+                answer => answer,
+            }
+        };
+        match self.within_limit(calls).await? {
+            Value::Int(answer) => Ok(answer),
+            _ => Err(unexpected()),
+        }
     }
 
     /// Loads the scripts before they are needed. If that fails they are loaded on first use.
@@ -99,39 +93,23 @@ impl Link {
         for script in scripts {
             let mut command = redis::cmd("SCRIPT");
             command.arg("LOAD").arg(&script.code);
-            if self.ask(&command, Repeatable::Yes).await.is_err() {
+            if self.ask(&command, Mode::Repeatable).await.is_err() {
                 return;
             }
         }
     }
 
-    async fn call(
-        &self,
-        script: &Script,
-        key: &str,
-        arguments: &[&[u8]],
-        repeatable: Repeatable,
-        patience: Duration,
-    ) -> RedisResult<Value> {
-        let known = script_command("EVALSHA", &script.hash, key, arguments);
-        match self.send(&known, repeatable, patience).await {
-            Err(error) if error.kind() == ErrorKind::Server(ServerErrorKind::NoScript) => {
-                let whole = script_command("EVAL", &script.code, key, arguments);
-                Box::pin(self.send(&whole, repeatable, patience)).await
-            }
-            answer => answer,
-        }
-    }
-
-    async fn send(
-        &self,
-        command: &Cmd,
-        repeatable: Repeatable,
-        patience: Duration,
-    ) -> RedisResult<Value> {
+    async fn send(&self, command: &Cmd, mode: Mode) -> RedisResult<Value> {
+        let patience = match mode {
+            Mode::ForWaiters => self.limit / 2,
+            Mode::Repeatable | Mode::Once => Duration::ZERO,
+        };
         let connection = self.connection();
         match connection.send(command, patience).await {
-            Err(error) if may_be_repeated(&error, repeatable) => {
+            // Of a refused connection nothing was sent.
+            Err(error)
+                if error.is_connection_refusal() || (mode != Mode::Once && error.is_io_error()) =>
+            {
                 // This call reconnects.
                 connection.send(command, patience).await
             }
@@ -139,14 +117,12 @@ impl Link {
         }
     }
 
-    async fn within_limit<T>(
+    fn within_limit<T>(
         &self,
         work: impl Future<Output = RedisResult<T>>,
-    ) -> Result<T, Failure> {
-        match self.env.within(self.limit, work).await {
-            Some(answer) => answer.map_err(Failure::Redis),
-            None => Err(Failure::Timeout),
-        }
+    ) -> impl Future<Output = Result<T, Failure>> {
+        let answer = self.env.within(self.limit, work);
+        answer.map(|answer| answer.ok_or(Failure::Timeout)?.map_err(Failure::Redis))
     }
 
     /// How often the connection that serves calls from here was made.
@@ -155,16 +131,20 @@ impl Link {
     }
 }
 
-fn integer(answer: Result<Value, Failure>) -> Result<i64, StorageError> {
-    match answer {
-        Ok(Value::Int(answer)) => Ok(answer),
-        Ok(_) => Err(unexpected()),
-        Err(failure) => Err(failure.into_error()),
-    }
+/// A command of so many words, the first of which is `name`. One allocation is enough for words of `bytes` in sum.
+pub(super) fn command(name: &str, words: usize, bytes: usize) -> Cmd {
+    let mut command = Cmd::with_capacity(words, name.len() + bytes);
+    command.arg(name);
+    command
 }
 
 fn script_command(name: &str, script: &str, key: &str, arguments: &[&[u8]]) -> Cmd {
-    let mut command = redis::cmd(name);
+    let bytes = arguments
+        .iter()
+        .map(|argument| argument.len())
+        .sum::<usize>();
+    let words = 4 + arguments.len();
+    let mut command = command(name, words, script.len() + 1 + key.len() + bytes);
     command.arg(script).arg(1).arg(key);
     for argument in arguments {
         command.arg(*argument);
@@ -172,13 +152,8 @@ fn script_command(name: &str, script: &str, key: &str, arguments: &[&[u8]]) -> C
     command
 }
 
-fn may_be_repeated(error: &RedisError, repeatable: Repeatable) -> bool {
-    // Nothing was sent.
-    error.is_connection_refusal() || (repeatable == Repeatable::Yes && error.is_io_error())
-}
-
 /// Why there is no answer.
-pub(super) enum Failure {
+pub(crate) enum Failure {
     Timeout,
     Redis(RedisError),
 }
@@ -198,35 +173,26 @@ impl Failure {
             Self::Timeout => false,
         }
     }
+}
 
-    pub(super) fn into_error(self) -> StorageError {
-        match self {
-            Self::Timeout => StorageError::timeout(),
-            Self::Redis(error) => match error.code() {
-                Some("WRONGTYPE") => StorageError::unreadable(error),
-                Some("OOM") => StorageError::new(StorageErrorKind::Full, NoMemory(error)),
-                _ if error.is_timeout() => StorageError::new(StorageErrorKind::Timeout, error),
-                _ => StorageError::unavailable(error),
+impl From<Failure> for StorageError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Timeout => Self::timeout(),
+            Failure::Redis(error) => match error.code() {
+                Some("WRONGTYPE") => Self::unreadable(error),
+                Some("OOM") => Self::new(StorageErrorKind::Full, NoMemory(error)),
+                _ if error.is_timeout() => Self::new(StorageErrorKind::Timeout, error),
+                _ => Self::unavailable(error),
             },
         }
     }
 }
 
 /// `maxmemory` is reached, and nothing may be evicted.
-#[derive(Debug)]
-struct NoMemory(RedisError);
-
-impl fmt::Display for NoMemory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Redis has no memory left for it: raise `maxmemory` of Redis")
-    }
-}
-
-impl std::error::Error for NoMemory {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.0)
-    }
-}
+#[derive(Debug, thiserror::Error)]
+#[error("Redis has no memory left for it: raise `maxmemory` of Redis")]
+struct NoMemory(#[source] RedisError);
 
 pub(super) fn unexpected() -> StorageError {
     StorageError::unavailable("the server's answer is of a type that Redis does not return here")
@@ -245,20 +211,38 @@ pub(crate) fn bytes_of(answer: Value) -> Result<Option<Bytes>, StorageError> {
     }
 }
 
+/// An answer that is text.
+pub(super) fn text(answer: &Value) -> Option<&str> {
+    match answer {
+        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
+        Value::SimpleString(text) | Value::VerbatimString { text, .. } => Some(text),
+        _ => None,
+    }
+}
+
+/// Names and values that are text, of a map as either protocol gives it.
+pub(super) fn pairs(answer: &Value) -> HashMap<String, String> {
+    let flat: Vec<&Value> = match answer {
+        Value::Map(pairs) => pairs
+            .iter()
+            .flat_map(|(name, value)| [name, value])
+            .collect(),
+        Value::Array(flat) => flat.iter().collect(),
+        _ => Vec::new(),
+    };
+    let pairs = flat.chunks_exact(2).filter_map(|pair| {
+        let [name, value] = [pair[0], pair[1]].map(text);
+        Some((name?.to_owned(), value?.to_owned()))
+    });
+    pairs.collect()
+}
+
 /// A duration as Redis counts: whole milliseconds, at least one, at most a hundred years, so that no sum of it and the time of
 /// day is too large.
 pub(crate) fn milliseconds(duration: Duration) -> u64 {
     const LONGEST: u128 = 100 * 366 * 24 * 3600 * 1000;
     let rounded_up = duration.as_nanos().div_ceil(1_000_000);
     u64::try_from(rounded_up.clamp(1, LONGEST)).unwrap_or(u64::MAX)
-}
-
-impl fmt::Debug for Link {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Link")
-            .field("limit", &self.limit)
-            .finish_non_exhaustive()
-    }
 }
 
 #[cfg(test)]
