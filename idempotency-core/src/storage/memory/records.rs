@@ -2,7 +2,6 @@
 //! they belong to.
 
 use std::{
-    borrow::Borrow,
     cmp::Ordering,
     collections::BinaryHeap,
     hash::{Hash, Hasher},
@@ -13,13 +12,13 @@ use std::{
     time::Duration,
 };
 
-use moka::{policy::EvictionPolicy, sync::Cache};
+use moka::{Equivalent, policy::EvictionPolicy, sync::Cache};
 
 use super::{SHARDS, ledger::Ledger, shard_of};
 use crate::{EncodedKey, key::HashKeys};
 
 /// What a record takes besides its body and its headers, in bytes: [`Stored`], its place among the expiries, and moka's nodes,
-/// table and buffers. With moka 0.12.16 that is 406 at most, and 429 once it was read; the rest is for what the allocator rounds up
+/// table and buffers. With moka 0.12.16 that is 414 at most, and 437 once it was read; the rest is for what the allocator rounds up
 /// nine blocks by. `tests/memory_limits.rs` holds the whole to its limit.
 const OVERHEAD: usize = 560;
 
@@ -62,28 +61,49 @@ impl<V> PartialEq for Expiry<V> {
 
 impl<V> Eq for Expiry<V> {}
 
-/// A record as the key of itself in moka, so that its 32 bytes are there once.
-struct Place<V>(Arc<Stored<V>>);
-
-impl<V> Borrow<EncodedKey> for Place<V> {
-    fn borrow(&self) -> &EncodedKey {
-        &self.0.key
-    }
+/// A record as the key of itself in moka, so that its 32 bytes are there once. What is hashed lies beside the pointer: when moka rebuilds
+/// its table, it hashes every key, and following each pointer would be a cache miss.
+struct Place<V> {
+    folded: u64,
+    stored: Arc<Stored<V>>,
 }
 
 impl<V> Hash for Place<V> {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        self.0.key.hash(state);
+        state.write_u64(self.folded);
     }
 }
 
 impl<V> PartialEq for Place<V> {
     fn eq(&self, other: &Self) -> bool {
-        self.0.key == other.0.key
+        self.folded == other.folded && self.stored.key == other.stored.key
     }
 }
 
 impl<V> Eq for Place<V> {}
+
+/// A key that is looked up.
+struct Sought<'a>(&'a EncodedKey);
+
+impl Hash for Sought<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u64(folded(self.0));
+    }
+}
+
+impl<V> Equivalent<Place<V>> for Sought<'_> {
+    fn equivalent(&self, place: &Place<V>) -> bool {
+        folded(self.0) == place.folded && *self.0 == place.stored.key
+    }
+}
+
+/// Of every bit of a key, since an encoder of a user's may make keys that are no hashes.
+fn folded(key: &EncodedKey) -> u64 {
+    let (words, _) = key.as_bytes().as_chunks::<8>();
+    words
+        .iter()
+        .fold(0, |folded, word| folded ^ u64::from_le_bytes(*word))
+}
 
 /// A record as it lies in moka.
 struct Stored<V> {
@@ -152,7 +172,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
 
     /// The record of `key` if there is one and it is not expired.
     pub(super) fn get(&self, key: &EncodedKey, now: Duration) -> Option<V> {
-        let stored = self.cache.get(key)?;
+        let stored = self.cache.get(&Sought(key))?;
         if stored.deadline <= nanos(now) {
             self.remove(key);
             return None;
@@ -181,11 +201,15 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             departed.fetch_sub((before - expiries.len()) as isize, Relaxed);
         }
         expiries.push(Expiry(stored.clone()));
-        self.cache.insert(Place(stored.clone()), stored);
+        let place = Place {
+            folded: folded(key),
+            stored: stored.clone(),
+        };
+        self.cache.insert(place, stored);
     }
 
     pub(super) fn remove(&self, key: &EncodedKey) {
-        self.cache.invalidate(key);
+        self.cache.invalidate(&Sought(key));
     }
 
     /// Forgets up to `at_most` records of `shard` that have expired or left, those that expire first. Says whether there may be more.
@@ -201,7 +225,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
                 return false;
             };
             if !stored.is_cleared() {
-                let found = self.cache.get(&stored.key);
+                let found = self.cache.get(&Sought(&stored.key));
                 if found.is_some_and(|found| Arc::ptr_eq(&found, &stored)) {
                     self.remove(&stored.key);
                 }
