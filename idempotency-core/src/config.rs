@@ -3,6 +3,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use serde::Deserialize;
 
 use crate::{
     BasicKeyEncoder, Budget, Env, Event, FingerprintKeyEncoder, KeyEncoder, KeyFormat,
@@ -13,6 +14,7 @@ mod lock_policy;
 mod options;
 mod scope;
 mod store_on;
+mod user_fn;
 
 use self::options::options;
 pub use self::{
@@ -105,12 +107,8 @@ options! {
 
 // Not `#[non_exhaustive]`: a middleware does one of these.
 /// What happens to a request whose handler has no policy.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(
-    feature = "settings",
-    derive(serde::Deserialize),
-    serde(rename_all = "snake_case")
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Mode {
     /// It needs a key, if its method is one of [`Config::methods`].
     #[default]
@@ -122,12 +120,8 @@ pub enum Mode {
 }
 
 /// What happens to a request when the storage fails before its operation ran.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(
-    feature = "settings",
-    derive(serde::Deserialize),
-    serde(rename_all = "snake_case")
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum OnStorageError {
     /// It is refused with 503 and its handler does not run.
@@ -138,12 +132,8 @@ pub enum OnStorageError {
 }
 
 /// What happens to a request whose key holds a record that can't be read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[cfg_attr(
-    feature = "settings",
-    derive(serde::Deserialize),
-    serde(rename_all = "snake_case")
-)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum OnUnreadable {
     /// It is treated as any storage error.

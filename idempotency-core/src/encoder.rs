@@ -13,20 +13,11 @@ use crate::key::{EncodedKey, FieldHasher, Key, fmt_hex};
 
 mod multipart;
 
-const BASIC: Domain = Domain {
-    bytes: "idempotency/encoder/basic/1",
-    multipart: "idempotency/encoder/basic/1/multipart",
-};
+const BASIC: &str = "idempotency/encoder/basic/1";
 const FINGERPRINT_KEY: &str = "idempotency/encoder/fingerprint/1/key";
-const FINGERPRINT_PRINT: Domain = Domain {
-    bytes: "idempotency/encoder/fingerprint/1/fingerprint",
-    multipart: "idempotency/encoder/fingerprint/1/fingerprint/multipart",
-};
+const FINGERPRINT_PRINT: &str = "idempotency/encoder/fingerprint/1/fingerprint";
 const KEY_ONLY_KEY: &str = "idempotency/encoder/key-only/1/key";
-const KEY_ONLY_PRINT: Domain = Domain {
-    bytes: "idempotency/encoder/key-only/1/fingerprint",
-    multipart: "idempotency/encoder/key-only/1/fingerprint/multipart",
-};
+const KEY_ONLY_PRINT: &str = "idempotency/encoder/key-only/1/fingerprint";
 
 /// Decides which requests are the same operation.
 ///
@@ -155,6 +146,15 @@ pub struct Encoded {
     pub fingerprint: Option<Fingerprint>,
 }
 
+impl Encoded {
+    fn of(key: [u8; 32], fingerprint: Option<[u8; 32]>) -> Self {
+        Self {
+            key: EncodedKey::from_bytes(key),
+            fingerprint: fingerprint.map(Fingerprint::from_bytes),
+        }
+    }
+}
+
 /// A hash of what must stay the same when a key is sent again.
 ///
 /// It is shown as 64 lower-case hex digits.
@@ -226,17 +226,14 @@ impl KeyEncoder for BasicKeyEncoder {
     fn encode(&self, key: &Key, request: &RequestView<'_>) -> Encoded {
         let content = Content::of(request.headers, request.body);
         let hash = content
-            .hasher(&BASIC)
+            .hasher(BASIC)
             .field(key.as_str().as_bytes())
             .field(request.method.as_str().as_bytes())
             .field(request.path_and_query.as_bytes())
             .field(content.as_bytes())
             .optional(request.scope)
             .finish();
-        Encoded {
-            key: EncodedKey::from_bytes(hash),
-            fingerprint: None,
-        }
+        Encoded::of(hash, None)
     }
 }
 
@@ -364,13 +361,10 @@ fn encode_fingerprint(key: &Key, request: &RequestView<'_>, printed: &[u8]) -> E
         .finish();
     let content = Content::of(request.headers, printed);
     let print = content
-        .hasher(&FINGERPRINT_PRINT)
+        .hasher(FINGERPRINT_PRINT)
         .field(content.as_bytes())
         .finish();
-    Encoded {
-        key: EncodedKey::from_bytes(hash),
-        fingerprint: Some(Fingerprint::from_bytes(print)),
-    }
+    Encoded::of(hash, Some(print))
 }
 
 /// Key and scope in the storage key; method, path and query, and body in the fingerprint: a key
@@ -407,15 +401,12 @@ impl KeyEncoder for KeyOnlyEncoder {
             .finish();
         let content = Content::of(request.headers, request.body);
         let print = content
-            .hasher(&KEY_ONLY_PRINT)
+            .hasher(KEY_ONLY_PRINT)
             .field(request.method.as_str().as_bytes())
             .field(request.path_and_query.as_bytes())
             .field(content.as_bytes())
             .finish();
-        Encoded {
-            key: EncodedKey::from_bytes(hash),
-            fingerprint: Some(Fingerprint::from_bytes(print)),
-        }
+        Encoded::of(hash, Some(print))
     }
 }
 
@@ -426,23 +417,18 @@ enum Content<'a> {
     Multipart([u8; 32]),
 }
 
-/// Domain separation: a plain body whose bytes are the digest of a multipart body must not get the
-/// same hash as that one.
-struct Domain {
-    bytes: &'static str,
-    multipart: &'static str,
-}
-
 impl<'a> Content<'a> {
     fn of(headers: &HeaderMap, body: &'a [u8]) -> Self {
         multipart::digest(headers, body).map_or(Self::Bytes(body), Self::Multipart)
     }
 
-    fn hasher(&self, domain: &Domain) -> FieldHasher {
-        FieldHasher::new(match self {
-            Self::Bytes(_) => domain.bytes,
-            Self::Multipart(_) => domain.multipart,
-        })
+    /// Domain separation: a plain body whose bytes are the digest of a multipart body must not get the
+    /// same hash as that one.
+    fn hasher(&self, domain: &str) -> FieldHasher {
+        match self {
+            Self::Bytes(_) => FieldHasher::new(domain),
+            Self::Multipart(_) => FieldHasher::new_with(domain, "/multipart"),
+        }
     }
 
     fn as_bytes(&self) -> &[u8] {

@@ -10,6 +10,7 @@ use std::{
 use tokio::runtime::{self, Runtime};
 
 mod apps;
+mod crowd;
 mod growth;
 mod heap;
 mod http;
@@ -20,6 +21,10 @@ mod measure;
 mod peers;
 mod redis;
 mod report;
+#[cfg(feature = "sql")]
+mod sql;
+#[cfg(feature = "sql")]
+mod statements;
 
 use self::{
     measure::busy,
@@ -56,6 +61,8 @@ fn main() {
         ["redis", "--profile", case, rounds] => {
             redis::repeat(case, rounds.parse().expect("a count"))
         }
+        [database @ ("postgres" | "sqlite")] => sql(database, None),
+        [database @ ("postgres" | "sqlite"), "--profile", case] => sql(database, Some(case)),
         [name] => match PARTS.iter().find(|(part, _)| *part == name) {
             Some((_, run)) => {
                 if matches!(name, "in-process" | "http") {
@@ -74,7 +81,7 @@ fn main() {
 fn usage() {
     let parts: Vec<&str> = PARTS.iter().map(|(part, _)| *part).collect();
     eprintln!(
-        "compare: nothing, one of {}, `redis`, or `--profile CASE [COUNT]`",
+        "compare: nothing, one of {}, `redis`, `postgres`, `sqlite`, or `--profile CASE [COUNT]`",
         parts.join(", ")
     );
     exit(2);
@@ -93,19 +100,29 @@ fn everything() {
     report.write(&Machine::of_this_run(busy()));
 }
 
+#[cfg(feature = "sql")]
+fn sql(database: &str, profiled: Option<&str>) {
+    match database {
+        "postgres" => sql::postgres(profiled),
+        _ => sql::sqlite(profiled),
+    }
+}
+
+/// Builds this with the feature `sql`, and runs that.
+#[cfg(not(feature = "sql"))]
+fn sql(database: &str, profiled: Option<&str>) {
+    let mut arguments = vec![database];
+    arguments.extend(profiled.iter().flat_map(|case| ["--profile", case]));
+    exit(run_again(&mut cargo(&["--features", "sql"]), &arguments));
+}
+
 /// Builds this with the feature `peers`, runs that, and ends; returns if it has the feature, or if it does not build. cargo has no
 /// setting for `--ignore-rust-version`, so the command that people type could not have peers otherwise.
 fn with_peers(arguments: &[&str]) {
     if cfg!(feature = "peers") {
         return;
     }
-    let cargo = || {
-        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.arg("bench").arg("--manifest-path");
-        cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
-        cargo.args(["--features", "peers", "--ignore-rust-version"]);
-        cargo
-    };
+    let cargo = || cargo(&["--features", "peers", "--ignore-rust-version"]);
     match cargo().arg("--no-run").status() {
         Ok(status) if status.success() => {}
         _ => {
@@ -113,8 +130,21 @@ fn with_peers(arguments: &[&str]) {
             return;
         }
     }
-    let status = cargo().arg("--").args(arguments).status();
-    exit(status.ok().and_then(|status| status.code()).unwrap_or(1));
+    exit(run_again(&mut cargo(), arguments));
+}
+
+/// `cargo bench` of this package.
+fn cargo(options: &[&str]) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.arg("bench").arg("--manifest-path");
+    cargo.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
+    cargo.args(options);
+    cargo
+}
+
+fn run_again(cargo: &mut Command, arguments: &[&str]) -> i32 {
+    let status = cargo.arg("--").args(arguments).status();
+    status.ok().and_then(|status| status.code()).unwrap_or(1)
 }
 
 /// Without threads that wake each other, times change little from round to round.

@@ -85,19 +85,20 @@ impl Report {
         }
     }
 
+    /// Writes the figures and the charts of all parts.
     pub fn write(&self, machine: &Machine) {
-        let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("results");
-        let write = |name: &str, text: String| {
-            fs::write(directory.join(name), text).expect("results/ can be written");
-        };
+        self.write_figures("results.json", machine);
+        write("added.svg", &self.added());
+        write("limits.svg", &self.limits());
+        write("records.svg", &self.records());
+        write("waiters.svg", &self.waiters());
+    }
+
+    /// Writes the figures alone, to this file in `results/`.
+    pub fn write_figures(&self, file: &str, machine: &Machine) {
         let figures: Vec<Value> = self.figures.iter().map(Figure::json).collect();
         let json = json!({ "machine": machine.json(), "figures": figures });
-        write("results.json", format!("{json:#}\n"));
-        write("added.svg", self.added());
-        write("limits.svg", self.limits());
-        write("records.svg", self.records());
-        write("waiters.svg", self.waiters());
-        println!("\nwritten to {}", directory.display());
+        write(file, &format!("{json:#}\n"));
     }
 
     fn limited_figures(&self) -> impl Iterator<Item = &Figure> {
@@ -147,6 +148,14 @@ impl Report {
         let title = "CPU time of each request that waits for one key (µs)";
         bars_chart(title, &bars.collect::<Vec<_>>(), Some(12.0))
     }
+}
+
+fn write(file: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("results")
+        .join(file);
+    fs::write(&path, text).expect("results/ can be written");
+    println!("written: {}", path.display());
 }
 
 impl Figure {

@@ -94,12 +94,14 @@ fn tests_of(source: &str) -> Vec<&str> {
     tests
 }
 
-/// The functions that `columns!` makes tests of.
+/// The functions that `columns!` and `over_both!` make tests of.
 fn columns_of(source: &str) -> Vec<&str> {
     let mut columns = Vec::new();
-    for block in source.split("columns!(").skip(1) {
-        let list = block.split_once(");").map_or("", |(list, _)| list);
-        columns.extend(list.split(',').map(str::trim));
+    for makes_tests in ["columns!(", "over_both!("] {
+        for block in source.split(makes_tests).skip(1) {
+            let list = block.split_once(");").map_or("", |(list, _)| list);
+            columns.extend(list.split(',').map(str::trim));
+        }
     }
     let functions: BTreeSet<_> = source.lines().filter_map(function).collect();
     columns.retain(|column| functions.contains(column));
@@ -130,8 +132,8 @@ mod tests {
     #[test]
     fn tests_and_columns_of_a_source() {
         let source = "columns!(\n    one,\n    two\n);\nasync fn one(column: Column) {}\nfn helper() {}\n\
-                      #[tokio::test(start_paused = true)]\n/// Why.\nasync fn three() {}\n#[test]\nfn four() {}\nfn five() {}";
+                      #[tokio::test(start_paused = true)]\n/// Why.\nasync fn three() {}\n#[test]\nfn four() {}\nfn five() {}\nover_both!(five);";
         assert_eq!(tests_of(source), ["three", "four"]);
-        assert_eq!(columns_of(source), ["one"]);
+        assert_eq!(columns_of(source), ["one", "five"]);
     }
 }

@@ -3,16 +3,15 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
-use idempotency_axum::{
-    Begin, EncodedKey, Entry, Held, NewClaim, Operation, Outcome, Record, Storage, StorageError,
-    Token,
-};
+use idempotency_axum::{EncodedKey, Operation, Outcome, Storage, StorageError};
 use tokio::sync::{Semaphore, watch};
 
-use crate::PATIENCE;
+use crate::{
+    PATIENCE,
+    hooked::{Hook, Hooked, StorageCall},
+};
 
 /// What an operation does instead of its work.
 #[derive(Clone, Debug)]
@@ -39,9 +38,11 @@ pub enum Fault {
 type Faults = HashMap<(Operation, Option<EncodedKey>), Fault>;
 
 /// Any storage, with faults. Clones share them.
+pub type FaultyStorage<S> = Hooked<S, Faulty>;
+
+/// The hook that makes them.
 #[derive(Clone, Debug)]
-pub struct FaultyStorage<S> {
-    inner: S,
+pub struct Faulty {
     faults: Arc<Mutex<Faults>>,
     calls: Arc<watch::Sender<HashMap<Operation, usize>>>,
 }
@@ -49,16 +50,19 @@ pub struct FaultyStorage<S> {
 impl<S: Storage> FaultyStorage<S> {
     /// A storage without faults yet.
     pub fn new(inner: S) -> Self {
-        Self {
+        Self::around(
             inner,
-            faults: Arc::default(),
-            calls: Arc::new(watch::Sender::new(HashMap::new())),
-        }
+            Faulty {
+                faults: Arc::default(),
+                calls: Arc::new(watch::Sender::new(HashMap::new())),
+            },
+        )
     }
 
     /// From now on `operation` has this fault.
     pub fn set(&self, operation: Operation, fault: Fault) {
-        self.faults
+        self.hook()
+            .faults
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert((operation, None), fault);
@@ -66,7 +70,8 @@ impl<S: Storage> FaultyStorage<S> {
 
     /// From now on `operation` has this fault for `key`.
     pub fn set_for(&self, key: EncodedKey, operation: Operation, fault: Fault) {
-        self.faults
+        self.hook()
+            .faults
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert((operation, Some(key)), fault);
@@ -74,7 +79,8 @@ impl<S: Storage> FaultyStorage<S> {
 
     /// From now on `operation` works.
     pub fn heal(&self, operation: Operation) {
-        self.faults
+        self.hook()
+            .faults
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .retain(|(faulty, _), _| *faulty != operation);
@@ -83,7 +89,12 @@ impl<S: Storage> FaultyStorage<S> {
     /// How often `operation` was called.
     #[must_use]
     pub fn calls(&self, operation: Operation) -> usize {
-        self.calls.borrow().get(&operation).copied().unwrap_or(0)
+        self.hook()
+            .calls
+            .borrow()
+            .get(&operation)
+            .copied()
+            .unwrap_or(0)
     }
 
     /// Returns once `operation` was called so many times, whether it has answered or not.
@@ -92,31 +103,42 @@ impl<S: Storage> FaultyStorage<S> {
     ///
     /// Panics after [`PATIENCE`], naming what was called.
     pub async fn called(&self, operation: Operation, times: usize) {
-        let mut calls = self.calls.subscribe();
+        let mut calls = self.hook().calls.subscribe();
         let enough = calls.wait_for(|calls| calls.get(&operation).is_some_and(|is| *is >= times));
         if tokio::time::timeout(PATIENCE, enough).await.is_err() {
-            panic!("no {times} × {operation} in {:?}", self.calls.borrow());
+            panic!(
+                "no {times} × {operation} in {:?}",
+                self.hook().calls.borrow()
+            );
         }
     }
+}
 
-    fn fault(&self, operation: Operation, key: &EncodedKey) -> Option<Fault> {
+impl Faulty {
+    fn fault(&self, call: StorageCall<'_>) -> Option<Fault> {
         let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_key = faults.get(&(operation, Some(*key)));
-        of_key.or_else(|| faults.get(&(operation, None))).cloned()
+        let of_key = faults.get(&(call.operation, Some(*call.key)));
+        of_key
+            .or_else(|| faults.get(&(call.operation, None)))
+            .cloned()
     }
+}
 
-    async fn run<T>(
+impl Hook for Faulty {
+    async fn around<T: Send>(
         &self,
-        operation: Operation,
-        key: &EncodedKey,
-        work: impl Future<Output = Result<T, StorageError>>,
+        call: StorageCall<'_>,
+        work: impl Future<Output = Result<T, StorageError>> + Send,
     ) -> Result<T, StorageError> {
         self.calls
-            .send_modify(|calls| *calls.entry(operation).or_default() += 1);
-        let fault = self.fault(operation, key);
+            .send_modify(|calls| *calls.entry(call.operation).or_default() += 1);
         let broken = || StorageError::unavailable(std::io::Error::other("injected"));
-        match fault {
-            None | Some(Fault::RefuseAnswer) => work.await,
+        match self.fault(call) {
+            None => work.await,
+            Some(Fault::RefuseAnswer) => match call.record.map(|record| &record.outcome) {
+                Some(Outcome::Response(_)) => Err(StorageError::unavailable("too large")),
+                _ => work.await,
+            },
             Some(Fault::FailBefore) => Err(broken()),
             Some(Fault::FailAfter) => {
                 work.await?;
@@ -142,75 +164,5 @@ impl<S: Storage> FaultyStorage<S> {
                 work.await
             }
         }
-    }
-}
-
-impl<S: Storage> Storage for FaultyStorage<S> {
-    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        self.run(Operation::Begin, key, self.inner.begin(key, claim))
-            .await
-    }
-
-    async fn complete(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<Held, StorageError> {
-        let refuses = self.fault(Operation::Complete, key);
-        if let (Some(Fault::RefuseAnswer), Outcome::Response(_)) = (refuses, &record.outcome) {
-            let refused = std::future::ready(Err(StorageError::unavailable("too large")));
-            return self.run(Operation::Complete, key, refused).await;
-        }
-        self.run(
-            Operation::Complete,
-            key,
-            self.inner.complete(key, token, record, ttl),
-        )
-        .await
-    }
-
-    async fn renew(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        lease: Duration,
-    ) -> Result<Held, StorageError> {
-        self.run(Operation::Renew, key, self.inner.renew(key, token, lease))
-            .await
-    }
-
-    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.run(Operation::Release, key, self.inner.release(key, token))
-            .await
-    }
-
-    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        self.run(Operation::Get, key, self.inner.get(key)).await
-    }
-
-    async fn replace(
-        &self,
-        key: &EncodedKey,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<(), StorageError> {
-        self.run(
-            Operation::Replace,
-            key,
-            self.inner.replace(key, record, ttl),
-        )
-        .await
-    }
-
-    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        self.run(Operation::Remove, key, self.inner.remove(key))
-            .await
-    }
-
-    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.run(Operation::Wait, key, self.inner.wait(key, timeout))
-            .await
     }
 }

@@ -15,6 +15,7 @@ pub mod example;
 pub mod faults;
 pub mod feed;
 pub mod fuzz;
+pub mod hooked;
 pub mod incoming;
 pub mod kills;
 pub mod listen;
@@ -31,6 +32,7 @@ pub use self::{
     example::Example,
     faults::{Fault, FaultyStorage},
     feed::{End, Feed, Length},
+    hooked::{Hook, Hooked, Moment, StorageCall, Waits},
     incoming::{Ending, Incoming},
     listen::{Events, Logs},
     runs::{Gate, Runs},

@@ -20,12 +20,12 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use idempotency_axum::{
-    Begin, Completion, Decision, EncodedKey, Engine, Entry, Env, Event, Held, LockPolicy,
-    MemoryStorage, NewClaim, OnStorageError, OnUnreadable, Operation, Outcome, Progress, Record,
-    Refusal, Storage, StorageError, StorageErrorKind, Token, TombstoneReason,
+    Completion, Decision, EncodedKey, Engine, Entry, Env, Event, Held, LockPolicy, MemoryStorage,
+    OnStorageError, OnUnreadable, Operation, Outcome, Progress, Refusal, Storage, StorageError,
+    StorageErrorKind, Token, TombstoneReason,
 };
 use idempotency_tests::{
-    Events, Fault, FaultyStorage, Gate,
+    Events, Fault, FaultyStorage, Gate, Hook, Hooked, Moment, StorageCall, Waits,
     node::{
         LEASE, Node, WAIT, answer, assert_replays, begin, claim_of, config, idle, operation, pass,
         poll_times, printed, record, refusal_of, replay_of,
@@ -450,7 +450,7 @@ async fn a_wait_that_fails_does_not_become_a_storm() {
     let memory = MemoryStorage::builder().env(env.clone()).build();
     let counted = {
         let begins = begins.clone();
-        Hooked::new(memory.clone(), move |operation, moment| {
+        Hooked::waits(memory.clone(), move |operation, moment| {
             if (operation, moment) == (Operation::Begin, Moment::Before) {
                 let begins = begins.fetch_add(1, Ordering::SeqCst);
                 assert!(begins < 2000, "one duplicate asked for its key 2000 times");
@@ -789,9 +789,8 @@ async fn what_the_engine_passes_through_fails_as_the_storage_does() {
 #[tokio::test(start_paused = true)]
 async fn an_unreadable_record_refuses_until_it_is_removed() {
     let (env, _) = Env::simulated(7);
-    let storage = Corrupt::new(MemoryStorage::builder().env(env.clone()).build());
-    storage.corrupt(operation(1).key);
-    let engine = Engine::new(storage.clone(), config(&env));
+    let storage = corrupt(&env, operation(1).key).await;
+    let engine = Engine::new(storage, config(&env));
     for _ in 0..2 {
         let refused = refusal_of(engine.begin(&operation(1)).await);
         assert_eq!(refused.refusal, Refusal::StorageUnavailable);
@@ -806,13 +805,12 @@ async fn an_unreadable_record_refuses_until_it_is_removed() {
 #[tokio::test(start_paused = true)]
 async fn an_unreadable_record_may_be_configured_to_be_absent() {
     let (env, _) = Env::simulated(7);
-    let storage = Corrupt::new(MemoryStorage::builder().env(env.clone()).build());
-    storage.corrupt(operation(1).key);
+    let storage = corrupt(&env, operation(1).key).await;
     let events = Events::new();
     let config = config(&env)
         .on_unreadable(OnUnreadable::TreatAsAbsent)
         .observer(events.clone());
-    let engine = Engine::new(storage.clone(), config);
+    let engine = Engine::new(storage, config);
     let claim = claim_of(engine.begin(&operation(1)).await);
     // It is still told.
     assert_eq!(events.count("storage_failed"), 1);
@@ -823,9 +821,7 @@ async fn an_unreadable_record_may_be_configured_to_be_absent() {
 #[tokio::test(start_paused = true)]
 async fn of_two_that_find_an_unreadable_record_one_runs() {
     let (env, _) = Env::simulated(7);
-    let corrupt = Corrupt::new(MemoryStorage::builder().env(env.clone()).build());
-    corrupt.corrupt(operation(1).key);
-    let storage = FaultyStorage::new(corrupt);
+    let storage = FaultyStorage::new(corrupt(&env, operation(1).key).await);
     let gate = Arc::new(tokio::sync::Semaphore::new(0));
     storage.set(Operation::Remove, Fault::Gate(gate.clone()));
     let config = config(&env).on_unreadable(OnUnreadable::TreatAsAbsent);
@@ -1040,7 +1036,7 @@ async fn a_claim_that_comes_after_a_slow_answer_is_renewed() {
     let (env, clock) = Env::simulated(7);
     let memory = MemoryStorage::builder().env(env.clone()).build();
     let gate = Gate::new();
-    let slow = Hooked::new(memory.clone(), after(Operation::Complete, gate.clone()));
+    let slow = Hooked::waits(memory.clone(), after(Operation::Complete, gate.clone()));
     let engine = Engine::new(slow, config(&env).storage_timeout(LEASE));
     let first = claim_of(engine.begin(&operation(1)).await);
     let completing = tokio::spawn(first.complete(answer("one")));
@@ -1078,7 +1074,7 @@ async fn a_claim_whose_lease_is_over_when_it_is_granted_is_no_claim() {
     let (env, clock) = Env::simulated(7);
     let memory = MemoryStorage::builder().env(env.clone()).build();
     let gate = Gate::new();
-    let slow = Hooked::new(memory.clone(), after(Operation::Begin, gate.clone()));
+    let slow = Hooked::waits(memory.clone(), after(Operation::Begin, gate.clone()));
     let sleeper = Engine::new(slow, config(&env));
     let peer = Engine::new(memory, config(&env));
 
@@ -1104,7 +1100,7 @@ async fn a_claim_that_was_granted_slowly_is_renewed_in_time() {
     let (env, clock) = Env::simulated(7);
     let memory = MemoryStorage::builder().env(env.clone()).build();
     let gate = Gate::new();
-    let slow = Hooked::new(memory.clone(), after(Operation::Begin, gate.clone()));
+    let slow = Hooked::waits(memory.clone(), after(Operation::Begin, gate.clone()));
     let config = config(&env).storage_timeout(LEASE);
     let engine = Engine::new(slow, config);
     let granted = begin(&engine, operation(1));
@@ -1186,7 +1182,7 @@ async fn an_answer_that_comes_while_its_claim_is_given_up_is_not_reported_as_sto
     let (env, clock) = Env::simulated(7);
     let memory = MemoryStorage::builder().env(env.clone()).build();
     let gate = Gate::new();
-    let slow = Hooked::new(memory.clone(), after(Operation::Complete, gate.clone()));
+    let slow = Hooked::waits(memory.clone(), after(Operation::Complete, gate.clone()));
     let engine = Engine::new(slow, config(&env));
     let claim = claim_of(engine.begin(&operation(1)).await);
     pass(&clock, MAX_HOLD).await;
@@ -1219,7 +1215,7 @@ async fn a_release_beside_a_renewal_leaves_no_claim() {
             Moment::Before => before(Operation::Renew, gate.clone()),
             Moment::After => after(Operation::Renew, gate.clone()),
         };
-        let engine = Engine::new(Hooked::new(memory.clone(), hook), config(&env));
+        let engine = Engine::new(Hooked::waits(memory.clone(), hook), config(&env));
         let claim = claim_of(engine.begin(&operation(1)).await);
         pass(&clock, LEASE / 3).await;
         gate.arrived(1).await;
@@ -1250,7 +1246,7 @@ async fn a_release_beside_a_reclaim_leaves_no_claim() {
                 })
             }
         };
-        let engine = Engine::new(Hooked::new(memory.clone(), hook), config(&env));
+        let engine = Engine::new(Hooked::waits(memory.clone(), hook), config(&env));
         let claim = claim_of(engine.begin(&operation(1)).await);
         assert!(memory.remove(&operation(1).key).await.unwrap());
         armed.store(true, Ordering::SeqCst);
@@ -1299,7 +1295,7 @@ async fn a_reclaim_that_times_out_after_its_effect_leaves_no_claim() {
                 })
             }
         };
-        let engine = Engine::new(Hooked::new(memory.clone(), hook), config(&env));
+        let engine = Engine::new(Hooked::waits(memory.clone(), hook), config(&env));
         let claim = claim_of(engine.begin(&operation(1)).await);
         assert!(memory.remove(&operation(1).key).await.unwrap());
         armed.store(true, Ordering::SeqCst);
@@ -1365,7 +1361,7 @@ async fn a_storage_that_panics_once_costs_no_claim_its_renewal() {
                 Box::pin(async {})
             }
         };
-        let engine = Engine::new(Hooked::new(memory.clone(), hook), config(&env));
+        let engine = Engine::new(Hooked::waits(memory.clone(), hook), config(&env));
         let held = claim_of(engine.begin(&operation(1)).await);
         if faulty == Operation::Complete {
             let claim = claim_of(engine.begin(&operation(2)).await);
@@ -1427,7 +1423,7 @@ async fn a_release_that_panics_is_not_tried_for_ever() {
     };
     let (env, clock) = Env::simulated(7);
     let memory = MemoryStorage::builder().env(env.clone()).build();
-    let engine = Engine::new(Hooked::new(memory.clone(), hook), config(&env));
+    let engine = Engine::new(Hooked::waits(memory.clone(), hook), config(&env));
     drop(claim_of(engine.begin(&operation(1)).await));
     pass(&clock, LEASE).await;
     engine.drain().await;
@@ -1496,7 +1492,7 @@ async fn a_removal_does_not_touch_the_claim_that_comes_after_it() {
     let (env, clock) = Env::simulated(7);
     let memory = MemoryStorage::builder().env(env.clone()).build();
     let gate = Gate::new();
-    let slow = Hooked::new(memory.clone(), after(Operation::Remove, gate.clone()));
+    let slow = Hooked::waits(memory.clone(), after(Operation::Remove, gate.clone()));
     let config = config(&env).storage_timeout(LEASE);
     let engine = Engine::new(slow, config);
     let old = claim_of(engine.begin(&operation(1)).await);
@@ -1603,8 +1599,8 @@ async fn progress_tells_when_a_claim_may_be_there() {
 // ---- Dropped at every point ----
 
 /// A storage that is pending before and after each of its steps.
-fn slow(memory: &MemoryStorage, yields: usize) -> Hooked<MemoryStorage> {
-    Hooked::new(memory.clone(), move |_, _| {
+fn slow(memory: &MemoryStorage, yields: usize) -> Hooked<MemoryStorage, Waits> {
+    Hooked::waits(memory.clone(), move |_, _| {
         Box::pin(async move {
             for _ in 0..yields {
                 tokio::task::yield_now().await;
@@ -1734,41 +1730,6 @@ async fn a_drain_that_is_dropped_disturbs_nobody() {
 
 // ---- Storages to test with ----
 
-/// Before or after a storage's own step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Moment {
-    Before,
-    After,
-}
-
-type Hook = dyn Fn(Operation, Moment) -> BoxFuture<'static, ()> + Send + Sync;
-
-/// A storage that does something else before and after each of its steps.
-#[derive(Clone)]
-struct Hooked<S> {
-    inner: S,
-    hook: Arc<Hook>,
-}
-
-impl<S> Hooked<S> {
-    fn new(
-        inner: S,
-        hook: impl Fn(Operation, Moment) -> BoxFuture<'static, ()> + Send + Sync + 'static,
-    ) -> Self {
-        Self {
-            inner,
-            hook: Arc::new(hook),
-        }
-    }
-
-    async fn run<T>(&self, operation: Operation, work: impl Future<Output = T>) -> T {
-        (self.hook)(operation, Moment::Before).await;
-        let result = work.await;
-        (self.hook)(operation, Moment::After).await;
-        result
-    }
-}
-
 fn at(
     operation: Operation,
     moment: Moment,
@@ -1800,138 +1761,37 @@ fn after(
     Box::new(at(operation, Moment::After, gate))
 }
 
-impl<S: Storage> Storage for Hooked<S> {
-    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        self.run(Operation::Begin, self.inner.begin(key, claim))
-            .await
-    }
+/// Records that can't be read, until they are removed.
+#[derive(Clone, Default)]
+struct Corrupt(Arc<Mutex<HashSet<EncodedKey>>>);
 
-    async fn complete(
+impl Hook for Corrupt {
+    async fn around<T: Send>(
         &self,
-        key: &EncodedKey,
-        token: Token,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<Held, StorageError> {
-        let work = self.inner.complete(key, token, record, ttl);
-        self.run(Operation::Complete, work).await
-    }
-
-    async fn renew(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        lease: Duration,
-    ) -> Result<Held, StorageError> {
-        self.run(Operation::Renew, self.inner.renew(key, token, lease))
-            .await
-    }
-
-    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.run(Operation::Release, self.inner.release(key, token))
-            .await
-    }
-
-    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        self.run(Operation::Get, self.inner.get(key)).await
-    }
-
-    async fn replace(
-        &self,
-        key: &EncodedKey,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<(), StorageError> {
-        let work = self.inner.replace(key, record, ttl);
-        self.run(Operation::Replace, work).await
-    }
-
-    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        self.run(Operation::Remove, self.inner.remove(key)).await
-    }
-
-    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.run(Operation::Wait, self.inner.wait(key, timeout))
-            .await
-    }
-}
-
-/// A storage with records that can't be read, until they are removed.
-#[derive(Clone)]
-struct Corrupt {
-    inner: MemoryStorage,
-    keys: Arc<Mutex<HashSet<EncodedKey>>>,
-}
-
-impl Corrupt {
-    fn new(inner: MemoryStorage) -> Self {
-        Self {
-            inner,
-            keys: Arc::default(),
-        }
-    }
-
-    fn corrupt(&self, key: EncodedKey) {
-        self.keys.lock().unwrap().insert(key);
-    }
-
-    fn check(&self, key: &EncodedKey) -> Result<(), StorageError> {
-        if self.keys.lock().unwrap().contains(key) {
+        call: StorageCall<'_>,
+        work: impl Future<Output = Result<T, StorageError>> + Send,
+    ) -> Result<T, StorageError> {
+        let is_corrupt = match call.operation {
+            Operation::Remove => {
+                self.0.lock().unwrap().remove(call.key);
+                false
+            }
+            _ => self.0.lock().unwrap().contains(call.key),
+        };
+        if is_corrupt {
             return Err(StorageError::unreadable(std::io::Error::other("corrupt")));
         }
-        Ok(())
+        work.await
     }
 }
 
-impl Storage for Corrupt {
-    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        self.check(key)?;
-        self.inner.begin(key, claim).await
-    }
-
-    async fn complete(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<Held, StorageError> {
-        self.check(key)?;
-        self.inner.complete(key, token, record, ttl).await
-    }
-
-    async fn renew(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        lease: Duration,
-    ) -> Result<Held, StorageError> {
-        self.check(key)?;
-        self.inner.renew(key, token, lease).await
-    }
-
-    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.check(key)?;
-        self.inner.release(key, token).await
-    }
-
-    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        self.check(key)?;
-        self.inner.get(key).await
-    }
-
-    async fn replace(
-        &self,
-        key: &EncodedKey,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<(), StorageError> {
-        self.check(key)?;
-        self.inner.replace(key, record, ttl).await
-    }
-
-    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        let was_corrupt = self.keys.lock().unwrap().remove(key);
-        Ok(self.inner.remove(key).await? || was_corrupt)
-    }
+/// A storage in which what lies under `key` can't be read.
+async fn corrupt(env: &Env, key: EncodedKey) -> Hooked<MemoryStorage, Corrupt> {
+    let memory = MemoryStorage::builder().env(env.clone()).build();
+    let unread = record("unread");
+    let held = memory.complete(&key, Token::random(), &unread, TTL).await;
+    assert_eq!(held.unwrap(), Held::Yes);
+    let corrupt = Corrupt::default();
+    corrupt.0.lock().unwrap().insert(key);
+    Hooked::around(memory, corrupt)
 }

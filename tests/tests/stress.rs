@@ -18,12 +18,12 @@ use axum::{Router, body::Body, extract::Path, response::Response, routing::post}
 use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use idempotency_axum::{
-    Begin, Completion, Config, Decision, Encoded, EncodedKey, Engine, Entry, Env, Held,
-    IdempotencyKey, IdempotencyLayer, LockPolicy, MemoryStorage, NewClaim, Operation, Outcome,
-    Record, Refusal, Storage, StorageError, Token,
+    Completion, Config, Decision, Encoded, Engine, Env, IdempotencyKey, IdempotencyLayer,
+    LockPolicy, MemoryStorage, Operation, Outcome, Refusal, StorageError,
 };
 use idempotency_tests::{
-    Answer, Call, Events, Fault, FaultyStorage, Gate, PATIENCE, Runs, Server,
+    Answer, Call, Events, Fault, FaultyStorage, Gate, Hook, Hooked, PATIENCE, Runs, Server,
+    StorageCall,
     node::{answer, operation, poll_times},
 };
 use tokio::{
@@ -361,7 +361,7 @@ async fn ten_thousand_requests_dropped_at_random_points_leave_nothing() {
 
     let memory = MemoryStorage::new();
     let events = Events::new();
-    let storage = Jumpy::new(memory.clone());
+    let storage = Jumpy::around(memory.clone());
     let layer = IdempotencyLayer::enforce(storage).config(crowded(&events));
     let ledger = Ledger::new(OPERATIONS);
     let app = ledger.router(&layer);
@@ -400,7 +400,7 @@ async fn ten_thousand_connections_closed_at_random_points_leave_nothing() {
     assert_descriptors(AT_ONCE);
     let memory = MemoryStorage::new();
     let events = Events::new();
-    let storage = Jumpy::new(memory.clone());
+    let storage = Jumpy::around(memory.clone());
     let layer = IdempotencyLayer::enforce(storage).config(crowded(&events));
     let ledger = Ledger::new(OPERATIONS);
     let app = ledger.router(&layer);
@@ -1026,75 +1026,24 @@ async fn an_answer_that_can_not_be_stored_is_answered_from_memory_until_it_can()
 
 /// Yields a random number of times before and after each step.
 #[derive(Clone)]
-struct Jumpy {
-    inner: MemoryStorage,
-    random: Arc<AtomicU64>,
-}
+struct Jumpy(Arc<AtomicU64>);
 
 impl Jumpy {
-    fn new(inner: MemoryStorage) -> Self {
-        Self {
-            inner,
-            random: Arc::new(AtomicU64::new(3)),
-        }
+    fn around(storage: MemoryStorage) -> Hooked<MemoryStorage, Self> {
+        Hooked::around(storage, Self(Arc::new(AtomicU64::new(3))))
     }
+}
 
-    async fn jump<T>(&self, work: impl Future<Output = T>) -> T {
-        let mut random = Random(self.random.fetch_add(1, Ordering::Relaxed));
+impl Hook for Jumpy {
+    async fn around<T: Send>(
+        &self,
+        _: StorageCall<'_>,
+        work: impl Future<Output = Result<T, StorageError>> + Send,
+    ) -> Result<T, StorageError> {
+        let mut random = Random(self.0.fetch_add(1, Ordering::Relaxed));
         yields(random.below(4)).await;
         let result = work.await;
         yields(random.below(4)).await;
         result
-    }
-}
-
-impl Storage for Jumpy {
-    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        self.jump(self.inner.begin(key, claim)).await
-    }
-
-    async fn complete(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<Held, StorageError> {
-        self.jump(self.inner.complete(key, token, record, ttl))
-            .await
-    }
-
-    async fn renew(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        lease: Duration,
-    ) -> Result<Held, StorageError> {
-        self.jump(self.inner.renew(key, token, lease)).await
-    }
-
-    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.jump(self.inner.release(key, token)).await
-    }
-
-    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        self.jump(self.inner.get(key)).await
-    }
-
-    async fn replace(
-        &self,
-        key: &EncodedKey,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<(), StorageError> {
-        self.jump(self.inner.replace(key, record, ttl)).await
-    }
-
-    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        self.jump(self.inner.remove(key)).await
-    }
-
-    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.jump(self.inner.wait(key, timeout)).await
     }
 }

@@ -21,12 +21,11 @@ use axum::{body::Body, extract::Request, response::Response};
 use futures_util::{FutureExt, future::BoxFuture};
 use http::StatusCode;
 use idempotency_axum::{
-    Begin, Completion, Config, EncodedKey, Engine, Entry, Env, Environment, Held, IdempotencyLayer,
-    LockPolicy, MemoryStorage, NewClaim, Operation, Outcome, Ran, Record, Scope, Spawner, Storage,
-    StorageError, Token, TombstoneReason,
+    Completion, Config, Engine, Env, Environment, IdempotencyLayer, LockPolicy, MemoryStorage,
+    Operation, Outcome, Ran, Scope, Spawner, StorageError, TombstoneReason,
 };
 use idempotency_tests::{
-    Events, Fault, FaultyStorage,
+    Events, Fault, FaultyStorage, Hook, Hooked, StorageCall,
     node::{LEASE, Node, answer, assert_replays, claim_of, config, operation, replay_of},
 };
 use serde::{Deserialize, Serialize};
@@ -209,64 +208,24 @@ async fn a_key_that_is_never_released_holds_up_no_other() {
 }
 
 /// Panics when it is to keep an answer.
-#[derive(Clone)]
-struct Panicking(MemoryStorage);
+struct Panicking;
 
-impl Storage for Panicking {
-    async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        self.0.begin(key, claim).await
-    }
-
-    async fn complete(
+impl Hook for Panicking {
+    async fn around<T: Send>(
         &self,
-        key: &EncodedKey,
-        token: Token,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<Held, StorageError> {
-        assert!(matches!(record.outcome, Outcome::Tombstone(_)), "an answer");
-        self.0.complete(key, token, record, ttl).await
-    }
-
-    async fn renew(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        lease: Duration,
-    ) -> Result<Held, StorageError> {
-        self.0.renew(key, token, lease).await
-    }
-
-    async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.0.release(key, token).await
-    }
-
-    async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        self.0.get(key).await
-    }
-
-    async fn replace(
-        &self,
-        key: &EncodedKey,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<(), StorageError> {
-        self.0.replace(key, record, ttl).await
-    }
-
-    async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        self.0.remove(key).await
-    }
-
-    async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.0.wait(key, timeout).await
+        call: StorageCall<'_>,
+        work: impl Future<Output = Result<T, StorageError>> + Send,
+    ) -> Result<T, StorageError> {
+        let outcome = call.record.map(|record| &record.outcome);
+        assert!(!matches!(outcome, Some(Outcome::Response(_))), "an answer");
+        work.await
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_storage_that_panics_over_an_answer_refuses_it() {
     let node = Node::new();
-    let storage = Panicking(node.memory.clone());
+    let storage = Hooked::around(node.memory.clone(), Panicking);
     let engine = Engine::new(storage, config(&node.env).max_running(1));
     let claim = claim_of(engine.begin(&operation(1)).await);
     let completed = AssertUnwindSafe(claim.complete(answer("one"))).catch_unwind();

@@ -79,6 +79,9 @@ use crate::policy::{ExtractorNeeds, Needs};
 /// 503. A duplicate waits in memory and holds no connection. Open transactions take at most half of the pool. SQLite has one writer, so
 /// such a handler must be short there.
 ///
+/// Such a handler never runs unprotected, also with [`OnStorageError::RunUnprotected`](crate::OnStorageError::RunUnprotected): where the
+/// storage fails the answer is a 503.
+///
 /// # What not to do
 ///
 /// | the handler | what happens |

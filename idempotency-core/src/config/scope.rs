@@ -4,6 +4,8 @@ use std::{error::Error, fmt, sync::Arc};
 
 use http::{HeaderMap, HeaderName, header, request::Parts, uri::Authority};
 
+use super::user_fn::UserFn;
+
 /// Which part of a request identifies the caller. Keys belong to a caller: the same key from another caller is another operation,
 /// so no caller is shown the answer of another.
 ///
@@ -71,7 +73,7 @@ use http::{HeaderMap, HeaderName, header, request::Parts, uri::Authority};
 /// assert_ne!(Scope::default().of(&first), Scope::default().of(&retry));
 /// # Ok::<_, http::Error>(())
 /// ```
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 #[must_use]
 pub struct Scope {
     source: Source,
@@ -80,7 +82,7 @@ pub struct Scope {
 
 type ScopeFn = dyn Fn(&Parts) -> Option<Vec<u8>> + Send + Sync;
 
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 enum Source {
     Credentials,
     Authorization,
@@ -89,7 +91,7 @@ enum Source {
     /// The authority: `:authority`, an absolute target, or the header `Host`.
     Authority,
     None,
-    Fn(Arc<ScopeFn>),
+    Fn(UserFn<ScopeFn>),
 }
 
 /// How to treat a request without a caller.
@@ -146,7 +148,7 @@ impl Scope {
     /// The caller is what `scope` returns. A request for which it returns `None` or no bytes is refused. The best scope is the id of
     /// the principal, which an authentication layer outside put into the request's extensions.
     pub fn from_fn(scope: impl Fn(&Parts) -> Option<Vec<u8>> + Send + Sync + 'static) -> Self {
-        Self::new(Source::Fn(Arc::new(scope)), Unknown::Refused)
+        Self::new(Source::Fn(UserFn(Arc::new(scope))), Unknown::Refused)
     }
 
     /// Refuses a request without a caller, with 403. Of this and [`or_anonymous`](Self::or_anonymous) the last call counts.
@@ -180,7 +182,7 @@ impl Scope {
             Source::Header(name) => joined(header_values(headers, name)),
             Source::Authority => authority(request),
             Source::None => None,
-            Source::Fn(scope) => scope(request),
+            Source::Fn(UserFn(scope)) => scope(request),
         };
         let found = found.filter(|scope| !scope.is_empty());
         let is_refused = found.is_none()
@@ -292,23 +294,6 @@ impl Default for Scope {
     /// The credentials of a request, see [`Scope`](Scope#the-default).
     fn default() -> Self {
         Self::new(Source::Credentials, Unknown::RefusedWithCookie)
-    }
-}
-
-/// Functions are equal only to themselves.
-impl PartialEq for Scope {
-    fn eq(&self, other: &Self) -> bool {
-        let same_source = match (&self.source, &other.source) {
-            (Source::Credentials, Source::Credentials)
-            | (Source::Authorization, Source::Authorization)
-            | (Source::Authority, Source::Authority)
-            | (Source::None, Source::None) => true,
-            (Source::Cookie(a), Source::Cookie(b)) => a == b,
-            (Source::Header(a), Source::Header(b)) => a == b,
-            (Source::Fn(a), Source::Fn(b)) => Arc::ptr_eq(a, b),
-            _ => false,
-        };
-        same_source && self.unknown == other.unknown
     }
 }
 

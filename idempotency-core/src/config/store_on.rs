@@ -4,6 +4,8 @@ use std::{fmt, sync::Arc};
 
 use http::StatusCode;
 
+use super::user_fn::UserFn;
+
 /// Which answers are recorded and replayed, by status. Any other answer releases the key, and a retry runs again.
 ///
 /// Whatever the status, the middleware never records a 101, the 500 of an extractor or handler that is not protected, an answer with `DoNotRecord`, and a 405 or an unrouted 404 of the router.
@@ -18,7 +20,7 @@ use http::StatusCode;
 /// assert!(StoreOn::below(400).stores(StatusCode::SEE_OTHER));
 /// assert!(!StoreOn::all().except([StatusCode::TOO_MANY_REQUESTS]).stores(StatusCode::TOO_MANY_REQUESTS));
 /// ```
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 #[must_use]
 pub struct StoreOn {
     statuses: Statuses,
@@ -26,13 +28,13 @@ pub struct StoreOn {
     rejections: bool,
 }
 
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 enum Statuses {
     Success,
     Listed(Vec<StatusCode>),
     Below(u16),
     All,
-    Fn(Arc<dyn Fn(StatusCode) -> bool + Send + Sync>),
+    Fn(UserFn<dyn Fn(StatusCode) -> bool + Send + Sync>),
 }
 
 impl StoreOn {
@@ -58,7 +60,7 @@ impl StoreOn {
 
     /// Every status for which `stores` returns true.
     pub fn from_fn(stores: impl Fn(StatusCode) -> bool + Send + Sync + 'static) -> Self {
-        Self::new(Statuses::Fn(Arc::new(stores)))
+        Self::new(Statuses::Fn(UserFn(Arc::new(stores))))
     }
 
     /// All of these except `statuses`.
@@ -82,7 +84,7 @@ impl StoreOn {
             Statuses::Listed(statuses) => statuses.contains(&status),
             Statuses::Below(limit) => status.as_u16() < *limit,
             Statuses::All => true,
-            Statuses::Fn(stores) => stores(status),
+            Statuses::Fn(UserFn(stores)) => stores(status),
         };
         listed && !self.except.contains(&status)
     }
@@ -105,20 +107,6 @@ impl StoreOn {
 impl Default for StoreOn {
     fn default() -> Self {
         Self::success()
-    }
-}
-
-/// Functions are equal only to themselves.
-impl PartialEq for StoreOn {
-    fn eq(&self, other: &Self) -> bool {
-        let same_statuses = match (&self.statuses, &other.statuses) {
-            (Statuses::Success, Statuses::Success) | (Statuses::All, Statuses::All) => true,
-            (Statuses::Listed(a), Statuses::Listed(b)) => a == b,
-            (Statuses::Below(a), Statuses::Below(b)) => a == b,
-            (Statuses::Fn(a), Statuses::Fn(b)) => Arc::ptr_eq(a, b),
-            _ => false,
-        };
-        same_statuses && self.except == other.except && self.rejections == other.rejections
     }
 }
 

@@ -144,7 +144,19 @@ pub(crate) struct FieldHasher(Sha256);
 impl FieldHasher {
     /// `domain` names the recipe and its version. Hashes of different domains can't meet.
     pub(crate) fn new(domain: &str) -> Self {
-        Self(Sha256::new()).field(domain.as_bytes())
+        Self::new_with(domain, "")
+    }
+
+    /// The domain of this name with a suffix.
+    pub(crate) fn new_with(domain: &str, suffix: &str) -> Self {
+        let length = (domain.len() + suffix.len()) as u64;
+        let name = length.to_be_bytes();
+        Self(
+            Sha256::new()
+                .chain_update(name)
+                .chain_update(domain)
+                .chain_update(suffix),
+        )
     }
 
     /// 8 bytes of length, big-endian, then the bytes.

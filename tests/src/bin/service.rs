@@ -10,8 +10,9 @@ use std::{env, error::Error, sync::Arc, time::Duration};
 
 use axum::{Router, extract::State, http::StatusCode, routing::post};
 use idempotency_axum::{
-    AnyStorage, Config, Event, IdempotencyKey, IdempotencyLayer, LockPolicy, PostgresStorage,
-    RedisStorage, SqliteStorage, idempotency_key,
+    AnyStorage, Config, Event, IdempotencyKey, IdempotencyLayer, IdempotentTransaction, LockPolicy,
+    PostgresStorage, RedisStorage, SqliteStorage, idempotency_key,
+    sqlx::{self, Postgres},
 };
 use idempotency_tests::PATIENCE;
 use tokio::{
@@ -37,6 +38,23 @@ async fn create_order(State(service): State<Service>, key: IdempotencyKey) -> (S
     }
     let answer = format!("{} by {}", key.as_str(), std::process::id());
     (StatusCode::CREATED, answer)
+}
+
+/// The same, with a row in the table `orders` of PostgreSQL.
+#[idempotency_key]
+async fn write_order(
+    State(service): State<Service>,
+    key: IdempotencyKey,
+    mut tx: IdempotentTransaction<Postgres>,
+) -> (StatusCode, String) {
+    let written = sqlx::query("INSERT INTO orders (note) VALUES ($1)")
+        .bind(key.as_str())
+        .execute(&mut *tx)
+        .await;
+    match written {
+        Ok(_) => create_order.invoke(State(service), key).await,
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -72,8 +90,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
             }
         });
     }
+    let orders = match env::var("TRANSACTIONS") {
+        Ok(_) => post(write_order),
+        Err(_) => post(create_order),
+    };
     let app = Router::new()
-        .route("/orders", post(create_order))
+        .route("/orders", orders)
         .layer(layer.clone())
         .with_state(Service { passes });
     let app = layer.check(app)?;

@@ -30,10 +30,10 @@ use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use http_body_util::BodyExt as _;
 use idempotency_axum::{
-    AnyStorage, Config, EncodedKey, Event, IdempotencyKey, IdempotencyLayer, LockPolicy,
-    PostgresStorage, SqliteStorage, idempotency_key,
+    AnyStorage, Config, EncodedKey, Event, IdempotencyKey, IdempotencyLayer, IdempotentTransaction,
+    LockPolicy, PostgresStorage, SqliteStorage, idempotency_key,
     sqlx::{
-        self,
+        self, Postgres, Sqlite,
         postgres::{PgPool, PgPoolOptions},
         sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqliteSynchronous},
     },
@@ -49,15 +49,21 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let (storage, orders) = open().await?;
     let commits = Commits::default();
     let observed = commits.clone();
-    let lock = LockPolicy::default().timeout(PATIENCE);
-    let lease = env::var("LEASE_MS")?.parse()?;
+    let mut lock = LockPolicy::default().timeout(PATIENCE);
+    if let Ok(lease) = env::var("LEASE_MS") {
+        lock = lock.ttl(Duration::from_millis(lease.parse()?));
+    }
     let config = Config::default()
-        .lock(lock.ttl(Duration::from_millis(lease)))
+        .lock(lock)
         .storage_timeout(PATIENCE)
         .observer(move |event: &Event<'_>| observed.on_event(event));
     let layer = IdempotencyLayer::enforce(storage).config(config);
 
-    let orders_route: MethodRouter<Shop> = post(create_order);
+    let orders_route: MethodRouter<Shop> = match (env::var("EXACTLY_ONCE").is_ok(), &orders) {
+        (false, _) => post(create_order),
+        (true, Orders::Postgres(_)) => post(create_order_once_in_postgres),
+        (true, Orders::Sqlite(_)) => post(create_order_once_in_sqlite),
+    };
     let app = Router::new()
         .route(
             "/orders",
@@ -90,6 +96,34 @@ async fn create_order(
     Ok((StatusCode::CREATED, Json(order)))
 }
 
+/// Commits the order with its record.
+#[idempotency_key]
+async fn create_order_once_in_postgres(
+    mut tx: IdempotentTransaction<Postgres>,
+    Extension(stop): Extension<Stop>,
+    Json(new): Json<NewOrder>,
+) -> Result<(StatusCode, Json<Order>), Failed> {
+    let query = sqlx::query_as(INSERT).bind(&new.item).bind(&new.note);
+    let (id, item) = query.fetch_one(&mut *tx).await?;
+    stop.at(Phase::InHandler).await;
+    Ok((StatusCode::CREATED, Json(Order { id, item })))
+}
+
+/// The same in the other database.
+#[idempotency_key]
+async fn create_order_once_in_sqlite(
+    mut tx: IdempotentTransaction<Sqlite>,
+    Extension(stop): Extension<Stop>,
+    Json(new): Json<NewOrder>,
+) -> Result<(StatusCode, Json<Order>), Failed> {
+    let query = sqlx::query_as(INSERT).bind(&new.item).bind(&new.note);
+    let (id, item) = query.fetch_one(&mut *tx).await?;
+    stop.at(Phase::InHandler).await;
+    Ok((StatusCode::CREATED, Json(Order { id, item })))
+}
+
+const INSERT: &str = "INSERT INTO orders (item, note) VALUES ($1, $2) RETURNING id, item";
+
 /// The table of the shop.
 #[derive(Clone)]
 enum Orders {
@@ -99,14 +133,13 @@ enum Orders {
 
 impl Orders {
     async fn insert(&self, new: &NewOrder) -> sqlx::Result<Order> {
-        let query = "INSERT INTO orders (item, note) VALUES ($1, $2) RETURNING id, item";
         let (id, item) = match self {
             Self::Postgres(pool) => {
-                let query = sqlx::query_as(query).bind(&new.item).bind(&new.note);
+                let query = sqlx::query_as(INSERT).bind(&new.item).bind(&new.note);
                 query.fetch_one(pool).await?
             }
             Self::Sqlite(pool) => {
-                let query = sqlx::query_as(query).bind(&new.item).bind(&new.note);
+                let query = sqlx::query_as(INSERT).bind(&new.item).bind(&new.note);
                 query.fetch_one(pool).await?
             }
         };

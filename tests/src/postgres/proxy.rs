@@ -1,4 +1,4 @@
-//! The network before a server, which loses an answer.
+//! The network before a server, which loses an answer, or falls silent.
 
 use std::{
     path::PathBuf,
@@ -8,19 +8,31 @@ use std::{
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UnixStream},
+    sync::watch,
 };
 
 use super::Postgres;
 
-/// Passes everything on, but for an answer that it is told to lose.
+/// Passes everything on, but for what it is told to lose.
 #[derive(Debug)]
 pub struct Proxy {
     port: u16,
     lost: Lost,
+    silent: watch::Sender<bool>,
 }
 
-/// What the question of which the answer is lost has in it.
-type Lost = Arc<Mutex<Option<Vec<u8>>>>;
+/// What is lost next.
+type Lost = Arc<Mutex<Option<Loss>>>;
+
+#[derive(Clone, Debug)]
+struct Loss {
+    /// What the question has in it.
+    words: Vec<u8>,
+    /// Whether the server gets the question.
+    is_asked: bool,
+    /// Who falls silent then.
+    then: Option<watch::Sender<bool>>,
+}
 
 impl Proxy {
     /// One before this server, until the runtime ends.
@@ -34,12 +46,14 @@ impl Proxy {
         let socket = postgres.directory().join(".s.PGSQL.5432");
         let lost = Lost::default();
         let losing = lost.clone();
+        let silent = watch::Sender::new(false);
+        let hears = silent.subscribe();
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(pass(client, socket.clone(), losing.clone()));
+                tokio::spawn(pass(client, socket.clone(), losing.clone(), hears.clone()));
             }
         });
-        Self { port, lost }
+        Self { port, lost, silent }
     }
 
     /// Where it listens.
@@ -53,17 +67,57 @@ impl Proxy {
 
     /// Loses the answer to the next message with these bytes in it, and closes its connection. The server has done what it asked.
     pub fn lose_the_answer_to(&self, words: &[u8]) {
-        *lock(&self.lost) = Some(words.to_owned());
+        *lock(&self.lost) = Some(Loss {
+            words: words.to_owned(),
+            is_asked: true,
+            then: None,
+        });
     }
 
-    /// Whether no answer is to be lost any more.
+    /// Loses the next message with these bytes in it, and closes its connection. The server does not get it.
+    pub fn lose(&self, words: &[u8]) {
+        *lock(&self.lost) = Some(Loss {
+            words: words.to_owned(),
+            is_asked: false,
+            then: None,
+        });
+    }
+
+    /// Falls silent once what is to be lost is lost.
+    pub fn fall_silent_after_loss(&self) {
+        if let Some(loss) = &mut *lock(&self.lost) {
+            loss.then = Some(self.silent.clone());
+        }
+    }
+
+    /// From now on nothing arrives, on either side, and no connection is closed.
+    pub fn fall_silent(&self) {
+        self.silent.send_replace(true);
+    }
+
+    /// Passes on what was held back, and everything else again.
+    pub fn speak(&self) {
+        self.silent.send_replace(false);
+    }
+
+    /// Whether nothing is to be lost any more.
     #[must_use]
     pub fn has_lost(&self) -> bool {
         lock(&self.lost).is_none()
     }
 }
 
-async fn pass(mut client: TcpStream, socket: PathBuf, lost: Lost) {
+async fn pass(
+    mut client: TcpStream,
+    socket: PathBuf,
+    lost: Lost,
+    mut silent: watch::Receiver<bool>,
+) {
+    // An error is the end of the test.
+    let mut speaks = async || silent.wait_for(|silent| !silent).await.is_ok();
+    if !speaks().await {
+        return;
+    }
     let Ok(mut server) = UnixStream::connect(socket).await else {
         return;
     };
@@ -71,13 +125,20 @@ async fn pass(mut client: TcpStream, socket: PathBuf, lost: Lost) {
     loop {
         let passed = tokio::select! {
             read = client.read(&mut buffer) => match read {
-                Ok(length) if length > 0 => {
+                Ok(length) if length > 0 && speaks().await => {
+                    let loss = loss(&lost, &buffer[..length]);
+                    if loss.as_ref().is_some_and(|loss| !loss.is_asked) {
+                        return;
+                    }
                     if server.write_all(&buffer[..length]).await.is_err() {
                         return;
                     }
-                    if is_to_be_lost(&lost, &buffer[..length]) {
+                    if loss.is_some() {
                         // Until the server says that it is done.
                         let _ = server.read(&mut answer).await;
+                        if let Some(silent) = loss.and_then(|loss| loss.then) {
+                            silent.send_replace(true);
+                        }
                         return;
                     }
                     Ok(())
@@ -85,7 +146,9 @@ async fn pass(mut client: TcpStream, socket: PathBuf, lost: Lost) {
                 _ => return,
             },
             read = server.read(&mut answer) => match read {
-                Ok(length) if length > 0 => client.write_all(&answer[..length]).await,
+                Ok(length) if length > 0 && speaks().await => {
+                    client.write_all(&answer[..length]).await
+                }
                 _ => return,
             },
         };
@@ -95,17 +158,14 @@ async fn pass(mut client: TcpStream, socket: PathBuf, lost: Lost) {
     }
 }
 
-fn is_to_be_lost(lost: &Lost, message: &[u8]) -> bool {
-    let mut lost = lock(lost);
-    let is_it = lost
-        .as_ref()
-        .is_some_and(|words| message.windows(words.len()).any(|part| part == words));
-    if is_it {
-        *lost = None;
-    }
-    is_it
+/// Takes what is to be lost, if this message has its words in it.
+fn loss(lost: &Lost, message: &[u8]) -> Option<Loss> {
+    lock(lost).take_if(|loss| {
+        let mut parts = message.windows(loss.words.len());
+        parts.any(|part| part == loss.words)
+    })
 }
 
-fn lock(lost: &Lost) -> std::sync::MutexGuard<'_, Option<Vec<u8>>> {
+fn lock(lost: &Lost) -> std::sync::MutexGuard<'_, Option<Loss>> {
     lost.lock().unwrap_or_else(PoisonError::into_inner)
 }

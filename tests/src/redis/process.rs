@@ -59,6 +59,11 @@ impl Spec {
         self.variable("HOLD", "1".to_owned())
     }
 
+    /// The shop commits each order together with its record.
+    pub fn exactly_once(self) -> Self {
+        self.variable("EXACTLY_ONCE", "1".to_owned())
+    }
+
     /// Sets a variable of its environment.
     pub fn variable(mut self, name: &'static str, value: String) -> Self {
         self.variables.insert(name, value);

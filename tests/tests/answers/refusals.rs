@@ -193,7 +193,7 @@ async fn storage_down(column: Column) {
     let call = || shop.server.post("/orders").key("abc");
     storage.set(Operation::Begin, Fault::FailBefore);
     assert_unavailable(&call().send().await);
-    assert_eq!(shop.runs(), 0);
+    assert_eq!((shop.runs(), shop.events.count("storage_failed")), (0, 1));
 
     storage.heal(Operation::Begin);
     assert_ran(&call().send().await, 1);

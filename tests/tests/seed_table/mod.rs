@@ -49,29 +49,44 @@ pub const SEED: &[Behaviour] = &[
         MIDDLEWARES,
         &["test_get_exempt"],
         Tests(&[
-            "seed::a_get_runs_without_a_key",
+            "modes::safe_methods_are_exempt_in_enforce",
+            "modes::safe_methods_are_exempt_in_exempt",
             "modes::safe_methods_are_exempt_where_a_key_is_required",
         ]),
     ),
     row(
         MIDDLEWARES,
         &["test_post_exempt"],
-        Tests(&["seed::an_exempt_post_runs_every_time"]),
+        Tests(&[
+            "policies/rows::idempotency_exempt",
+            "policies/attributes::exempt",
+        ]),
     ),
     row(
         MIDDLEWARES,
         &["test_post_no_decorators"],
-        Tests(&["seed::a_post_without_a_decorator_has_the_policy_of_the_mode"]),
+        Tests(&[
+            "modes::enforce_requires_a_key",
+            "modes::enforce_protects",
+            "modes::exempt_runs_unprotected",
+        ]),
     ),
     row(
         &[ENFORCE_VIEWSETS],
         &["test_post_optional"],
-        Tests(&["seed::an_optional_key_may_be_missing"]),
+        Tests(&[
+            "policies/rows::idempotency_key_optional",
+            "policies/attributes::key_optional",
+        ]),
     ),
     row(
         MIDDLEWARES,
         &["test_bad_request_no_key_specified"],
-        Tests(&["seed::a_required_key_that_is_missing_is_400"]),
+        Tests(&[
+            "policies/rows::idempotency_key",
+            "policies/attributes::key",
+            "answers/keys::key_missing_required",
+        ]),
     ),
     row(
         MIDDLEWARES,
@@ -89,7 +104,8 @@ pub const SEED: &[Behaviour] = &[
         &["test_nested_decorator", "test_nested_decorator_exempt"],
         // A method that calls the one it overrides.
         Tests(&[
-            "seed::a_nested_handler_has_the_policy_of_the_outermost",
+            "policies/combinators::outermost_required_over_exempt",
+            "policies/combinators::outermost_exempt_over_required",
             "policies/combinators::on_an_associated_function",
             "policies/combinators::over_an_attribute",
         ]),
@@ -102,24 +118,28 @@ pub const SEED: &[Behaviour] = &[
             "test_idempotency_key_decorator",
         ],
         Tests(&[
-            "seed::a_retry_gets_the_stored_answer_with_409",
+            "policies/rows::idempotency_key",
+            "policies/attributes::key",
             "answers/conflicts::retry_after_completion",
         ]),
     ),
     row(
         MIDDLEWARES,
         &["test_middleware_duplicate_request_use_original_status_code"],
-        Tests(&["seed::a_retry_may_get_the_original_status"]),
+        Tests(&["answers/conflicts::conflict_status_none_is_the_original_status"]),
     ),
     row(
         MIDDLEWARES,
         &["test_middleware_duplicate_request_use_different_status_code"],
-        Tests(&["seed::a_retry_may_get_a_status_of_ones_own"]),
+        Tests(&["answers/conflicts::conflict_status_of_ones_own"]),
     ),
     row(
         MIDDLEWARES,
         &["test_middleware_duplicate_request_manual_override"],
-        Tests(&["seed::a_manual_handler_answers_a_retry_itself"]),
+        Tests(&[
+            "policies/rows::manual_idempotency_answers_with_what_is_stored",
+            "policies/attributes::manual_idempotency",
+        ]),
     ),
     row(
         UTILS,
@@ -131,7 +151,7 @@ pub const SEED: &[Behaviour] = &[
             "test_idempotency_key_response_object",
         ],
         Tests(&[
-            "seed::a_manual_handler_is_told_whether_there_was_an_answer_and_which",
+            "policies/rows::manual_idempotency",
             "policies/rows::manual_idempotency_with_an_optional_key",
         ]),
     ),
@@ -139,12 +159,12 @@ pub const SEED: &[Behaviour] = &[
     row(
         MIDDLEWARES,
         &["test_store_on_statuses_does_not_store"],
-        Tests(&["seed::a_status_that_is_not_listed_is_not_stored"]),
+        Tests(&["answers/recording::store_on_statuses"]),
     ),
     row(
         MIDDLEWARES,
         &["test_store_on_statuses_does_store"],
-        Tests(&["seed::a_status_that_is_listed_is_stored"]),
+        Tests(&["answers/recording::store_on_statuses"]),
     ),
     row(
         UTILS,
@@ -167,7 +187,10 @@ pub const SEED: &[Behaviour] = &[
             "test_post_custom_header_pass",
             "test_post_custom_header_fail",
         ],
-        Tests(&["seed::the_key_is_taken_from_the_configured_header_alone"]),
+        Tests(&[
+            "answers/keys::custom_header_name",
+            "answers/keys::key_missing_required",
+        ]),
     ),
     row(
         UTILS,
@@ -176,8 +199,8 @@ pub const SEED: &[Behaviour] = &[
             "test_get_custom_header_name_with_header",
         ],
         Tests(&[
-            "seed::the_key_is_taken_from_the_configured_header_alone",
             "answers/keys::custom_header_name",
+            "answers/keys::key_missing_required",
             "settings/effects::header",
         ]),
     ),
@@ -218,13 +241,17 @@ pub const SEED: &[Behaviour] = &[
     row(
         MIDDLEWARES,
         &["test_middleware_cache_storage_using_custom_cache_name_on_decorator"],
-        Tests(&["seed::a_named_cache_wins_over_the_default_one"]),
+        Tests(&[
+            "policies/caches::a_named_cache_protects",
+            "policies/caches::records_lie_in_the_named_cache_alone",
+            "policies/attributes::key_cache_name",
+        ]),
     ),
     row(
         MIDDLEWARES,
         &["test_middleware_storage_cache_name_provides_default_name"],
         Tests(&[
-            "seed::a_handler_that_names_no_cache_is_in_the_default_one",
+            "policies/caches::records_lie_in_the_named_cache_alone",
             "settings/effects::storage_cache_name_is_what_handlers_may_call_the_default_cache",
         ]),
     ),
@@ -232,7 +259,8 @@ pub const SEED: &[Behaviour] = &[
         VIEWSETS,
         &["test_middleware_invalid_cache_name"],
         Tests(&[
-            "seed::a_cache_that_nobody_configured_is_found_before_the_server_listens",
+            "policies/caches::check_finds_an_unknown_name",
+            "policies/caches::without_check_the_route_of_an_unknown_name_answers_500",
             "policies/attributes::key_unknown_cache_name",
         ]),
     ),
@@ -240,7 +268,8 @@ pub const SEED: &[Behaviour] = &[
         STORAGE,
         &["test_memory_storage_store", "test_memory_storage_retrieve"],
         Tests(&[
-            "seed::what_is_stored_is_found_under_its_key_alone",
+            "policies/caches::records_lie_in_the_named_cache_alone",
+            "policies/answers::an_operator_finds_and_removes_a_record",
             "idempotency-core/tests/memory_conformance.rs::records_come_back_unchanged",
         ]),
     ),
@@ -250,7 +279,10 @@ pub const SEED: &[Behaviour] = &[
             "test_memory_storage_cache_name_not_present",
             "test_memory_storage_retrieve_no_key",
         ],
-        Tests(&["seed::what_is_stored_is_found_under_its_key_alone"]),
+        Tests(&[
+            "policies/caches::records_lie_in_the_named_cache_alone",
+            "policies/answers::an_operator_finds_and_removes_a_record",
+        ]),
     ),
     row(
         STORAGE,
@@ -268,20 +300,27 @@ pub const SEED: &[Behaviour] = &[
     row(
         STORAGE,
         &["test_cache_storage_validation_failure"],
-        Tests(&["seed::a_cache_that_nobody_configured_is_found_before_the_server_listens"]),
+        Tests(&[
+            "policies/caches::check_finds_an_unknown_name",
+            "policies/caches::without_check_the_route_of_an_unknown_name_answers_500",
+        ]),
     ),
     // ---- locks
     row(
         &["test_storage_locking"],
         &["test_storage_when_locked_returns_423"],
         // There only the look-up is locked; here the key, until the answer is stored.
-        Tests(&["seed::a_duplicate_beside_the_running_first_is_423_until_the_key_is_free"]),
+        Tests(&[
+            "answers/conflicts::duplicate_while_the_first_runs",
+            "answers/conflicts::duplicate_runs_when_the_first_is_not_stored",
+        ]),
     ),
     row(
         LOCKS,
         &["test_single_thread_lock"],
         Tests(&[
-            "seed::a_duplicate_beside_the_running_first_is_423_until_the_key_is_free",
+            "answers/conflicts::duplicate_while_the_first_runs",
+            "answers/conflicts::duplicate_runs_when_the_first_is_not_stored",
             "engine::a_released_key_is_free_at_once",
         ]),
     ),
@@ -335,14 +374,17 @@ pub const SEED: &[Behaviour] = &[
         UTILS,
         &["test_get_lock_timeout_default_with_lock"],
         Tests(&[
-            "seed::a_duplicate_waits_for_as_long_as_configured",
+            "engine::a_duplicate_is_refused_when_its_time_is_over",
             "settings/effects::lock_timeout_is_how_long_a_duplicate_waits",
         ]),
     ),
     row(
         UTILS,
         &["test_get_lock_enable_default"],
-        Tests(&["seed::a_duplicate_beside_the_running_first_is_423_until_the_key_is_free"]),
+        Tests(&[
+            "answers/conflicts::duplicate_while_the_first_runs",
+            "answers/conflicts::duplicate_runs_when_the_first_is_not_stored",
+        ]),
     ),
     row(
         UTILS,
@@ -355,7 +397,7 @@ pub const SEED: &[Behaviour] = &[
     row(
         &[ENFORCE],
         &["test_no_locking_on_store"],
-        Tests(&["seed::without_locks_a_retry_still_gets_the_stored_answer"]),
+        Tests(&["answers/conflicts::without_claims_a_duplicate_runs_and_a_retry_does_not"]),
     ),
     row(
         UTILS,

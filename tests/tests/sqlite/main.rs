@@ -11,10 +11,12 @@ use idempotency_axum::{
     EncodedKey, Entry, NewClaim, Outcome, Record, Storage, StoredResponse, Token,
 };
 
+mod closing;
 mod conformance;
 mod failures;
 mod files;
 mod locks;
+mod phases;
 mod processes;
 mod runtimes;
 mod tables;

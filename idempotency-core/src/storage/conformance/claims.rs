@@ -123,7 +123,7 @@ pub async fn keys_are_independent<H: Harness>(harness: &H) {
             "a claim blocks another key: unrelated requests are refused");
     }
     let (other, other_token) = subject.claimed().await;
-    must!(subject.complete(&key, token, &record) => Held::Yes, "the holder's `complete` was Lost");
+    must!(subject.complete(&key, token, &record, LONG) => Held::Yes, "the holder's `complete` was Lost");
     must!(subject.find(&other) => Found::Claim,
         "completing one key ended the claim of another: a duplicate may run");
     must!(subject.renew(&key, other_token, LONG) => Held::Lost,

@@ -30,6 +30,15 @@ macro_rules! must {
 }
 pub(super) use must;
 
+/// Makes the calls of a storage that panic on an error.
+macro_rules! calls {
+    ($($call:ident($($argument:ident: $type:ty),*) -> $done:ty;)*) => {$(
+        pub(super) async fn $call(&self, key: &EncodedKey, $($argument: $type),*) -> $done {
+            fine(self.storage.$call(key, $($argument),*).await)
+        }
+    )*};
+}
+
 /// A lease or TTL that no rule outlasts.
 pub(super) const LONG: Duration = Duration::from_secs(3600);
 
@@ -79,43 +88,18 @@ impl<'h, H: Harness> Subject<'h, H> {
     /// A fresh key with a record, and the token that completed it.
     pub(super) async fn completed(&self, record: &Record, ttl: Duration) -> (EncodedKey, Token) {
         let (key, token) = self.claimed().await;
-        must!(self.complete_for(&key, token, record, ttl) => Held::Yes,
+        must!(self.complete(&key, token, record, ttl) => Held::Yes,
             "the holder's `complete` was Lost: its answer is not stored, and a retry gets a conflict or runs again");
         (key, token)
     }
 
-    pub(super) async fn complete(&self, key: &EncodedKey, token: Token, record: &Record) -> Held {
-        self.complete_for(key, token, record, LONG).await
-    }
-
-    pub(super) async fn complete_for(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        record: &Record,
-        ttl: Duration,
-    ) -> Held {
-        fine(self.storage.complete(key, token, record, ttl).await)
-    }
-
-    pub(super) async fn renew(&self, key: &EncodedKey, token: Token, lease: Duration) -> Held {
-        fine(self.storage.renew(key, token, lease).await)
-    }
-
-    pub(super) async fn release(&self, key: &EncodedKey, token: Token) -> Held {
-        fine(self.storage.release(key, token).await)
-    }
-
-    pub(super) async fn get(&self, key: &EncodedKey) -> Option<Entry> {
-        fine(self.storage.get(key).await)
-    }
-
-    pub(super) async fn replace(&self, key: &EncodedKey, record: &Record, ttl: Duration) {
-        fine(self.storage.replace(key, record, ttl).await);
-    }
-
-    pub(super) async fn remove(&self, key: &EncodedKey) -> bool {
-        fine(self.storage.remove(key).await)
+    calls! {
+        complete(token: Token, record: &Record, ttl: Duration) -> Held;
+        renew(token: Token, lease: Duration) -> Held;
+        release(token: Token) -> Held;
+        get() -> Option<Entry>;
+        replace(record: &Record, ttl: Duration) -> ();
+        remove() -> bool;
     }
 
     /// What `get`, and `begin` with a token of its own, find under `key`, which they leave as it was.

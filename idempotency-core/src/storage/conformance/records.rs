@@ -65,7 +65,7 @@ pub async fn complete_is_idempotent_by_token<H: Harness>(harness: &H) {
     let record = answer("once");
     let (key, token) = subject.completed(&record, LONG).await;
     for _ in 0..2 {
-        must!(subject.complete(&key, token, &record) => Held::Yes,
+        must!(subject.complete(&key, token, &record, LONG) => Held::Yes,
             "a repeated `complete` was Lost: its holder believes that another ran the operation too");
     }
     must!(subject.find(&key) => Found::Record(record.clone()),
@@ -77,7 +77,7 @@ pub async fn complete_keeps_the_first_record<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let first = answer("first");
     let (key, token) = subject.completed(&first, LONG).await;
-    must!(subject.complete(&key, token, &answer("second")) => Held::Yes,
+    must!(subject.complete(&key, token, &answer("second"), LONG) => Held::Yes,
         "a repeated `complete` was Lost");
     must!(subject.find(&key) => Found::Record(first.clone()),
         "a repeated `complete` replaced the first record: two clients get two answers");
@@ -90,7 +90,7 @@ pub async fn complete_repeated_restarts_the_ttl<H: Harness>(harness: &H) {
     let first = answer("first");
     let (key, token) = subject.completed(&first, subject.units(10)).await;
     subject.pass(5).await;
-    must!(subject.complete_for(&key, token, &answer("second"), subject.units(12)) => Held::Yes,
+    must!(subject.complete(&key, token, &answer("second"), subject.units(12)) => Held::Yes,
         "a repeated `complete` was Lost");
     subject.pass(6).await;
     must!(subject.find(&key) => Found::Record(first.clone()),
@@ -106,7 +106,7 @@ pub async fn complete_when_absent<H: Harness>(harness: &H) {
     let (key, token) = subject.claimed().await;
     must!(subject.remove(&key) => true, "`remove` did not find the claim");
     let record = answer("late");
-    must!(subject.complete(&key, token, &record) => Held::Yes,
+    must!(subject.complete(&key, token, &record, LONG) => Held::Yes,
         "`complete` of an absent key was Lost: the operation ran, and a retry runs it again");
     must!(subject.find(&key) => Found::Record(record.clone()),
         "`complete` of an absent key was Yes and stored something else");
@@ -118,7 +118,7 @@ pub async fn complete_after_expiry_if_untaken<H: Harness>(harness: &H) {
     let (key, token) = subject.claimed_for(subject.units(2)).await;
     subject.pass(3).await;
     let record = answer("slow");
-    must!(subject.complete(&key, token, &record) => Held::Yes,
+    must!(subject.complete(&key, token, &record, LONG) => Held::Yes,
         "`complete` of a late holder was Lost though nobody took the key: a retry runs the operation again");
     must!(subject.find(&key) => Found::Record(record.clone()),
         "`complete` of a late holder was Yes and stored something else");
@@ -133,12 +133,12 @@ pub async fn complete_lost_to_a_new_holder<H: Harness>(harness: &H) {
     must!(subject.begin(&key, holder) => Begin::Acquired,
         "the lease was over, and the key not free");
 
-    must!(subject.complete(&key, late, &answer("late")) => Held::Lost,
+    must!(subject.complete(&key, late, &answer("late"), LONG) => Held::Lost,
         "`complete` of a holder that had lost the key was Yes: a late answer stands for what its successor does");
     must!(subject.find(&key) => Found::Claim,
         "a `complete` that was Lost ended the new holder's claim");
     let record = answer("by the new holder");
-    must!(subject.complete(&key, holder, &record) => Held::Yes,
+    must!(subject.complete(&key, holder, &record, LONG) => Held::Yes,
         "one who had lost the key took it back from its new holder");
     must!(subject.find(&key) => Found::Record(record.clone()),
         "a `complete` that was Lost stored its record");
@@ -149,7 +149,7 @@ pub async fn complete_lost_to_a_record<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let record = answer("first");
     let (key, _) = subject.completed(&record, LONG).await;
-    must!(subject.complete(&key, Token::random(), &answer("second")) => Held::Lost,
+    must!(subject.complete(&key, Token::random(), &answer("second"), LONG) => Held::Lost,
         "`complete` of a key that another completed was Yes: two clients get two answers");
     must!(subject.find(&key) => Found::Record(record.clone()),
         "the record of a completed operation was overwritten");
@@ -266,7 +266,7 @@ pub async fn get_changes_nothing<H: Harness>(harness: &H) {
         );
     }
     let record = answer("done");
-    must!(subject.complete(&key, token, &record) => Held::Yes,
+    must!(subject.complete(&key, token, &record, LONG) => Held::Yes,
         "`get` took a claim from its holder");
     for _ in 0..2 {
         must!(subject.get(&key) => Some(Entry::Completed(record.clone())), "`get` changed the record");
@@ -423,7 +423,7 @@ pub async fn dropped_calls_are_safe<H: Harness>(harness: &H) {
             entry.is_some(),
             "a dropped `complete` left the key free: a retry runs the operation again"
         );
-        must!(subject.complete(&key, token, &first) => Held::Yes,
+        must!(subject.complete(&key, token, &first, LONG) => Held::Yes,
             "a dropped `complete` is in its own way: the answer is lost");
         must!(subject.find(&key) => Found::Record(first.clone()),
             "a dropped `complete` left something else than its record");

@@ -83,13 +83,13 @@ pub async fn wait_sees_completion<H: Harness>(harness: &H) {
     let (key, token) = subject.claimed().await;
     subject
         .assert_wait_ends(&key, async {
-            must!(subject.complete(&key, token, &record) => Held::Yes);
+            must!(subject.complete(&key, token, &record, LONG) => Held::Yes);
         })
         .await;
 
     let (key, token) = subject.claimed().await;
     let waiters = waiters(&subject, key).await;
-    must!(subject.complete(&key, token, &record) => Held::Yes);
+    must!(subject.complete(&key, token, &record, LONG) => Held::Yes);
     for waiter in waiters {
         waiter.soon(MISSED).await;
     }
@@ -149,7 +149,7 @@ pub async fn wait_outlasts_renewals<H: Harness>(harness: &H) {
     must!(subject.begin(&key, token) => Begin::Acquired);
     // The end in between may have woken it, and then it may return. Otherwise it stays pending.
     if poll_once(wait.as_mut()).await.is_pending() {
-        must!(subject.complete(&key, token, &answer("done")) => Held::Yes);
+        must!(subject.complete(&key, token, &answer("done"), LONG) => Held::Yes);
         fine(subject.soon(wait, MISSED).await);
     }
 }
@@ -164,7 +164,7 @@ pub async fn wait_misses_nothing<H: Harness>(harness: &H) {
             tokio::task::yield_now().await;
         }
         if round % 2 == 0 {
-            must!(subject.complete(&key, token, &answer("done")) => Held::Yes);
+            must!(subject.complete(&key, token, &answer("done"), LONG) => Held::Yes);
         } else {
             must!(subject.release(&key, token) => Held::Yes);
         }

@@ -195,8 +195,8 @@ impl PostgresStorage {
     /// How long a [transaction](crate::KeyTransaction) may be open, from its first statement to its commit or to the end of a phase.
     /// Then its operation is dropped and it is rolled back. Default: 30 s.
     ///
-    /// The server is told too (`idle_in_transaction_session_timeout`, and `transaction_timeout` from version 17 on), so that a process
-    /// which falls silent does not hold its key for longer. Zero counts as 1 ms.
+    /// The server is told too, so that a process which falls silent does not hold its key for ever: by `transaction_timeout` from version
+    /// 17 on, and by `idle_in_transaction_session_timeout`, which counts from its last statement. Zero counts as 1 ms.
     pub fn max_transaction(mut self, limit: Duration) -> Self {
         self.transactions.max_duration = limit.max(Duration::from_millis(1));
         self

@@ -66,6 +66,7 @@ mod waiters;
 #[must_use]
 pub struct SqliteStorage {
     pool: SqlitePool,
+    owns_pool: bool,
     database: Database,
     table: TableName,
     /// An invalid name of the table is reported by every use.
@@ -119,7 +120,11 @@ impl SqliteStorage {
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full);
-        let storage = Self::new(SqlitePoolOptions::new().connect_lazy_with(options));
+        let pool = SqlitePoolOptions::new().connect_lazy_with(options);
+        let storage = Self {
+            owns_pool: true,
+            ..Self::new(pool)
+        };
         storage.check().await?;
         Ok(storage)
     }
@@ -162,6 +167,7 @@ impl SqliteStorage {
         let table = TableName::default();
         Self {
             pool,
+            owns_pool: false,
             database: Database::new(options, Self::DEFAULT_LIMIT),
             statements: Statements::new(&table).map(Arc::new),
             table,
@@ -311,6 +317,44 @@ impl SqliteStorage {
             _purger: Some(Arc::new(purger)),
             ..self
         }
+    }
+
+    /// Closes the connections of the storage and of its clones, and the pool if [`open`](Self::open) made it: once the statements that
+    /// are queued are done and the open transaction has ended. The write-ahead log is then gone, unless somebody else has the file open.
+    /// Every call after it fails.
+    ///
+    /// It is not needed: what was answered is on the disk. It leaves one file, to be copied or moved. Stop what serves requests first,
+    /// [`Engine::drain`](crate::Engine::drain), and close a pool of your own.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let path = std::env::temp_dir().join(format!("sqlite-close-{}.db", std::process::id()));
+    /// # let storage = idempotency_core::SqliteStorage::open(&path).await?;
+    /// storage.migrate().await?;
+    /// // … serve, and drain …
+    /// storage.close().await?;
+    /// # std::fs::remove_file(path)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If a transaction, or a connection of that pool, is not given back within [`max_transaction`](Self::max_transaction) and the [time
+    /// limit](Self::time_limit). If the log can't be written into the file; nothing is lost then.
+    pub async fn close(&self) -> Result<(), SqliteStorageError> {
+        let limit = self.max_transaction.saturating_add(self.database.limit);
+        if self.owns_pool {
+            let closing = async {
+                self.pool.close().await;
+                // A connection that came back last is left over by the first call (sqlx 0.8.6).
+                self.pool.close().await;
+            };
+            let closed = Env::system().within(limit, closing).await;
+            closed.ok_or_else(|| SqliteStorageError::new(SqliteStorageErrorKind::Busy))?;
+        }
+        self.database.close(limit).await
     }
 
     /// Whether the database is a file, and keeps a write-ahead log.

@@ -38,6 +38,7 @@ pub(super) struct Statements {
     pub(super) advance: String,
     pub(super) resume: String,
     pub(super) stop: String,
+    pub(super) recorded: String,
     pub(super) exists: String,
     pub(super) columns: String,
     pub(super) create: String,
@@ -222,6 +223,10 @@ impl Statements {
             stop: format!(
                 "UPDATE {t} SET expires_at = clock_timestamp() \
                  WHERE key = $1::bytea AND token = $2::bytea AND record IS NULL RETURNING true"
+            ),
+            recorded: format!(
+                "SELECT true AS is_recorded FROM {t} \
+                 WHERE key = $1::bytea AND token = $2::bytea AND record IS NOT NULL"
             ),
             exists: format!("SELECT to_regclass('{t}') IS NOT NULL"),
             columns: format!(

@@ -38,6 +38,10 @@ const TRIES: u32 = 8;
 /// How often the server is asked what became of a commit.
 const QUESTIONS: u32 = 20;
 
+/// Ends the process of a transaction.
+const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+    WHERE backend_xid = ($1::bigint & 4294967295::bigint)::text::xid";
+
 /// The first version that limits a whole transaction.
 const TRANSACTION_TIMEOUT: u32 = 170_000;
 
@@ -86,7 +90,12 @@ impl TransactionOptions {
             Some(TRANSACTION_TIMEOUT..) => {
                 format!("BEGIN{isolation}; {idle}; SET LOCAL transaction_timeout = {limit}")
             }
-            _ => format!("BEGIN{isolation}; {idle}"),
+            // Each statement is limited at least. A stricter limit of the user's own stays.
+            _ => format!(
+                "BEGIN{isolation}; {idle}; SELECT set_config('statement_timeout', '{limit}', true) \
+                 WHERE current_setting('statement_timeout')::interval \
+                 NOT BETWEEN interval '1 ms' AND interval '{limit} ms'"
+            ),
         }
     }
 }
@@ -112,6 +121,8 @@ pub struct PostgresTransaction {
     point: Option<String>,
     /// A phase was committed, so the key has a claim of this token unless the record takes its place.
     has_claim: bool,
+    /// The transaction that has written the key's row is open, unless the operation has ended it.
+    is_open: bool,
     _place: OwnedSemaphorePermit,
 }
 
@@ -152,9 +163,7 @@ impl Transactions for PostgresStorage {
 
     fn terminate(&self, number: i64) -> BoxFuture<'_, Result<(), StorageError>> {
         Box::pin(async move {
-            let statement = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-                 WHERE backend_xid = ($1::bigint & 4294967295::bigint)::text::xid";
-            self.link.run(statement, &[Value::Number(number)]).await?;
+            self.link.run(TERMINATE, &[Value::Number(number)]).await?;
             Ok(())
         })
     }
@@ -214,6 +223,7 @@ impl PostgresStorage {
                 PostgresTransaction {
                     number: row::column(found, "transaction")?,
                     has_claim: false,
+                    is_open: true,
                     point,
                     lent,
                     link: link.clone(),
@@ -266,12 +276,23 @@ async fn roll_back(mut lent: Lent) {
     let Ok(connection) = lent.connection() else {
         return;
     };
-    while Manager::get_transaction_depth(connection) > 0 {
-        if Manager::rollback(connection).await.is_err() {
-            return;
-        }
+    if roll_back_to(connection, 0).await.is_ok() {
+        lent.give_back();
     }
-    lent.give_back();
+}
+
+/// Rolls back to so many transactions, by the driver's own count.
+async fn roll_back_to(connection: &mut PgConnection, depth: usize) -> Result<(), sqlx::Error> {
+    while Manager::get_transaction_depth(connection) > depth {
+        Manager::rollback(connection).await?;
+    }
+    Ok(())
+}
+
+/// Whether our savepoint is gone, and with it our transaction.
+fn is_ended_by_hand(error: &sqlx::Error) -> bool {
+    // no_active_sql_transaction, invalid_savepoint_specification
+    matches!(&*error::code(error), "25P01" | "3B001")
 }
 
 /// Why the record was not written.
@@ -305,14 +326,18 @@ impl PostgresTransaction {
         };
         let (env, limit) = (self.link.env.clone(), self.link.limit);
         let connection = self.lent.connection().map_err(NotRecorded::Failed)?;
-        match env.within(limit, connection.fetch_all(&*statement)).await {
+        let recorded = async {
+            if writes == Writes::Undo {
+                // The driver must not count savepoints that are undone.
+                roll_back_to(connection, 1).await?;
+            }
+            connection.fetch_all(&*statement).await
+        };
+        match env.within(limit, recorded).await {
             Some(Ok(rows)) if rows.is_empty() => Err(NotRecorded::EndedByHand),
             Some(Ok(_)) => Ok(()),
-            Some(Err(error)) => Err(match &*error::code(&error) {
-                // no_active_sql_transaction, invalid_savepoint_specification
-                "25P01" | "3B001" => NotRecorded::EndedByHand,
-                _ => NotRecorded::Failed(error),
-            }),
+            Some(Err(error)) if is_ended_by_hand(&error) => Err(NotRecorded::EndedByHand),
+            Some(Err(error)) => Err(NotRecorded::Failed(error)),
             None => Err(NotRecorded::TimedOut),
         }
     }
@@ -337,6 +362,7 @@ impl PostgresTransaction {
             }
         }
         let link = self.link.clone();
+        self.is_open = false;
         let error = match link.env.within(link.limit, self.commit_phase()).await {
             Some(Ok(())) => {
                 self.lent.give_back();
@@ -351,9 +377,10 @@ impl PostgresTransaction {
             Some(Err(error)) => error::into_storage_error(error),
             None => StorageError::timeout(),
         };
-        let number = self.number;
+        let (key, token, number) = (self.key, self.token, self.number);
         drop(self);
-        match fate(&link, number).await {
+        let fate = fate(&link, &key, token, number);
+        match link.env.within(link.limit, fate).await.flatten() {
             Some(true) => Committed::Yes,
             Some(false) => Committed::RolledBack(error),
             None => Committed::Unknown(StorageError::new(StorageErrorKind::Timeout, error)),
@@ -369,23 +396,66 @@ impl PostgresTransaction {
         Ok(())
     }
 
-    async fn roll_back_and_release(self) {
-        let Self {
-            lent,
-            link,
-            key,
-            token,
-            has_claim,
-            ..
-        } = self;
-        // Where the server does not answer, the connection is closed.
-        let _ = link.env.within(link.limit, roll_back(lent)).await;
-        if has_claim && let Ok(statements) = link.statements() {
+    async fn roll_back_and_release(mut self) {
+        let link = self.link.clone();
+        let (key, token) = (self.key, self.token);
+        match link.env.within(link.limit, self.undo_all()).await {
+            Some(Ok(())) => self.lent.give_back(),
+            Some(Err(error)) if is_ended_by_hand(&error) => return self.leave_tombstone().await,
+            // The connection is lost.
+            Some(Err(_)) => {}
+            // The server goes on with the operation's last statement, also when its connection is closed.
+            None => {
+                if let Err(error) = link.run(TERMINATE, &[Value::Number(self.number)]).await {
+                    tracing::warn!(target: "idempotency", %key, %error, "a transaction could not be rolled back: its key is taken until the server ends it");
+                }
+            }
+        }
+        if self.has_claim
+            && let Ok(statements) = link.statements()
+        {
             let values = [Value::Bytes(key.as_bytes()), Value::Bytes(token.as_bytes())];
             if let Err(error) = link.run(&statements.stop, &values).await {
                 tracing::warn!(target: "idempotency", %key, %error, "a claim at a recovery point could not be given back: a retry goes on when its lease is over");
             }
         }
+    }
+
+    /// Rolls back, and fails if the operation has ended the transaction itself: PostgreSQL would answer that `ROLLBACK` with a warning.
+    async fn undo_all(&mut self) -> Result<(), sqlx::Error> {
+        let is_open = self.is_open;
+        let connection = self.lent.connection()?;
+        if is_open {
+            roll_back_to(connection, 1).await?;
+            connection
+                .execute("ROLLBACK TO SAVEPOINT idempotency")
+                .await?;
+        }
+        roll_back_to(connection, 0).await
+    }
+
+    /// What the operation has committed can't be undone, so it must not run again.
+    async fn leave_tombstone(self) {
+        let (link, key) = (&self.link, &self.key);
+        let Ok(statements) = link.statements() else {
+            return;
+        };
+        let tombstone = committed_by_hand(self.fingerprint).encode();
+        let values = [
+            Value::Bytes(key.as_bytes()),
+            Value::Bytes(self.token.as_bytes()),
+            Value::Bytes(&tombstone),
+            Value::Number(row::record_checksum(key, self.token)),
+            Value::Interval(self.ttl),
+        ];
+        let error = link.run(&statements.complete, &values).await.err();
+        tracing::error!(
+            target: "idempotency",
+            %key,
+            error = error.as_ref().map(tracing::field::display),
+            cure = "leave COMMIT and ROLLBACK to the storage",
+            "an operation that is to be rolled back has ended its transaction itself: its key gets a tombstone"
+        );
     }
 
     async fn end(&mut self, point: &str, lease: Duration) -> Result<(), PhaseError> {
@@ -410,6 +480,7 @@ impl PostgresTransaction {
         if rows.is_empty() {
             return Err(PhaseError::Lost);
         }
+        self.is_open = false;
         self.commit_phase().await.map_err(unphased)?;
         self.has_claim = true;
         self.point = Some(point.to_owned());
@@ -434,18 +505,18 @@ impl PostgresTransaction {
             return Err(PhaseError::Lost);
         };
         self.number = row::column(row, "transaction").map_err(PhaseError::Failed)?;
+        self.is_open = true;
         Ok(())
     }
 
     async fn make_read_only(&mut self) {
+        self.is_open = false;
         let Ok(connection) = self.lent.connection() else {
             return;
         };
-        while Manager::get_transaction_depth(connection) > 0 {
-            if Manager::rollback(connection).await.is_err() {
-                // No statement goes through a connection that is lost.
-                return;
-            }
+        if roll_back_to(connection, 0).await.is_err() {
+            // No statement goes through a connection that is lost.
+            return;
         }
         let _ = Manager::begin(connection, Some("BEGIN READ ONLY".into())).await;
     }
@@ -525,25 +596,35 @@ fn unphased(error: sqlx::Error) -> PhaseError {
 }
 
 /// Whether the transaction was committed, if the server knows.
-async fn fate(link: &Link, number: i64) -> Option<bool> {
+///
+/// The row decides. The transaction's number only tells whether it has ended: a server that crashed may have given it to another one
+/// since, because it forgets numbers of which no record reached its log.
+async fn fate(link: &Link, key: &EncodedKey, token: Token, number: i64) -> Option<bool> {
+    let statements = link.statements().ok()?;
     for question in 1..=QUESTIONS {
         let values = [Value::Number(number)];
-        let rows = link
-            .run("SELECT txid_status($1::bigint) AS status", &values)
-            .await;
-        if let Ok(rows) = rows {
-            let status: Option<String> = row::column(rows.first()?, "status").ok()?;
-            match status?.as_str() {
-                "committed" => return Some(true),
-                "aborted" => return Some(false),
-                // Its process has not yet noticed that the connection is gone.
-                _ => {}
+        let rows = link.run(IS_IN_PROGRESS, &values).await;
+        let is_over = match rows {
+            Ok(rows) => !row::column::<bool>(rows.first()?, "is_in_progress").ok()?,
+            Err(_) => false,
+        };
+        if is_over {
+            // Not in the same statement, which may see the table as it was before the commit.
+            let values = [Value::Bytes(key.as_bytes()), Value::Bytes(token.as_bytes())];
+            if let Ok(rows) = link.run(&statements.recorded, &values).await {
+                return Some(!rows.is_empty());
             }
         }
         link.env.sleep(link.pause(question)).await;
     }
     None
 }
+
+/// True until the process of the transaction has noticed that its connection is gone. A number that no transaction has yet is one from
+/// before a crash.
+const IS_IN_PROGRESS: &str = "SELECT CASE \
+    WHEN $1::bigint < txid_snapshot_xmax(txid_current_snapshot()) \
+    THEN coalesce(txid_status($1::bigint) = 'in progress', false) ELSE false END AS is_in_progress";
 
 /// As PostgreSQL counts: 0 would be no limit.
 fn milliseconds(duration: Duration) -> i32 {

@@ -8,9 +8,9 @@
 
 use std::{
     borrow::Cow,
-    fmt,
+    fmt, mem,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -129,6 +129,23 @@ impl Database {
         wake: Wake,
     ) -> Result<Vec<SqliteRow>, SqliteStorageError> {
         self.run(&self.writes, statement, Some(wake)).await
+    }
+
+    /// Closes all connections, once nobody uses them.
+    pub(super) async fn close(&self, limit: Duration) -> Result<(), SqliteStorageError> {
+        let closed = Env::system().within(limit, self.turns.close()).await;
+        closed.ok_or_else(|| SqliteStorageError::new(SqliteStorageErrorKind::Busy))?;
+        self.reads.close().await;
+        let written = match self.writes.is_open() {
+            true => {
+                // The last connection that is closed empties the log too, unless another process has the file open.
+                let checkpoint = Statement::new("PRAGMA wal_checkpoint(TRUNCATE)");
+                self.write(checkpoint).await
+            }
+            false => Ok(Vec::new()),
+        };
+        self.writes.close().await;
+        written.map(drop)
     }
 
     async fn run(
@@ -262,8 +279,19 @@ type Serve = Box<dyn Fn(UnboundedReceiver<Job>) -> Vec<BoxFuture<'static, ()>> +
 /// A queue of jobs, and the tasks that serve it.
 struct Lane {
     serve: Serve,
-    /// `None` until it is used. `std`'s lock, because no section awaits.
-    queue: Mutex<Option<UnboundedSender<Job>>>,
+    /// `std`'s lock, because no section awaits.
+    queue: Mutex<Queue>,
+}
+
+enum Queue {
+    /// Not used yet.
+    Idle,
+    Open {
+        jobs: UnboundedSender<Job>,
+        /// Ends when all tasks have.
+        ended: mpsc::Receiver<()>,
+    },
+    Closed,
 }
 
 impl Lane {
@@ -272,33 +300,63 @@ impl Lane {
     ) -> Self {
         Self {
             serve: Box::new(serve),
-            queue: Mutex::new(None),
+            queue: Mutex::new(Queue::Idle),
         }
     }
 
     /// Queues a job. Starts the tasks if they were not started, or their runtime has ended.
     fn send(&self, job: Job) -> Result<(), SqliteStorageError> {
-        // Nothing panics while it is locked.
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.lock();
         let job = match &*queue {
-            None => job,
-            Some(queue) => match queue.send(job) {
+            Queue::Idle => job,
+            Queue::Open { jobs, .. } => match jobs.send(job) {
                 Ok(()) => return Ok(()),
                 Err(mpsc::error::SendError(job)) => job,
             },
+            Queue::Closed => return Err(closed()),
         };
         let Some(spawner) = Env::system().background() else {
             return Err(no_runtime());
         };
         let (sender, jobs) = mpsc::unbounded_channel();
+        let (running, ended) = mpsc::channel(1);
         for task in (self.serve)(jobs) {
-            spawner.spawn(task);
+            let running = running.clone();
+            spawner.spawn(Box::pin(async move {
+                task.await;
+                drop(running);
+            }));
         }
         // The receiver is in the task.
         let _ = sender.send(job);
-        *queue = Some(sender);
+        *queue = Queue::Open {
+            jobs: sender,
+            ended,
+        };
         Ok(())
     }
+
+    /// Takes no more jobs. Returns when those that were queued are done, and the connections are closed.
+    async fn close(&self) {
+        let queue = mem::replace(&mut *self.lock(), Queue::Closed);
+        if let Queue::Open { jobs, mut ended } = queue {
+            drop(jobs);
+            let _ = ended.recv().await;
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        matches!(*self.lock(), Queue::Open { .. })
+    }
+
+    /// Nothing panics while it is locked.
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub(super) fn closed() -> SqliteStorageError {
+    SqliteStorageError::other("the storage was closed: open another one")
 }
 
 /// The background runtime could not be started, and the one that stood in for it has ended.
@@ -317,7 +375,9 @@ fn serve_reads(
         async move {
             loop {
                 let next = jobs.lock().await.recv().await;
-                let Some(job) = next else { return };
+                let Some(job) = next else {
+                    return link.close().await;
+                };
                 link.serve(job).await;
             }
         }
@@ -346,6 +406,7 @@ fn serve_writes(
                 link.serve(job).await;
             }
         }
+        link.close().await;
     };
     vec![Box::pin(writer)]
 }
@@ -391,6 +452,12 @@ impl Link {
         Self {
             options,
             connection: None,
+        }
+    }
+
+    async fn close(self) {
+        if let Some(connection) = self.connection {
+            let _ = connection.close().await;
         }
     }
 

@@ -18,7 +18,7 @@ use sqlx::{Row as _, Sqlite, SqliteConnection, TransactionManager, sqlite::Sqlit
 
 use super::{
     SqliteStorage,
-    database::{Patience, Statement},
+    database::{self, Patience, Statement},
     error::{self, SqliteStorageError, SqliteStorageErrorKind},
     rows,
     turn::{Manager, Turn, Writer},
@@ -138,7 +138,7 @@ impl SqliteStorage {
                 found
             }
             Ok(rows) => {
-                transaction.point = rows.first().and_then(|row| row.try_get(0).ok());
+                transaction.point = rows.first().and_then(|row| row.try_get(0).ok()?);
                 Ok(BeginTransaction::Acquired(Box::new(transaction)))
             }
             Err(error) => {
@@ -157,7 +157,10 @@ impl SqliteStorage {
         let turn = self.database.turns.next();
         // By the real time, as the limit of every statement.
         let turn = Env::system().within(patience.time_left(), turn).await;
-        turn.ok_or_else(|| SqliteStorageError::new(SqliteStorageErrorKind::Busy))
+        match self.database.turns.is_closed() {
+            true => Err(database::closed()),
+            false => turn.ok_or_else(|| SqliteStorageError::new(SqliteStorageErrorKind::Busy)),
+        }
     }
 
     async fn failed<T>(&self, error: sqlx::Error) -> Result<T, StorageError> {

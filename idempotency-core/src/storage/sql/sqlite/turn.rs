@@ -31,6 +31,7 @@ struct Shared {
     /// Who has the lock writes. It keeps the connection of the last transaction for the next one.
     turn: Arc<Mutex<Option<Writer>>>,
     begun: AtomicI64,
+    is_closed: AtomicBool,
 }
 
 /// The right to write. Dropped, it passes on to the next who waits.
@@ -43,6 +44,7 @@ impl Turns {
             options: options.optimize_on_close(false, None),
             turn: Arc::default(),
             begun: AtomicI64::new(0),
+            is_closed: AtomicBool::new(false),
         }))
     }
 
@@ -53,6 +55,19 @@ impl Turns {
 
     pub(super) async fn next(&self) -> Turn {
         Turn(self.0.turn.clone().lock_owned().await)
+    }
+
+    /// Lets no more transactions begin, waits until none is open, and closes the connection that is kept for the next one.
+    pub(super) async fn close(&self) {
+        self.0.is_closed.store(true, Ordering::Relaxed);
+        let mut turn = self.next().await;
+        if let Some(writer) = turn.0.take() {
+            writer.close().await;
+        }
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.0.is_closed.load(Ordering::Relaxed)
     }
 
     /// Tells one transaction from another.
