@@ -3,42 +3,35 @@
 use std::{
     collections::HashMap,
     env, fs,
-    future::Future,
     path::PathBuf,
-    pin::Pin,
     process::{self, Child, Command, Stdio},
     sync::{Arc, Mutex},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use axum::{Router, body::Body, extract::Request, http::HeaderMap, routing::post};
+use axum::{Router, http::HeaderMap, routing::post};
 use bytes::Bytes;
-use http_body_util::BodyExt as _;
 use idempotency_axum::{
-    Begin, Config, EncodedKey, Held, IdempotencyLayer, NewClaim, Record, RedisStorage,
-    Storage as _, Token,
+    Config, IdempotencyLayer, Record, RedisStorage,
     redis::{
         self, Arg, Client, Cmd, FromRedisValue as _, Pipeline, RedisFuture, Value,
         aio::{ConnectionLike, MultiplexedConnection},
     },
 };
-use tokio::{runtime::Runtime, task::JoinSet};
-use tower::ServiceExt as _;
+use tokio::runtime::Runtime;
 
-use crate::apps::hash;
+use crate::{
+    apps::hash,
+    crowd::{self, CONCURRENT, Case, REPLAYED},
+};
 
-/// How many requests are under way at once.
-const CONCURRENT: u64 = 64;
 /// How many requests a case sends in one round.
 const REQUESTS: u64 = 50 * CONCURRENT;
 /// Many short ones: cases that are compared then run within a moment of each other, whatever else the machine does.
 const ROUNDS: usize = 82;
 /// The first rounds are not counted.
 const WARM_UP: usize = 2;
-
-/// Sends the request of this number.
-type Case = Arc<dyn Fn(u64) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
 /// What is compared with what.
 const RATIOS: [[&str; 2]; 6] = [
@@ -98,12 +91,7 @@ struct Bench {
 
 impl Bench {
     fn new(threads: usize, server: &Server) -> Self {
-        let mut runtime = match threads {
-            1 => tokio::runtime::Builder::new_current_thread(),
-            _ => tokio::runtime::Builder::new_multi_thread(),
-        };
-        let runtime = runtime.worker_threads(threads).enable_all().build();
-        let runtime = runtime.expect("a runtime");
+        let runtime = crowd::runtime(threads);
         let (cases, control) = runtime.block_on(async {
             let client = Client::open(server.url()).expect("a URL");
             let connect = async || client.get_multiplexed_async_connection().await;
@@ -125,21 +113,8 @@ impl Bench {
             let flushed = redis::cmd("FLUSHALL").exec_async(&mut control).await;
             flushed.expect("Redis answers");
             // Replays have a record from here on.
-            case(u64::MAX).await;
-            let since = Instant::now();
-            let mut tasks = JoinSet::new();
-            let requests = REQUESTS / CONCURRENT;
-            for task in 0..CONCURRENT {
-                let first = (round as u64 * CONCURRENT + task) * requests;
-                let case = case.clone();
-                tasks.spawn(async move {
-                    for n in first..first + requests {
-                        case(n).await;
-                    }
-                });
-            }
-            tasks.join_all().await;
-            since.elapsed().as_nanos() as f64 / REQUESTS as f64
+            case(REPLAYED).await;
+            crowd::round(case, round as u64 * REQUESTS, REQUESTS).await
         })
     }
 }
@@ -160,73 +135,41 @@ async fn cases(
     };
     let recorder = Recorder::new(control.clone());
     let recorded = shop(RedisStorage::new(recorder.clone()));
-    let _ = send(recorded, "recorded", &body).await;
+    let _ = crowd::send(recorded, "recorded", &body).await;
     let commands = Arc::new(recorder.commands());
     assert_eq!(commands.len(), 2, "a first execution is two commands");
 
     let storage = RedisStorage::connect(server.url()).await;
     let storage = storage.expect("Redis answers").prefix("bench");
-    let requests = |shop: Router, fresh: bool| -> Case {
-        let body = body.clone();
-        Arc::new(move |n| {
-            let (shop, body) = (shop.clone(), body.clone());
-            Box::pin(async move {
-                let key = if fresh { n } else { u64::MAX };
-                let is_replay = send(shop, &format!("key-{key}"), &body).await;
-                assert_eq!(is_replay, !fresh && n != u64::MAX);
-            })
-        })
-    };
-    let layer = shop(storage.clone());
+    let shop = shop(storage.clone());
     let handler = by_hand(raw.clone(), commands.clone());
     let driver = |fresh: bool| -> Case {
         let (raw, commands) = (raw.clone(), commands.clone());
         Arc::new(move |n| {
             let (raw, commands) = (raw.clone(), commands.clone());
             Box::pin(async move {
-                let key = if fresh { n } else { u64::MAX };
+                let key = crowd::number(fresh, n);
                 // As long as ours.
                 let is_replay = sent(&raw, &commands, &format!("bench:{key:064x}")).await;
-                assert_eq!(is_replay, !fresh && n != u64::MAX);
+                assert_eq!(is_replay, !fresh && n != REPLAYED);
             })
         })
     };
     // Behind kind, token and checksum.
     let record = Record::decode(Bytes::from(commands[1].words[5][22..].to_vec()));
     let record = Arc::new(record.expect("a record"));
-    let storage = |fresh: bool| -> Case {
-        let (storage, record) = (storage.clone(), record.clone());
-        Arc::new(move |n| {
-            let (storage, record) = (storage.clone(), record.clone());
-            Box::pin(async move {
-                let mut key = [0; 32];
-                key[..8].copy_from_slice(&(if fresh { n } else { u64::MAX }).to_be_bytes());
-                let key = EncodedKey::from_bytes(key);
-                let claim = NewClaim {
-                    token: Token::random(),
-                    fingerprint: None,
-                    lease: Duration::from_secs(30),
-                };
-                match storage.begin(&key, &claim).await.expect("Redis answers") {
-                    Begin::Acquired => {
-                        let ttl = Duration::from_secs(86400);
-                        let held = storage.complete(&key, claim.token, &record, ttl).await;
-                        assert_eq!(held.expect("Redis answers"), Held::Yes);
-                    }
-                    begun => assert!(!fresh && matches!(begun, Begin::Completed(_))),
-                }
-            })
-        })
-    };
     vec![
         ("raw first", driver(true)),
-        ("storage first", storage(true)),
-        ("handler first", requests(handler.clone(), true)),
-        ("layer first", requests(layer.clone(), true)),
+        ("storage first", crowd::of_storage(&storage, &record, true)),
+        ("handler first", crowd::of_layer(&handler, &body, true)),
+        ("layer first", crowd::of_layer(&shop, &body, true)),
         ("raw replay", driver(false)),
-        ("storage replay", storage(false)),
-        ("handler replay", requests(handler, false)),
-        ("layer replay", requests(layer, false)),
+        (
+            "storage replay",
+            crowd::of_storage(&storage, &record, false),
+        ),
+        ("handler replay", crowd::of_layer(&handler, &body, false)),
+        ("layer replay", crowd::of_layer(&shop, &body, false)),
     ]
 }
 
@@ -251,21 +194,6 @@ async fn sent(raw: &MultiplexedConnection, commands: &[Recorded], name: &str) ->
     if !is_replay {
         assert_eq!(commands[1].send(raw, name).await, Value::Int(1));
     }
-    is_replay
-}
-
-/// Sends a request with this key. Says whether the answer was a replay.
-async fn send(shop: Router, key: &str, body: &Bytes) -> bool {
-    let request = Request::post("/orders").header("idempotency-key", key);
-    let request = request.body(Body::from(body.clone()));
-    let response = shop
-        .oneshot(request.expect("a valid request"))
-        .await
-        .unwrap_or_else(|never| match never {});
-    assert_eq!(response.status().as_u16(), 200);
-    let is_replay = response.headers().contains_key("idempotency-replayed");
-    let answer = response.into_body().collect().await.expect("a body");
-    assert_eq!(answer.to_bytes(), body);
     is_replay
 }
 
