@@ -271,8 +271,9 @@ pub mod storage {
     pub use idempotency_core::{
         AnyStorage, Begin, BeginTransaction, BoxError, Cache, Committed, DecodeError,
         DecodeErrorKind, Entry, Held, Lock, LockedStorage, NewClaim, NewTransaction, Outcome,
-        PhaseError, ProcessLock, Record, Storage, StorageError, StorageErrorKind, StoredResponse,
-        Token, TombstoneReason, Transaction, TransactionDatabase, Transactions, Writes,
+        PhaseError, ProcessLock, Record, RolledBack, Storage, StorageError, StorageErrorKind,
+        StoredResponse, Token, TombstoneReason, Transaction, TransactionDatabase, Transactions,
+        Writes,
     };
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
     #[doc(inline)]

@@ -104,7 +104,7 @@ pub use self::{
     record::{DecodeError, DecodeErrorKind, Outcome, Record, StoredResponse, TombstoneReason},
     storage::{
         AnyStorage, Begin, BeginTransaction, Cache, Committed, Entry, Held, Lock, LockedStorage,
-        NewClaim, NewTransaction, PhaseError, ProcessLock, Storage, Token, Transaction,
+        NewClaim, NewTransaction, PhaseError, ProcessLock, RolledBack, Storage, Token, Transaction,
         TransactionDatabase, Transactions, Writes,
     },
 };

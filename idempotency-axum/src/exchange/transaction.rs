@@ -18,7 +18,7 @@ use futures_util::{
 };
 use http::{StatusCode, request::Parts};
 use idempotency_core::{
-    BoxError, Decision, Encoded, Key, Outcome, Refusal, StorageError, TombstoneReason,
+    BoxError, Decision, Encoded, Key, Outcome, Refusal, RolledBack, StorageError, TombstoneReason,
     TransactionClaim, TransactionEnd, Writes,
 };
 use tower_service::Service;
@@ -77,13 +77,15 @@ impl Exchange {
             }
         };
         let Some(answered) = answered else {
-            claim.roll_back().await;
-            return Ok(self.expired());
+            return Ok(match self.roll_back(claim).await {
+                Some(refusal) => refusal,
+                None => self.expired(),
+            });
         };
         match answered {
             Ok(Ok(Answer::Unrecorded(response))) => {
-                claim.roll_back().await;
-                Ok(response)
+                let refusal = self.roll_back(claim).await;
+                Ok(refusal.unwrap_or(response))
             }
             Ok(Ok(Answer::Gathered(gathered, writes))) => {
                 Ok(self.commit(claim, gathered, writes).await)
@@ -96,7 +98,9 @@ impl Exchange {
                         let end = claim.commit(tombstone, Writes::Undo).await;
                         self.report(&end);
                     }
-                    false => claim.roll_back().await,
+                    false => {
+                        let _ = self.roll_back(claim).await;
+                    }
                 }
                 match failed {
                     Ok(Err(error)) => Err(error),
@@ -157,7 +161,7 @@ impl Exchange {
             Gathered::Whole(stored, response) => (Outcome::Response(stored), response),
             Gathered::Unrecordable(reason, response) => (Outcome::Tombstone(reason), response),
             Gathered::Broken(error) => {
-                claim.roll_back().await;
+                let _ = self.roll_back(claim).await;
                 tracing::error!(
                     target: "idempotency",
                     path = self.route.path(),
@@ -176,6 +180,17 @@ impl Exchange {
             TransactionEnd::Failed(_)
             | TransactionEnd::EndedByHand
             | TransactionEnd::NotGivenBack => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+        }
+    }
+
+    /// Rolls back. Returns the answer to the client where that could not be done.
+    async fn roll_back(&self, claim: TransactionClaim) -> Option<Response> {
+        match claim.roll_back().await {
+            RolledBack::Yes => None,
+            RolledBack::EndedByHand => {
+                self.report(&TransactionEnd::EndedByHand);
+                Some(StatusCode::INTERNAL_SERVER_ERROR.into_response())
+            }
         }
     }
 

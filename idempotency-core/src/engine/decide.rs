@@ -410,7 +410,8 @@ pub(super) fn refused<C>(refusal: Refusal) -> Decision<C> {
     })
 }
 
-/// Whether both requests are known, and not the same.
+/// Whether both requests are known, and not the same. Then the one that came later is refused as
+/// [`Refusal::KeyReused`], with [`Config::mismatch_status`](crate::Config::mismatch_status), 422 by default.
 pub(super) fn differ(one: Option<Fingerprint>, other: Option<Fingerprint>) -> bool {
     matches!((one, other), (Some(one), Some(other)) if one != other)
 }

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     BeginTransaction, Committed, Encoded, EncodedKey, Event, Held, NewTransaction, Operation,
-    Outcome, PhaseError, Record, Refusal, Storage, StorageError, StoredResponse, Token,
+    Outcome, PhaseError, Record, Refusal, RolledBack, Storage, StorageError, StoredResponse, Token,
     TombstoneReason, Transaction, TransactionDatabase, Transactions, Writes,
 };
 
@@ -131,7 +131,7 @@ impl Engine {
         let mut transaction = match claim.slot().take::<DB>() {
             Ok(transaction) => transaction,
             Err(error) => {
-                claim.roll_back().await;
+                let _ = claim.roll_back().await;
                 return Ran::StorageFailed(StorageError::unavailable(error));
             }
         };
@@ -147,11 +147,13 @@ impl Engine {
         let value = match ran {
             Some(Ok(value)) => value,
             Some(Err(error)) => {
-                claim.roll_back().await;
-                return Ran::Failed(error);
+                return match claim.roll_back().await {
+                    RolledBack::Yes => Ran::Failed(error),
+                    RolledBack::EndedByHand => Ran::NotReplayable(TombstoneReason::HandlerFailed),
+                };
             }
             None => {
-                claim.roll_back().await;
+                let _ = claim.roll_back().await;
                 return Ran::StorageFailed(StorageError::timeout());
             }
         };
@@ -159,11 +161,11 @@ impl Engine {
         let json = match written {
             Ok(Ok(json)) => json,
             Ok(Err(error)) => {
-                claim.roll_back().await;
+                let _ = claim.roll_back().await;
                 return Ran::StorageFailed(StorageError::unavailable(error));
             }
             Err(panic) => {
-                claim.roll_back().await;
+                let _ = claim.roll_back().await;
                 resume_unwind(panic);
             }
         };
@@ -321,18 +323,7 @@ impl TransactionClaim {
                 return TransactionEnd::Committed;
             }
             Committed::EndedByHand => {
-                let tombstone = Record {
-                    fingerprint: self.new.fingerprint,
-                    outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
-                };
-                let stored = shared
-                    .storage
-                    .complete(&key, self.new.token, &tombstone, ttl);
-                match shared.limited(stored).await {
-                    Ok(Held::Yes) => self.end_with(&tombstone),
-                    Ok(Held::Lost) => {}
-                    Err(error) => shared.failed(&key, Operation::Complete, &error),
-                }
+                self.leave_tombstone().await;
                 return TransactionEnd::EndedByHand;
             }
             Committed::RolledBack(error) => TransactionEnd::RolledBack(error),
@@ -345,14 +336,40 @@ impl TransactionClaim {
         end
     }
 
-    /// Ends it without a trace: a retry runs.
-    pub async fn roll_back(self) {
-        match self.take_back() {
+    /// Ends it without a trace: a retry runs. Says whether that could be done: an operation that has ended its transaction itself leaves a
+    /// tombstone.
+    pub async fn roll_back(mut self) -> RolledBack {
+        let rolled_back = match self.take_back() {
             Some(transaction) => transaction.roll_back().await,
-            None => self.terminate().await,
+            None => {
+                self.terminate().await;
+                RolledBack::Yes
+            }
+        };
+        match rolled_back {
+            RolledBack::EndedByHand => self.leave_tombstone().await,
+            RolledBack::Yes => {
+                let slot = &self.slot.0;
+                slot.shared.options.emit(&Event::Released { key: slot.key });
+            }
         }
-        let slot = &self.slot.0;
-        slot.shared.options.emit(&Event::Released { key: slot.key });
+        rolled_back
+    }
+
+    /// What the operation has committed by hand can't be undone, so it must not run again.
+    async fn leave_tombstone(&mut self) {
+        let tombstone = Record {
+            fingerprint: self.new.fingerprint,
+            outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
+        };
+        let NewTransaction { token, ttl, .. } = self.new;
+        let (shared, key) = (self.slot.0.shared.clone(), self.slot.0.key);
+        let stored = shared.storage.complete(&key, token, &tombstone, ttl);
+        match shared.limited(stored).await {
+            Ok(Held::Yes) => self.end_with(&tombstone),
+            Ok(Held::Lost) => {}
+            Err(error) => shared.failed(&key, Operation::Complete, &error),
+        }
     }
 
     fn end_with(&mut self, record: &Record) {

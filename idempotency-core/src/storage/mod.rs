@@ -30,8 +30,8 @@ pub use self::{
     claim::{Begin, Entry, Held, NewClaim, Token},
     locked::{Cache, Lock, LockedStorage, ProcessLock},
     transaction::{
-        BeginTransaction, Committed, NewTransaction, PhaseError, Transaction, TransactionDatabase,
-        Transactions, Writes,
+        BeginTransaction, Committed, NewTransaction, PhaseError, RolledBack, Transaction,
+        TransactionDatabase, Transactions, Writes,
     },
 };
 

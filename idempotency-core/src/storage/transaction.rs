@@ -100,7 +100,7 @@ pub trait Transaction: Any + Send {
     ) -> BoxFuture<'static, Committed>;
 
     /// Ends it without a trace, and frees the key. Phases that were committed before stay.
-    fn roll_back(self: Box<Self>) -> BoxFuture<'static, ()>;
+    fn roll_back(self: Box<Self>) -> BoxFuture<'static, RolledBack>;
 
     /// Commits what was written so far. The key then has a claim with a lease, which is renewed as any other, and which remembers `point`.
     /// No transaction is open until the [next phase](Self::begin_phase).
@@ -150,6 +150,17 @@ pub enum Committed {
     Failed(StorageError),
     /// The connection was lost, and the database can't be asked. The key tells: it has the record, or it is free.
     Unknown(StorageError),
+    /// The operation has ended the transaction itself. What it had committed stays.
+    EndedByHand,
+}
+
+// Not `#[non_exhaustive]`: a caller that ignores a case lets an operation run again whose writes are committed.
+/// What came of [`Transaction::roll_back`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "what an operation has committed by hand can't be undone"]
+pub enum RolledBack {
+    /// Nothing of it is there, as far as the database answers.
+    Yes,
     /// The operation has ended the transaction itself. What it had committed stays.
     EndedByHand,
 }

@@ -28,8 +28,9 @@ pub(super) fn cure(error: &sqlx::Error) -> Cure {
             "40001" | "40P01" => Cure::AnotherTry,
             // read_only_sql_transaction
             "25006" => Cure::Close,
-            // admin_shutdown, crash_shutdown, cannot_connect_now, idle_session_timeout, idle_in_transaction_session_timeout
-            "57P01" | "57P02" | "57P03" | "57P05" | "25P03" => Cure::AnotherConnection,
+            // admin_shutdown, crash_shutdown, cannot_connect_now, idle_session_timeout, idle_in_transaction_session_timeout,
+            // transaction_timeout
+            "57P01" | "57P02" | "57P03" | "57P05" | "25P03" | "25P04" => Cure::AnotherConnection,
             // What the proxy in between does with statements is not what we think.
             UNKNOWN_STATEMENT | STATEMENT_EXISTS => Cure::Close,
             code if code.starts_with("08") => Cure::AnotherConnection,

@@ -28,8 +28,8 @@ use super::{
 };
 use crate::{
     BeginTransaction, Committed, EncodedKey, Entry, Fingerprint, NewTransaction, Outcome,
-    PhaseError, Record, StorageError, StorageErrorKind, Token, TombstoneReason, Transaction,
-    TransactionDatabase, Transactions, Writes,
+    PhaseError, Record, RolledBack, StorageError, StorageErrorKind, Token, TombstoneReason,
+    Transaction, TransactionDatabase, Transactions, Writes,
 };
 
 /// How often a claim is begun again that met another transaction.
@@ -357,7 +357,7 @@ impl PostgresTransaction {
             }
             Err(NotRecorded::Failed(error)) => {
                 let committed = failed(error);
-                self.roll_back_and_release().await;
+                let _ = self.roll_back_and_release().await;
                 return committed;
             }
         }
@@ -371,7 +371,7 @@ impl PostgresTransaction {
             Some(Err(error)) if error::cure(&error) != Cure::AnotherConnection => {
                 // The server says so: it is not committed.
                 let committed = failed(error);
-                self.roll_back_and_release().await;
+                let _ = self.roll_back_and_release().await;
                 return committed;
             }
             Some(Err(error)) => error::into_storage_error(error),
@@ -396,12 +396,13 @@ impl PostgresTransaction {
         Ok(())
     }
 
-    async fn roll_back_and_release(mut self) {
+    async fn roll_back_and_release(mut self) -> RolledBack {
         let link = self.link.clone();
         let (key, token) = (self.key, self.token);
         match link.env.within(link.limit, self.undo_all()).await {
             Some(Ok(())) => self.lent.give_back(),
-            Some(Err(error)) if is_ended_by_hand(&error) => return self.leave_tombstone().await,
+            // Its connection is closed, whatever state it is in.
+            Some(Err(error)) if is_ended_by_hand(&error) => return RolledBack::EndedByHand,
             // The connection is lost.
             Some(Err(_)) => {}
             // The server goes on with the operation's last statement, also when its connection is closed.
@@ -419,6 +420,7 @@ impl PostgresTransaction {
                 tracing::warn!(target: "idempotency", %key, %error, "a claim at a recovery point could not be given back: a retry goes on when its lease is over");
             }
         }
+        RolledBack::Yes
     }
 
     /// Rolls back, and fails if the operation has ended the transaction itself: PostgreSQL would answer that `ROLLBACK` with a warning.
@@ -432,30 +434,6 @@ impl PostgresTransaction {
                 .await?;
         }
         roll_back_to(connection, 0).await
-    }
-
-    /// What the operation has committed can't be undone, so it must not run again.
-    async fn leave_tombstone(self) {
-        let (link, key) = (&self.link, &self.key);
-        let Ok(statements) = link.statements() else {
-            return;
-        };
-        let tombstone = committed_by_hand(self.fingerprint).encode();
-        let values = [
-            Value::Bytes(key.as_bytes()),
-            Value::Bytes(self.token.as_bytes()),
-            Value::Bytes(&tombstone),
-            Value::Number(row::record_checksum(key, self.token)),
-            Value::Interval(self.ttl),
-        ];
-        let error = link.run(&statements.complete, &values).await.err();
-        tracing::error!(
-            target: "idempotency",
-            %key,
-            error = error.as_ref().map(tracing::field::display),
-            cure = "leave COMMIT and ROLLBACK to the storage",
-            "an operation that is to be rolled back has ended its transaction itself: its key gets a tombstone"
-        );
     }
 
     async fn end(&mut self, point: &str, lease: Duration) -> Result<(), PhaseError> {
@@ -540,7 +518,7 @@ impl Transaction for PostgresTransaction {
         Box::pin(self.record_and_commit(record, ttl, writes))
     }
 
-    fn roll_back(self: Box<Self>) -> BoxFuture<'static, ()> {
+    fn roll_back(self: Box<Self>) -> BoxFuture<'static, RolledBack> {
         Box::pin(self.roll_back_and_release())
     }
 

@@ -26,7 +26,8 @@ use super::{
 };
 use crate::{
     BeginTransaction, Committed, EncodedKey, Entry, Env, InvalidTableName, NewTransaction,
-    PhaseError, Record, StorageError, Transaction, TransactionDatabase, Transactions, Writes,
+    PhaseError, Record, RolledBack, StorageError, Transaction, TransactionDatabase, Transactions,
+    Writes,
 };
 
 impl TransactionDatabase for Sqlite {
@@ -314,6 +315,16 @@ impl SqliteTransaction {
         Ok(())
     }
 
+    /// Whether the operation has ended its transaction itself, so that what it wrote since is committed. (SQLite may have done so too, on
+    /// a full disk say; that can't be told apart.)
+    async fn is_ended_by_hand(&mut self) -> bool {
+        if self.is_read_only || self.held.is_none() {
+            return false;
+        }
+        self.exclusive().stop();
+        matches!(self.leave_savepoint(Writes::Undo).await, Ok(false))
+    }
+
     async fn roll_back_and_release(&mut self) {
         self.undo().await;
         if !self.has_claim {
@@ -433,8 +444,15 @@ impl Transaction for SqliteTransaction {
         Box::pin(self.record_and_commit(record, ttl, writes))
     }
 
-    fn roll_back(mut self: Box<Self>) -> BoxFuture<'static, ()> {
-        Box::pin(async move { self.roll_back_and_release().await })
+    fn roll_back(mut self: Box<Self>) -> BoxFuture<'static, RolledBack> {
+        Box::pin(async move {
+            if self.is_ended_by_hand().await {
+                self.close().await;
+                return RolledBack::EndedByHand;
+            }
+            self.roll_back_and_release().await;
+            RolledBack::Yes
+        })
     }
 
     fn end_phase<'a>(

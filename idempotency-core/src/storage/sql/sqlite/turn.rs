@@ -128,9 +128,14 @@ impl Writer {
         Ok(())
     }
 
+    /// Ends the statement of the operation that runs, if one does. What takes a few steps, as the end of a transaction, still runs.
+    pub(super) fn stop(&self) {
+        self.is_stopped.store(true, Ordering::Relaxed);
+    }
+
     /// Rolls back, if a transaction is open. Says whether the connection is good for another one.
     pub(super) async fn roll_back(&mut self) -> bool {
-        self.is_stopped.store(true, Ordering::Relaxed);
+        self.stop();
         while self.depth() > 0 {
             if Manager::rollback(&mut self.connection).await.is_err() {
                 // The driver counts otherwise than SQLite, because the operation has begun or ended something past the driver.
@@ -144,7 +149,7 @@ impl Writer {
 
     /// Returns when it is closed, and has released the lock of the file.
     pub(super) async fn close(self) {
-        self.is_stopped.store(true, Ordering::Relaxed);
+        self.stop();
         let _ = self.connection.close().await;
     }
 }
