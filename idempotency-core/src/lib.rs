@@ -57,15 +57,19 @@
 //!
 //! # Features
 //!
-//! | feature | default | adds |
-//! |---|---|---|
-//! | `memory` | yes | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
-//! | `redis` | no | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
-//! | `redis-tls` | no | `rediss://` for them, by rustls with the system's root certificates |
-//! | `settings` | yes | [`Settings`]: [`Config`] and the storages from a file or the environment |
-//! | `postgres` | no | [`PostgresStorage`]: records and claims in a table of PostgreSQL, which any number of processes share |
-//! | `sqlite` | no | [`SqliteStorage`]: records and claims in one SQLite file, for the processes of one machine; SQLite is compiled in |
-//! | `conformance` | no | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
+//! | feature | default | build | adds |
+//! |---|---|---|---|
+//! | `memory` | yes | 0.8 | [`MemoryStorage`]: records in this process; [`MokaCache`] and [`NearCache`] |
+//! | `redis` | no | 1.5 | [`RedisStorage`], [`RedisLock`], [`RedisCache`]: records and claims that any number of processes share |
+//! | `redis-tls` | no | 1.5 | `rediss://` for them, by rustls with the system's root certificates |
+//! | `settings` | yes | 0.7 | [`Settings`]: [`Config`] and the storages from a file or the environment |
+//! | `postgres` | no | 1.8 | [`PostgresStorage`]: records and claims in a table of PostgreSQL, which any number of processes share |
+//! | `sqlite` | no | 1.7 | [`SqliteStorage`]: records and claims in one SQLite file, for the processes of one machine; SQLite is compiled in |
+//! | `conformance` | no | | [`storage::conformance`]: the suite that every storage must pass; [`Env::simulated`] |
+//!
+//! `build` is the CPU time of `cargo build -p idempotency-axum --no-default-features --features …` from nothing, over the 37 s with the
+//! default features; without any feature it is 0.8, with all of them 2.1. On two cores of an AMD EPYC that other builds kept busy, so
+//! true to about a fifth.
 #![forbid(unsafe_code)]
 // Shows on docs.rs, which builds with nightly, what needs a feature.
 #![cfg_attr(docsrs, feature(doc_cfg))]

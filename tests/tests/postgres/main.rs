@@ -17,6 +17,7 @@ use idempotency_tests::{Answer, PATIENCE, Runs, Server, assert_replays};
 mod conformance;
 mod connect;
 mod connections;
+mod crashes;
 mod processes;
 mod races;
 mod table;
