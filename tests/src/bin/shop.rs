@@ -1,4 +1,4 @@
-//! A shop with a table of its own, as a process for [`kills`](idempotency_tests::kills): `POST /orders` inserts a row and answers it.
+//! A shop with a table of its own, as a process for [`idempotency_tests::kills`]: `POST /orders` inserts a row and answers it.
 //! It prints what happens, and a request that asks for it stops at a [`Phase`], until the process is killed.
 
 #![allow(

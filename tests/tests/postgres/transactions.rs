@@ -221,7 +221,7 @@ async fn a_duplicate_elsewhere_runs_after_a_rollback() {
         let engine = engine(&storage);
         async move { run(&engine).await }
     });
-    first.roll_back().await;
+    let _ = first.roll_back().await;
     let second = timeout(PATIENCE, second).await.unwrap().unwrap();
     assert!(matches!(second, Ran::Executed(_)), "{second:?}");
     assert_eq!(postgres.number(ORDERS).await, 1);
@@ -237,7 +237,7 @@ async fn a_plain_claim_finds_an_open_transaction() {
         let storage = storage.clone();
         async move { storage.wait(&KEY, PATIENCE).await }
     });
-    first.roll_back().await;
+    let _ = first.roll_back().await;
     timeout(PATIENCE, waits).await.unwrap().unwrap().unwrap();
     let found = storage.begin(&KEY, &claim()).await.unwrap();
     assert_eq!(found, Begin::Acquired);

@@ -39,7 +39,7 @@ async fn open_transaction(storage: &SqliteStorage) -> Box<dyn Transaction> {
 async fn a_closed_storage_leaves_one_file() {
     let file = SqliteFile::new();
     let storage = file.open().await;
-    open_transaction(&storage).await.roll_back().await;
+    let _ = open_transaction(&storage).await.roll_back().await;
     let created = sqlx::query("CREATE TABLE orders (id INTEGER)").execute(storage.pool());
     created.await.unwrap();
     let writes = (0..50).map(|n| {

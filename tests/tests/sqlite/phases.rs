@@ -207,7 +207,7 @@ async fn a_phase_that_was_ended_by_hand_is_lost() {
     let ended = transaction.end_phase("ordered", LONG).await;
     assert!(matches!(ended, Err(PhaseError::Lost)), "{ended:?}");
     assert!(order(&mut transaction, "late").await.is_err());
-    transaction.roll_back().await;
+    let _ = transaction.roll_back().await;
     // Its tombstone stays.
     assert!(record_of(&storage, &KEY).await.is_some());
     assert_eq!(file.number(ORDERS).await, 1);
@@ -276,7 +276,7 @@ async fn a_recovery_point_outlives_its_lease() {
     // The attempt that takes it over is rolled back, and the point stays.
     let retry = begin(&storage, &new_transaction(PRINT)).await;
     assert_eq!(retry.recovery_point(), Some("ordered"));
-    retry.roll_back().await;
+    let _ = retry.roll_back().await;
     let retry = begin(&storage, &new_transaction(PRINT)).await;
     assert_eq!(retry.recovery_point(), Some("ordered"));
     let committed = retry.commit(answer("done"), LONG, Writes::Keep).await;
@@ -301,7 +301,7 @@ async fn a_recovery_point_is_kept_for_its_ttl() {
         }
         let next = begin(&storage, &new_transaction(OTHER_PRINT)).await;
         assert_eq!(next.recovery_point(), None);
-        next.roll_back().await;
+        let _ = next.roll_back().await;
         let claim = claim();
         let begun = storage.begin(&KEY, &claim).await.unwrap();
         assert_eq!(begun, Begin::Acquired);

@@ -173,7 +173,7 @@ async fn savepoints_of_the_operation_are_its_own() {
     assert!(matches!(end, TransactionEnd::Committed), "{end:?}");
     assert_eq!(file.number(ORDERS).await, 2);
     let next = begin(&engine, &encoded(key(1), None)).await;
-    next.roll_back().await;
+    let _ = next.roll_back().await;
 }
 
 #[tokio::test]
@@ -316,7 +316,7 @@ async fn a_replay_does_not_wait_for_an_open_transaction() {
     let begun = hasty.transactions().unwrap();
     let error = begun.begin(&key(3), &new_transaction()).await.unwrap_err();
     assert_caused_by(&error, StorageErrorKind::Timeout, Kind::Busy);
-    open.roll_back().await;
+    let _ = open.roll_back().await;
 }
 
 #[tokio::test]
@@ -342,7 +342,7 @@ async fn the_key_of_an_open_transaction_is_in_flight_at_once() {
     }
     let mut wait = pin!(storage.wait(&KEY, LONG));
     assert!(timeout(A_WHILE, &mut wait).await.is_err());
-    open.roll_back().await;
+    let _ = open.roll_back().await;
     timeout(PATIENCE, wait).await.expect("woken").unwrap();
     let begun = storage.begin(&KEY, &claim()).await.unwrap();
     assert_eq!(begun, Begin::Acquired);
@@ -419,7 +419,7 @@ async fn a_storage_call_waits_for_the_transaction() {
         .expect("its own limit counts")
         .unwrap_err();
     assert_caused_by(&error, StorageErrorKind::Timeout, Kind::Busy);
-    open.roll_back().await;
+    let _ = open.roll_back().await;
     assert_eq!(waiting.await.unwrap(), Begin::Acquired);
     assert_eq!(storage.get(&times_out).await.unwrap(), None);
 }
