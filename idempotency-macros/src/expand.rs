@@ -203,12 +203,7 @@ fn key_policy(args: &KeyArgs, handler: &HandlerFn) -> TokenStream {
     quote! {
         #private::policy_with(#policy, const {
             use #private::NoNeeds as _;
-            let needs = #private::Needs::NONE #(.and(#private::NeedsOf::<#parameters>::NEEDS))*;
-            ::core::assert!(
-                needs.can_be_met(),
-                "a handler that answers conflicts itself shares no transaction with its record: take `ManualIdempotency` or `IdempotentTransaction`"
-            );
-            needs
+            #private::Needs::NONE #(.and(#private::NeedsOf::<#parameters>::NEEDS))*
         })
     }
 }
@@ -331,7 +326,8 @@ fn bound(parameter: &Type, extractor: impl FnOnce(Span) -> TokenStream) -> Token
     }
 }
 
-/// What a parameter needs and the policy does not give: one check per parameter, so that the error points at it.
+/// What a parameter needs and the policy does not give: one check per parameter, so that the error points at it. And one of all
+/// together.
 fn needs_checks(policy: &Policy, handler: &HandlerFn) -> TokenStream {
     let private = private();
     let check = |parameter: &Type| {
@@ -363,7 +359,19 @@ fn needs_checks(policy: &Policy, handler: &HandlerFn) -> TokenStream {
             };
         })
     };
-    handler.parameters.iter().filter_map(check).collect()
+    let checks: TokenStream = handler.parameters.iter().filter_map(check).collect();
+    let name = handler.signature.ident.span();
+    let parameters = &handler.parameters;
+    let both = quote_spanned! {Span::mixed_site().located_at(name)=>
+        const _: () = {
+            use #private::NoNeeds as _;
+            ::core::assert!(
+                #private::Needs::NONE #(.and(#private::NeedsOf::<#parameters>::NEEDS))*.can_be_met(),
+                "a handler that answers conflicts itself shares no transaction with its record: take `ManualIdempotency` or `IdempotentTransaction`"
+            );
+        };
+    };
+    quote!(#checks #both)
 }
 
 /// Names for the parameters, whose patterns stay with the function. No user's constant has such a name, so that they bind.

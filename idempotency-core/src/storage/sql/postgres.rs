@@ -196,7 +196,8 @@ impl PostgresStorage {
     /// Then its operation is dropped and it is rolled back. Default: 30 s.
     ///
     /// The server is told too, so that a process which falls silent does not hold its key for ever: by `transaction_timeout` from version
-    /// 17 on, and by `idle_in_transaction_session_timeout`, which counts from its last statement. Zero counts as 1 ms.
+    /// 17 on; before, by `statement_timeout` (a stricter one stays) and `idle_in_transaction_session_timeout`, which counts from its last
+    /// statement. Zero counts as 1 ms.
     pub fn max_transaction(mut self, limit: Duration) -> Self {
         self.transactions.max_duration = limit.max(Duration::from_millis(1));
         self
