@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use idempotency_axum::sqlx::{self, PgPool};
 use idempotency_tests::{
     postgres::Postgres,
     redis::{Spec, assert_fifty_of_two_thousand_run},
@@ -14,6 +15,35 @@ async fn two_thousand_requests_at_four_processes_are_fifty_executions() {
     let postgres = Postgres::start();
     drop(postgres.storage().await);
     let spec = Spec::postgres(SERVICE, &postgres.url()).wait(Duration::from_secs(60));
+    assert_fifty_of_two_thousand_run(&spec).await;
+}
+
+/// Statements that met another one are sent again, so clients notice nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_executions_where_transactions_are_serializable() {
+    fifty_executions_under("serializable").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_executions_where_reads_are_repeatable() {
+    fifty_executions_under("repeatable read").await;
+}
+
+async fn fifty_executions_under(isolation: &str) {
+    let postgres = Postgres::start();
+    drop(postgres.storage().await);
+    let url = postgres.url();
+    let separator = if url.contains('?') { '&' } else { '?' };
+    // A backslash keeps the space in the value.
+    let value = isolation.replace(' ', "%5C%20");
+    let url = format!("{url}{separator}options=-c%20default_transaction_isolation%3D{value}");
+    let pool = PgPool::connect(&url).await.unwrap();
+    let shown: String = sqlx::query_scalar("SHOW transaction_isolation")
+        .fetch_one(&pool)
+        .await
+        .unwrap();
+    assert_eq!(shown, isolation);
+    let spec = Spec::postgres(SERVICE, &url).wait(Duration::from_secs(60));
     assert_fifty_of_two_thousand_run(&spec).await;
 }
 
