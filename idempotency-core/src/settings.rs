@@ -139,6 +139,7 @@ pub use self::error::{SettingsError, SettingsErrorKind};
 /// | `storage.when_full` | `evict`, `refuse`, for class `memory`; `refuse` only with its own claims | `evict` | |
 /// | `storage.require_noeviction` | whether a Redis that may evict is refused, for class `redis` and for a Redis lock | false: a warning | |
 /// | `storage.purge_every` | duration: how often expired rows are removed, for classes `postgres` and `sqlite` | 10 min | |
+/// | `storage.max_transaction` | duration: how long a handler's transaction may be open, for classes `postgres` and `sqlite` | 30 s, 5 s | |
 /// | `storages.<name>` | a cache for `cache_name = "<name>"`: as `storage`, without `cache_name` and `store_on` | | |
 ///
 /// * A **duration** is text with units (`"30s"`, `"100ms"`, `"1h30m"`; `ms`, `s`, `m`, `h`, `d`) or a number of seconds.

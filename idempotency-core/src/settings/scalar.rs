@@ -62,6 +62,7 @@ scalars! {
     StorageTimeout(Duration) = |value| nonzero(duration(value)?, "would leave the storage no time, so every request would be refused");
     BodyTimeout(Duration) = |value| nonzero(duration(value)?, "would refuse every request whose body is not there at once");
     PurgePeriod(Duration) = |value| nonzero(duration(value)?, "would purge without a pause; give a duration such as \"10m\"");
+    TransactionLimit(Duration) = |value| nonzero(duration(value)?, "would roll every transaction back at once; give a duration such as \"10s\"");
     MaxHold(Duration) = |value| nonzero(duration(value)?, "would give every operation up at once");
     Lease(Duration) = |value| match (duration(value)?, LockPolicy::MIN_TTL) {
         (lease, shortest) if lease < shortest => {

@@ -9,7 +9,7 @@ use super::{
         SettingsError,
         SettingsErrorKind::{self, Conflict, Invalid, Missing, Unavailable, Unsupported},
     },
-    scalar::{Flag, Lease, MaxHold, Name, Period, PurgePeriod, Room},
+    scalar::{Flag, Lease, MaxHold, Name, Period, PurgePeriod, Room, TransactionLimit},
     secret::Location,
     table::StoreOnSettings,
 };
@@ -55,6 +55,7 @@ storages! {
     when_full: WhatWhenFull,
     require_noeviction: Flag,
     purge_every: PurgePeriod,
+    max_transaction: TransactionLimit,
 }
 
 /// How often a storage in a database is purged, unless the settings say otherwise.
@@ -274,7 +275,7 @@ impl StorageSettings {
         let connecting = crate::PostgresStorage::connect(url)
             .table(self.name_at(place, '_'))
             .time_limit(place.time_limit);
-        let storage = connecting.await.map_err(|error| {
+        let mut storage = connecting.await.map_err(|error| {
             let (kind, field) = match error.kind() {
                 Url => (Invalid, "location"),
                 Table => return no_table_name(place),
@@ -288,6 +289,9 @@ impl StorageSettings {
                 .error(Unavailable, "location", message)
                 .because_of(error)
         })?;
+        if let Some(TransactionLimit(limit)) = self.max_transaction {
+            storage = storage.max_transaction(limit);
+        }
         Ok(AnyStorage::new(storage.purging(self.purge_period())))
     }
 
@@ -298,9 +302,12 @@ impl StorageSettings {
         let path = self.location_or("the path of a file", place)?;
         let opened = async {
             let storage = crate::SqliteStorage::open(path).await?;
-            let storage = storage
+            let mut storage = storage
                 .table(self.name_at(place, '_'))
                 .time_limit(place.time_limit);
+            if let Some(TransactionLimit(limit)) = self.max_transaction {
+                storage = storage.max_transaction(limit);
+            }
             storage.migrate().await?;
             Ok(AnyStorage::new(storage.purging(self.purge_period())))
         };

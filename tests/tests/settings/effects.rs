@@ -817,6 +817,23 @@ fn with(table: Value, more: Value) -> Value {
     Value::Object(table)
 }
 
+#[tokio::test]
+async fn max_transaction() {
+    let file = SqliteFile::new();
+    let mut storage = json!({ "class": "sqlite", "location": file.path() });
+    for (limit, expected) in [(None, 5), (Some("3s"), 3)] {
+        if let Some(limit) = limit {
+            storage["max_transaction"] = json!(limit);
+        }
+        let settings = serde_json::from_value(json!({ "storage": storage })).unwrap();
+        let layer = idempotency_axum::IdempotencyLayer::from_settings(settings)
+            .await
+            .unwrap();
+        let transactions = layer.engine().transactions().unwrap();
+        assert_eq!(transactions.max_duration().as_secs(), expected);
+    }
+}
+
 /// By the settings, every 50 ms: nobody else asks for it.
 #[tokio::test]
 async fn purge_every() {

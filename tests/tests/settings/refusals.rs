@@ -748,6 +748,9 @@ async fn a_body_that_never_fits() {
     .await;
     let zero = json!({ "storage": { "class": "sqlite", "location": "x", "purge_every": 0 } });
     assert_refused(zero, "storage.purge_every", &["without a pause"]).await;
+    let zero =
+        json!({ "storage": { "class": "sqlite", "location": "x", "max_transaction": "0s" } });
+    assert_refused(zero, "storage.max_transaction", &["at once"]).await;
 }
 
 #[tokio::test]
