@@ -178,6 +178,7 @@ mod future;
 pub mod guide;
 mod handler;
 mod handshake;
+mod key_source;
 mod layer;
 mod misuse;
 mod plan;

@@ -25,7 +25,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use idempotency_core::{Config, InvalidKey, Refusal, TombstoneReason};
 use serde_json::json;
 
-use crate::policy::KeySource;
+use crate::key_source::KeySource;
 
 /// Where the kinds of problem are described; the fragment names the kind.
 const TYPE_BASE: &str = "https://docs.rs/idempotency-axum/latest/idempotency_axum/problem/#";

@@ -4,6 +4,8 @@
 //! It lives while there is something to keep: started by the first claim, it looks at what is due and ends when nothing is left. So
 //! a request that is answered within a third of the lease costs no spawn and no timer beyond the one that the keeper already has.
 //! It runs on [`Env::background`](crate::Env::background), so that no runtime of the program has to run for it.
+//!
+//! When a run is due, and how long the pauses between attempts are, [`run`](super::run) decides.
 
 use std::{
     collections::VecDeque,

@@ -6,6 +6,9 @@
 //! The record is written by a statement that changes the row only if this transaction has written it. It fails in a transaction that an
 //! error has aborted, and it finds nothing after a `COMMIT` or `ROLLBACK` of the operation. PostgreSQL answers the `COMMIT` of an aborted
 //! transaction with `ROLLBACK` and no error; after the record was written there is nothing left that could abort it unnoticed.
+//!
+//! A recovery point is two columns of the key's row (`schema.sql`): the statement `advance` writes them, and `enter` takes the key over once
+//! the lease is over, for a request of the same fingerprint, until `resume_until`.
 
 use std::{
     fmt,
