@@ -7,7 +7,7 @@ mod server;
 
 pub use self::{
     cluster::Cluster,
-    process::{Process, Spec, assert_fifty_of_two_thousand_run},
+    process::{Process, Spec, assert_fifty_of_two_thousand_run, runs_of_two_thousand},
     proxy::{Chaos, Late, Proxy, Withheld},
     server::{Monitor, Redis, RedisBuilder, free_port},
 };

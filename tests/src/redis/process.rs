@@ -123,13 +123,26 @@ pub struct Process {
 ///
 /// Panics if that is not so.
 pub async fn assert_fifty_of_two_thousand_run(spec: &Spec) {
+    assert_eq!(runs_of_two_thousand(spec, |_| false).await, 50);
+}
+
+/// The same, where clients send a request again that gets a status of which `is_retried` says so. Returns how often a handler ran.
+///
+/// # Panics
+///
+/// If a key has not one first answer, or a duplicate another one.
+pub async fn runs_of_two_thousand(spec: &Spec, is_retried: fn(u16) -> bool) -> usize {
     let processes = join_all((0..4).map(|_| spec.start())).await;
 
     let requests = (0..2_000).map(|n| {
         let (process, key) = (&processes[n % 4], format!("key-{}", n / 4 % 50));
         async move {
-            let answer = process.post("/orders").key(&key).send().await;
-            (key, answer)
+            loop {
+                let answer = process.post("/orders").key(&key).send().await;
+                if !is_retried(answer.code()) {
+                    return (key, answer);
+                }
+            }
         }
     });
     let mut firsts = HashMap::new();
@@ -148,8 +161,7 @@ pub async fn assert_fifty_of_two_thousand_run(spec: &Spec) {
     for (key, answer) in &replays {
         assert_replays(answer, &firsts[key]);
     }
-    let runs: usize = processes.iter().map(|process| process.count("ran ")).sum();
-    assert_eq!(runs, 50);
+    processes.iter().map(|process| process.count("ran ")).sum()
 }
 
 impl Process {

@@ -5,7 +5,7 @@ use futures_util::{StreamExt as _, stream};
 use idempotency_axum::{IsolationLevel, sqlx::Postgres};
 use idempotency_tests::{
     PATIENCE, Runs,
-    redis::{Spec, assert_fifty_of_two_thousand_run},
+    redis::{Spec, assert_fifty_of_two_thousand_run, runs_of_two_thousand},
 };
 
 use super::shop::*;
@@ -80,4 +80,30 @@ async fn fifty_orders_at_four_processes() {
         .variable("TRANSACTIONS", "1".to_owned());
     assert_fifty_of_two_thousand_run(&spec).await;
     assert_eq!((shop.orders().await, shop.records().await), (50, 50));
+}
+
+/// Clients send again what met another transaction: 503, or the 500 of a handler whose own statement did.
+async fn fifty_orders_at_four_processes_under(isolation: &str) {
+    let shop = Postgres::start().await;
+    let url = shop.server.url();
+    let separator = if url.contains('?') { '&' } else { '?' };
+    // A backslash keeps the space in the value.
+    let value = isolation.replace(' ', "%5C%20");
+    let url = format!("{url}{separator}options=-c%20default_transaction_isolation%3D{value}");
+    let spec = Spec::postgres(env!("CARGO_BIN_EXE_service"), &url)
+        .wait(PATIENCE)
+        .variable("TRANSACTIONS", "1".to_owned());
+    let runs = runs_of_two_thousand(&spec, |code| [500, 503].contains(&code)).await;
+    assert!(runs >= 50, "{runs}");
+    assert_eq!((shop.orders().await, shop.records().await), (50, 50));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_orders_at_four_processes_under_repeatable_read() {
+    fifty_orders_at_four_processes_under("repeatable read").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_orders_at_four_processes_under_serializable() {
+    fifty_orders_at_four_processes_under("serializable").await;
 }
