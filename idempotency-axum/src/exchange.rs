@@ -131,10 +131,7 @@ impl Exchange {
         let claim = match decision {
             Decision::Execute(claim) => claim,
             Decision::Replay(replay) => return Ok(self.replay(&encoded, &replay.record)),
-            Decision::Refuse(refused) => {
-                let problem = Problem::new(refused.refusal, self.config());
-                return Ok(self.shared.respond(problem));
-            }
+            Decision::Refuse(refused) => return Ok(self.problem(refused.refusal)),
             Decision::Unprotected => {
                 let protection = self.protection(key, &encoded, Conflict::default());
                 let request = self.request(&protection, parts, body);
@@ -153,6 +150,10 @@ impl Exchange {
 
     fn config(&self) -> &Config {
         self.engine.config()
+    }
+
+    fn problem(&self, refusal: Refusal) -> Response {
+        self.shared.respond(Problem::new(refusal, self.config()))
     }
 
     fn store_on(&self) -> &StoreOn {

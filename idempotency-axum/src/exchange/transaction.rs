@@ -26,7 +26,6 @@ use tower_service::Service;
 use super::Exchange;
 use crate::{
     handshake::{Conflict, Protection},
-    problem::Problem,
     recording::{Gathered, gather},
     response::DoNotRecord,
 };
@@ -90,25 +89,25 @@ impl Exchange {
             Ok(Ok(Answer::Gathered(gathered, writes))) => {
                 Ok(self.commit(claim, gathered, writes).await)
             }
-            // Not called, or it failed: counts as a 500.
-            failed => {
-                match self.stores(StatusCode::INTERNAL_SERVER_ERROR, &protection) {
-                    true => {
-                        let tombstone = Outcome::Tombstone(TombstoneReason::HandlerFailed);
-                        let end = claim.commit(tombstone, Writes::Undo).await;
-                        self.report(&end);
-                    }
-                    false => {
-                        let _ = self.roll_back(claim).await;
-                    }
-                }
-                match failed {
-                    Ok(Err(error)) => Err(error),
-                    Err(panic) => resume_unwind(panic),
-                    // The other cases are above.
-                    Ok(Ok(_)) => Ok(StatusCode::INTERNAL_SERVER_ERROR.into_response()),
-                }
+            Ok(Err(error)) => {
+                self.fail(claim, &protection).await;
+                Err(error)
             }
+            Err(panic) => {
+                self.fail(claim, &protection).await;
+                resume_unwind(panic);
+            }
+        }
+    }
+
+    /// Ends the transaction of a handler that was not called, or failed: counts as a 500.
+    async fn fail(&self, claim: TransactionClaim, protection: &Protection) {
+        if self.stores(StatusCode::INTERNAL_SERVER_ERROR, protection) {
+            let tombstone = Outcome::Tombstone(TombstoneReason::HandlerFailed);
+            let end = claim.commit(tombstone, Writes::Undo).await;
+            self.report(&end);
+        } else {
+            let _ = self.roll_back(claim).await;
         }
     }
 
@@ -238,10 +237,6 @@ impl Exchange {
             "a transaction was open for too long: its handler was dropped, and it was rolled back"
         );
         self.problem(Refusal::RolledBack)
-    }
-
-    fn problem(&self, refusal: Refusal) -> Response {
-        self.shared.respond(Problem::new(refusal, self.config()))
     }
 }
 

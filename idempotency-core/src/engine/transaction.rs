@@ -211,6 +211,24 @@ impl Means for ByTransaction {
             }
         };
         progress.set(true);
+        let attempt = self.ask(engine, encoded, claim, waited).await;
+        if !matches!(attempt, ControlFlow::Break(Decision::Execute(_))) {
+            progress.set(false);
+        }
+        attempt
+    }
+}
+
+impl ByTransaction {
+    /// Asks the storage for a transaction that holds the key.
+    async fn ask(
+        &self,
+        engine: &Engine,
+        encoded: &Encoded,
+        claim: Claim,
+        waited: Duration,
+    ) -> ControlFlow<Decision<TransactionClaim>, Waiter> {
+        let shared = &engine.shared;
         let new = NewTransaction {
             token: claim.token(),
             fingerprint: encoded.fingerprint,
@@ -218,22 +236,17 @@ impl Means for ByTransaction {
         };
         let since = shared.options.now();
         let begun = self.transactions.begin(&encoded.key, &new);
-        let begun = match shared.limited(begun).await {
+        match shared.limited(begun).await {
             Ok(BeginTransaction::Acquired(transaction)) => {
                 let deadline = since.saturating_add(self.transactions.max_duration());
-                return ControlFlow::Break(Decision::Execute(TransactionClaim {
+                ControlFlow::Break(Decision::Execute(TransactionClaim {
                     slot: TransactionSlot::new(&claim, transaction, deadline),
                     claim: Some(claim),
                     transactions: self.transactions.clone(),
                     new,
                     since,
-                }));
+                }))
             }
-            other => other,
-        };
-        progress.set(false);
-        match begun {
-            Ok(BeginTransaction::Acquired(_)) => ControlFlow::Break(refused(Refusal::InFlight)),
             Ok(BeginTransaction::Completed(record)) => {
                 claim.end_with(&record);
                 ControlFlow::Break(replay(encoded, record, waited))
