@@ -8,7 +8,9 @@ use std::{
     time::Duration,
 };
 
-use axum::{Router, body::Body, extract::Request, response::Response, routing::post};
+use axum::{
+    Router, body::Body, extract::Request, http::HeaderMap, response::Response, routing::post,
+};
 use bytes::Bytes;
 use http_body_util::BodyExt as _;
 use idempotency_axum::{Config, IdempotencyLayer, LockPolicy, MemoryStorage, idempotency_exempt};
@@ -37,6 +39,16 @@ pub fn protected(storage: MemoryStorage) -> Router {
     let refuse = LockPolicy::default().timeout(Duration::ZERO);
     let layer = IdempotencyLayer::enforce(storage).config(Config::ietf().lock(refuse));
     bare().layer(layer).with_state(())
+}
+
+/// A handler that does what the floor does to a first execution.
+pub fn floored(floor: Floor) -> Router {
+    let handler = async move |headers: HeaderMap, body: Bytes| {
+        let key = headers.get("idempotency-key").expect("a key");
+        floor.first(key.as_bytes(), &body);
+        echo(body).await
+    };
+    Router::new().route("/orders", post(handler))
 }
 
 pub fn memory(max_bytes: usize) -> MemoryStorage {

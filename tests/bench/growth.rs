@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use crate::{
-    apps::{Floor, Key, Load, UNLIMITED, bare, memory, protected, send, weight},
+    apps::{Floor, Key, Load, UNLIMITED, bare, floored, memory, protected, send, weight},
     heap,
     measure::{Case, Rounds, Spread, WARM_UP, cpu},
     on_one_thread,
@@ -197,6 +197,7 @@ pub fn cores(report: &mut Report) {
     });
     let apps = [
         ("bare", bare().with_state(())),
+        ("floor", floored(Floor::new(64 << 20, weight(SIZE)))),
         ("first", protected(memory(64 << 20))),
     ];
     let mut rounds = Rounds::default();
@@ -220,13 +221,17 @@ pub fn cores(report: &mut Report) {
         let unit = if name.starts_with("CPU") { "ns" } else { "/s" };
         report.row(name, unit, rounds.spread(name));
     }
-    for name in ["bare", "first"] {
+    for (name, _) in &apps {
         let scaling = rounds.each(|of| of(&format!("{name}, 2")) / of(&format!("{name}, 1")));
         report.row(&format!("{name}, 1 to 2 cores"), "×", scaling);
     }
-    let ratio = rounds.each(|of| of("first, 2") / of("first, 1") / (of("bare, 2") / of("bare, 1")));
-    let limit = Some(Limit::AtLeast(0.9));
-    report.limited("scaling over bare's", "×", ratio, limit);
+    for (name, limit) in [("floor", None), ("first", Some(Limit::AtLeast(0.9)))] {
+        let ratio = rounds.each(|of| {
+            let scaling = |name: &str| of(&format!("{name}, 2")) / of(&format!("{name}, 1"));
+            scaling(name) / scaling("bare")
+        });
+        report.limited(&format!("scaling of {name} over bare's"), "×", ratio, limit);
+    }
 }
 
 /// Requests in a second, by the clock on the wall.

@@ -10,14 +10,13 @@ use std::{
     time::Instant,
 };
 
-use axum::{Router, http::HeaderMap, routing::post};
-use bytes::Bytes;
+use axum::Router;
 use tokio::net::TcpListener;
 
 #[cfg(feature = "peers")]
 use crate::peers;
 use crate::{
-    apps::{Floor, bare, echo, memory, protected, weight},
+    apps::{Floor, bare, floored, memory, protected, weight},
     measure::{Rounds, WARM_UP, cpu},
     on_two_threads,
     report::{Limit, Report},
@@ -255,14 +254,10 @@ pub fn serve(app: &str, size: usize) {
         "bare" => (bare().with_state(()), Box::new(|| 0)),
         "floor" => {
             let floor = Floor::new(max_bytes, weight);
-            let of = floor.clone();
-            let handler = async move |headers: HeaderMap, body: Bytes| {
-                let key = headers.get("idempotency-key").expect("a key");
-                floor.first(key.as_bytes(), &body);
-                echo(body).await
-            };
-            let app = Router::new().route("/orders", post(handler));
-            (app.with_state(()), Box::new(move || of.records()))
+            (
+                floored(floor.clone()),
+                Box::new(move || floor.records()),
+            )
         }
         "ours" => {
             let storage = memory(max_bytes);

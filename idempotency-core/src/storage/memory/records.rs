@@ -2,12 +2,11 @@
 //! they belong to.
 
 use std::{
-    cmp::Ordering,
-    collections::BinaryHeap,
+    collections::VecDeque,
     hash::{Hash, Hasher},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicIsize, Ordering::Relaxed},
+        atomic::{AtomicIsize, AtomicUsize, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -22,8 +21,11 @@ use crate::{EncodedKey, key::HashKeys};
 /// nine blocks by. `tests/memory_limits.rs` holds the whole to its limit.
 const OVERHEAD: usize = 560;
 
-/// The part of the capacity by which records may be over it before moka is told to evict at once. Otherwise moka takes its
-/// time: it looks after every 64 writes, which may be 64 of the largest answers.
+/// After so many operations moka does its housekeeping, which is before it would do it by itself: after 64 reads or 64 writes.
+const HOUSEKEEPING: usize = 32;
+
+/// The part of the capacity by which records may be over it before each operation has moka evict, and waits for it. Otherwise moka evicts
+/// after some operations, which may be as many of the largest answers.
 const SLACK: u64 = 32;
 
 pub(super) struct Records<V> {
@@ -31,35 +33,19 @@ pub(super) struct Records<V> {
     ledger: Arc<Ledger>,
     /// `None` where nothing is evicted.
     capacity: Option<u64>,
-    /// For each shard, which record expires next. moka has no expiry by a clock that can be moved. Only locked under the
-    /// shard's lock, and never by moka's listener.
-    expiries: Box<[Mutex<BinaryHeap<Expiry<V>>>]>,
-    /// For each shard, how many records of its heap have left the cache.
+    /// For each shard, its records by deadline. moka has no expiry by a clock that can be moved. Only locked under the shard's lock,
+    /// and never by moka's listener.
+    expiries: Box<[Mutex<Expiries<V>>]>,
+    /// For each shard, how many records of its expiries have left the cache.
     departed: Arc<[AtomicIsize]>,
+    /// Operations since the last housekeeping.
+    calls: AtomicUsize,
+    /// Held by the one that does it.
+    housekeeping: Mutex<()>,
 }
 
-/// A record in a heap whose greatest expires first.
-struct Expiry<V>(Arc<Stored<V>>);
-
-impl<V> Ord for Expiry<V> {
-    fn cmp(&self, other: &Self) -> Ordering {
-        other.0.deadline.cmp(&self.0.deadline)
-    }
-}
-
-impl<V> PartialOrd for Expiry<V> {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl<V> PartialEq for Expiry<V> {
-    fn eq(&self, other: &Self) -> bool {
-        self.0.deadline == other.0.deadline
-    }
-}
-
-impl<V> Eq for Expiry<V> {}
+/// The next to expire is first. Nearly all records have the same time to live, so nearly each is appended.
+type Expiries<V> = VecDeque<Arc<Stored<V>>>;
 
 /// A record as the key of itself in moka, so that its 32 bytes are there once. What is hashed lies beside the pointer: when moka rebuilds
 /// its table, it hashes every key, and following each pointer would be a cache miss.
@@ -161,6 +147,8 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             capacity,
             expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
             departed,
+            calls: AtomicUsize::new(0),
+            housekeeping: Mutex::new(()),
         }
     }
 
@@ -197,10 +185,16 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         let before = expiries.len();
         if departed.load(Relaxed) > (before / 4 + 32) as isize {
             // They hold on to memory: without this, until their time is over.
-            expiries.retain(|Expiry(stored)| !stored.is_cleared());
+            expiries.retain(|stored| !stored.is_cleared());
             departed.fetch_sub((before - expiries.len()) as isize, Relaxed);
         }
-        expiries.push(Expiry(stored.clone()));
+        let place = match expiries.back() {
+            Some(last) if last.deadline > stored.deadline => {
+                expiries.partition_point(|other| other.deadline <= stored.deadline)
+            }
+            _ => expiries.len(),
+        };
+        expiries.insert(place, stored.clone());
         let place = Place {
             folded: folded(key),
             stored: stored.clone(),
@@ -217,11 +211,11 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         let now = nanos(now);
         let mut expiries = self.expiries(shard);
         for _ in 0..at_most {
-            match expiries.peek() {
-                Some(Expiry(next)) if next.deadline <= now || next.is_cleared() => {}
+            match expiries.front() {
+                Some(next) if next.deadline <= now || next.is_cleared() => {}
                 _ => return false,
             }
-            let Some(Expiry(stored)) = expiries.pop() else {
+            let Some(stored) = expiries.pop_front() else {
                 return false;
             };
             if !stored.is_cleared() {
@@ -235,19 +229,27 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         true
     }
 
-    /// Nothing under this lock panics but moka, after the heap was changed, so a poisoned one is whole.
-    fn expiries(&self, shard: usize) -> MutexGuard<'_, BinaryHeap<Expiry<V>>> {
+    /// Nothing under this lock panics but moka, after the queue was changed, so a poisoned one is whole.
+    fn expiries(&self, shard: usize) -> MutexGuard<'_, Expiries<V>> {
         self.expiries[shard]
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Evicts at once where moka is too far behind.
+    /// Does moka's housekeeping where that is due. Call it after each operation, without a lock: moka would do it in the middle of a
+    /// later operation, under the lock of a shard, where other requests would wait for it.
     pub(super) fn settle(&self) {
-        let Some(capacity) = self.capacity else {
-            return;
-        };
-        if self.ledger.record_weight() > capacity + capacity / SLACK {
+        let calls = self.calls.fetch_add(1, Relaxed) + 1;
+        let is_over = self
+            .capacity
+            .is_some_and(|capacity| self.ledger.record_weight() > capacity + capacity / SLACK);
+        if is_over {
+            self.cache.run_pending_tasks();
+        } else if calls >= HOUSEKEEPING
+            // One is enough, the others go on.
+            && let Ok(_housekeeping) = self.housekeeping.try_lock()
+        {
+            self.calls.store(0, Relaxed);
             self.cache.run_pending_tasks();
         }
     }
