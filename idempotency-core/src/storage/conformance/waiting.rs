@@ -7,10 +7,7 @@
 
 use std::{pin::pin, time::Duration};
 
-use futures_util::{
-    FutureExt,
-    future::{Either, select},
-};
+use futures_util::future::{Either, FutureExt, select};
 use tokio::task::JoinSet;
 
 use super::{
