@@ -9,7 +9,7 @@ use std::{borrow::Cow, fmt, sync::Arc};
 
 use http::{HeaderMap, Method};
 
-use crate::key::{EncodedKey, FieldHasher, Key, fmt_hex};
+use crate::key::{EncodedKey, FieldHasher, Key, shown_as_hex};
 
 mod multipart;
 
@@ -182,17 +182,7 @@ impl Fingerprint {
     }
 }
 
-impl fmt::Display for Fingerprint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt_hex(&self.0, f)
-    }
-}
-
-impl fmt::Debug for Fingerprint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt_hex(&self.0, f)
-    }
-}
+shown_as_hex!(Fingerprint);
 
 /// Key, method, path and query, body and scope, all in the storage key: a request that differs in
 /// any of them is another operation and runs. No fingerprint.
@@ -224,13 +214,12 @@ pub struct BasicKeyEncoder;
 
 impl KeyEncoder for BasicKeyEncoder {
     fn encode(&self, key: &Key, request: &RequestView<'_>) -> Encoded {
-        let content = Content::of(request.headers, request.body);
-        let hash = content
-            .hasher(BASIC)
-            .field(key.as_str().as_bytes())
-            .field(request.method.as_str().as_bytes())
-            .field(request.path_and_query.as_bytes())
-            .field(content.as_bytes())
+        let fields = [
+            key.as_str(),
+            request.method.as_str(),
+            request.path_and_query,
+        ];
+        let hash = hash_with_body(BASIC, &fields, request.headers, request.body)
             .optional(request.scope)
             .finish();
         Encoded::of(hash, None)
@@ -359,12 +348,8 @@ fn encode_fingerprint(key: &Key, request: &RequestView<'_>, printed: &[u8]) -> E
         .field(request.path_and_query.as_bytes())
         .optional(request.scope)
         .finish();
-    let content = Content::of(request.headers, printed);
-    let print = content
-        .hasher(FINGERPRINT_PRINT)
-        .field(content.as_bytes())
-        .finish();
-    Encoded::of(hash, Some(print))
+    let print = hash_with_body(FINGERPRINT_PRINT, &[], request.headers, printed);
+    Encoded::of(hash, Some(print.finish()))
 }
 
 /// Key and scope in the storage key; method, path and query, and body in the fingerprint: a key
@@ -399,44 +384,26 @@ impl KeyEncoder for KeyOnlyEncoder {
             .field(key.as_str().as_bytes())
             .optional(request.scope)
             .finish();
-        let content = Content::of(request.headers, request.body);
-        let print = content
-            .hasher(KEY_ONLY_PRINT)
-            .field(request.method.as_str().as_bytes())
-            .field(request.path_and_query.as_bytes())
-            .field(content.as_bytes())
-            .finish();
-        Encoded::of(hash, Some(print))
+        let fields = [request.method.as_str(), request.path_and_query];
+        let print = hash_with_body(KEY_ONLY_PRINT, &fields, request.headers, request.body);
+        Encoded::of(hash, Some(print.finish()))
     }
 }
 
-/// What is hashed of a body.
-enum Content<'a> {
-    Bytes(&'a [u8]),
-    /// The digest of the pieces of a multipart body.
-    Multipart([u8; 32]),
-}
-
-impl<'a> Content<'a> {
-    fn of(headers: &HeaderMap, body: &'a [u8]) -> Self {
-        multipart::digest(headers, body).map_or(Self::Bytes(body), Self::Multipart)
+/// Hashes `fields` and then the body, or the digest of its pieces if it is multipart.
+fn hash_with_body(domain: &str, fields: &[&str], headers: &HeaderMap, body: &[u8]) -> FieldHasher {
+    let digest = multipart::digest(headers, body);
+    let (suffix, content) = match &digest {
+        // Domain separation: a plain body whose bytes are the digest of a multipart body must not
+        // get the same hash as that one.
+        Some(digest) => ("/multipart", &digest[..]),
+        None => ("", body),
+    };
+    let mut hasher = FieldHasher::new_with(domain, suffix);
+    for field in fields {
+        hasher = hasher.field(field.as_bytes());
     }
-
-    /// Domain separation: a plain body whose bytes are the digest of a multipart body must not get the
-    /// same hash as that one.
-    fn hasher(&self, domain: &str) -> FieldHasher {
-        match self {
-            Self::Bytes(_) => FieldHasher::new(domain),
-            Self::Multipart(_) => FieldHasher::new_with(domain, "/multipart"),
-        }
-    }
-
-    fn as_bytes(&self) -> &[u8] {
-        match self {
-            Self::Bytes(body) => body,
-            Self::Multipart(digest) => digest,
-        }
-    }
+    hasher.field(content)
 }
 
 #[cfg(test)]

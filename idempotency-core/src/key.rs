@@ -4,7 +4,14 @@
 //! secret of the client as far as logs are concerned, so it has no `Display` and its `Debug` shows
 //! nothing but a length. [`EncodedKey`] is a hash and may be shown.
 
-use std::{borrow::Cow, fmt, str::FromStr, sync::Arc};
+use std::{
+    borrow::Cow,
+    fmt,
+    iter::{self, Copied, Peekable},
+    slice,
+    str::FromStr,
+    sync::Arc,
+};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
@@ -13,7 +20,7 @@ use self::hash::derive;
 mod hash;
 
 pub use self::hash::{EncodedKey, ParseEncodedKeyError};
-pub(crate) use self::hash::{FieldHasher, HashKeys, fmt_hex, parse_hex};
+pub(crate) use self::hash::{FieldHasher, HashKeys, parse_hex, shown_as_hex};
 
 /// The most bytes a key may have after its quotes and escapes are removed.
 const MAX_LEN: usize = 255;
@@ -146,14 +153,12 @@ impl Key {
             return Err(InvalidKey(Fault::Empty));
         };
         let end = raw.iter().rposition(|byte| !is_ows(*byte)).unwrap_or(start) + 1;
-        let mut scanner = Scanner {
-            bytes: &raw[..end],
-            at: start,
-        };
-        let text = if raw[start] == b'"' {
-            Cow::Owned(scanner.quoted_key()?)
+        let value = &raw[start..end];
+        let text = if value[0] == b'"' {
+            let rest = value.iter().copied().peekable();
+            Cow::Owned(Scanner { rest, end }.quoted_key()?)
         } else {
-            scanner.bare_key()?
+            bare_key(value, start)?
         };
         match text.len() {
             0 => Err(InvalidKey(Fault::Empty)),
@@ -190,53 +195,55 @@ impl fmt::Debug for Key {
     }
 }
 
-/// Reads a field value from left to right; offsets in faults count from its first byte.
-struct Scanner<'a> {
-    bytes: &'a [u8],
-    at: usize,
+/// A bare key is all of `value`, which begins at `start` of the field value.
+fn bare_key(value: &[u8], start: usize) -> Result<Cow<'_, str>, InvalidKey> {
+    for (offset, byte) in (start..).zip(value) {
+        match byte {
+            // `abc"` may be a cut `"abc"`, `a,b` two header lines that a proxy joined. Both
+            // would be accepted as a key that the client never meant.
+            b'"' => return Err(InvalidKey(Fault::UnbalancedQuote { offset })),
+            b',' => return Err(InvalidKey(Fault::Comma { offset })),
+            0x20..=0x7e => {}
+            _ => return Err(InvalidKey(Fault::ForbiddenByte { offset })),
+        }
+    }
+    Ok(String::from_utf8_lossy(value))
 }
 
-impl<'a> Scanner<'a> {
-    fn bare_key(&mut self) -> Result<Cow<'a, str>, InvalidKey> {
-        let start = self.at;
-        while let Some(byte) = self.peek() {
-            let offset = self.at;
-            match byte {
-                // `abc"` may be a cut `"abc"`, `a,b` two header lines that a proxy joined. Both
-                // would be accepted as a key that the client never meant.
-                b'"' => return Err(InvalidKey(Fault::UnbalancedQuote { offset })),
-                b',' => return Err(InvalidKey(Fault::Comma { offset })),
-                0x20..=0x7e => self.at += 1,
-                _ => return Err(InvalidKey(Fault::ForbiddenByte { offset })),
-            }
-        }
-        Ok(String::from_utf8_lossy(&self.bytes[start..]))
-    }
+/// Reads a quoted key from left to right.
+struct Scanner<'a> {
+    rest: Peekable<Copied<slice::Iter<'a, u8>>>,
+    /// Where `rest` ends. Offsets in faults count from the first byte of the field value.
+    end: usize,
+}
 
+impl Scanner<'_> {
     /// `sf-item` of RFC 8941 whose bare item is an `sf-string`.
     fn quoted_key(&mut self) -> Result<String, InvalidKey> {
         let text = self.string()?;
         self.parameters()?;
-        let offset = self.at;
+        let offset = self.offset();
         self.skip(is_ows);
-        match self.peek() {
+        match self.rest.peek() {
             None => Ok(text),
-            Some(b',') => Err(InvalidKey(Fault::Comma { offset: self.at })),
+            Some(b',') => Err(InvalidKey(Fault::Comma {
+                offset: self.offset(),
+            })),
             Some(_) => Err(InvalidKey(Fault::TrailingData { offset })),
         }
     }
 
     /// `sf-string`; stands on the opening quote.
     fn string(&mut self) -> Result<String, InvalidKey> {
-        let open = self.at;
-        self.at += 1;
-        let mut text = String::with_capacity(self.bytes.len() - self.at);
+        let open = self.offset();
+        self.rest.next();
+        let mut text = String::with_capacity(self.rest.len());
         loop {
-            let offset = self.at;
-            match self.next() {
+            let offset = self.offset();
+            match self.rest.next() {
                 None => return Err(InvalidKey(Fault::UnbalancedQuote { offset: open })),
                 Some(b'"') => return Ok(text),
-                Some(b'\\') => match self.next() {
+                Some(b'\\') => match self.rest.next() {
                     None => return Err(InvalidKey(Fault::UnbalancedQuote { offset: open })),
                     Some(escaped @ (b'"' | b'\\')) => text.push(char::from(escaped)),
                     Some(_) => return Err(InvalidKey(Fault::Escape { offset })),
@@ -251,11 +258,9 @@ impl<'a> Scanner<'a> {
     fn parameters(&mut self) -> Result<(), InvalidKey> {
         while self.eat(b';') {
             self.skip(|byte| byte == b' ');
-            let offset = self.at;
-            let starts = self.eat_if(|byte| byte.is_ascii_lowercase() || byte == b'*');
-            self.skip(|byte| {
-                byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"_-.*".contains(&byte)
-            });
+            let offset = self.offset();
+            let starts = matches!(self.rest.peek(), Some(b'a'..=b'z' | b'*'));
+            self.skip(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-' | b'.' | b'*'));
             if !starts || (self.eat(b'=') && !self.bare_item()?) {
                 return Err(InvalidKey(Fault::Parameter { offset }));
             }
@@ -265,29 +270,18 @@ impl<'a> Scanner<'a> {
 
     /// `bare-item`; says whether there is a well-formed one.
     fn bare_item(&mut self) -> Result<bool, InvalidKey> {
-        let Some(first) = self.peek() else {
-            return Ok(false);
-        };
-        Ok(match first {
-            b'"' => {
-                self.string()?;
-                true
-            }
-            b'-' | b'0'..=b'9' => self.number(),
-            b'?' => {
-                self.at += 1;
-                self.eat(b'0') || self.eat(b'1')
-            }
-            b':' => {
-                self.at += 1;
+        Ok(match self.rest.peek() {
+            Some(b'"') => self.string().map(|_| true)?,
+            Some(b'-' | b'0'..=b'9') => self.number(),
+            Some(b'?') => self.eat(b'?') && (self.eat(b'0') || self.eat(b'1')),
+            Some(b':') => {
+                self.eat(b':');
                 self.skip(|byte| byte.is_ascii_alphanumeric() || b"+/=".contains(&byte));
                 self.eat(b':')
             }
-            b'*' | b'A'..=b'Z' | b'a'..=b'z' => {
-                self.skip(|byte| {
-                    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~:/".contains(&byte)
-                });
-                true
+            Some(b'*' | b'A'..=b'Z' | b'a'..=b'z') => {
+                let rest = b"!#$%&'*+-.^_`|~:/";
+                self.skip(|byte| byte.is_ascii_alphanumeric() || rest.contains(&byte)) > 0
             }
             _ => false,
         })
@@ -304,31 +298,17 @@ impl<'a> Scanner<'a> {
         (1..=12).contains(&whole) && (1..=3).contains(&fraction)
     }
 
-    fn peek(&self) -> Option<u8> {
-        self.bytes.get(self.at).copied()
-    }
-
-    fn next(&mut self) -> Option<u8> {
-        let byte = self.peek()?;
-        self.at += 1;
-        Some(byte)
+    fn offset(&self) -> usize {
+        self.end - self.rest.len()
     }
 
     fn eat(&mut self, wanted: u8) -> bool {
-        self.eat_if(|byte| byte == wanted)
-    }
-
-    fn eat_if(&mut self, wanted: impl Fn(u8) -> bool) -> bool {
-        let found = self.peek().is_some_and(wanted);
-        self.at += usize::from(found);
-        found
+        self.rest.next_if_eq(&wanted).is_some()
     }
 
     /// Passes over all that match and says how many there were.
     fn skip(&mut self, wanted: impl Fn(u8) -> bool) -> usize {
-        let start = self.at;
-        while self.eat_if(&wanted) {}
-        self.at - start
+        iter::from_fn(|| self.rest.next_if(|byte| wanted(*byte))).count()
     }
 }
 
@@ -533,12 +513,9 @@ impl fmt::Debug for KeyFormat {
     }
 }
 
+/// With hyphens: the other ways to write a UUID have other lengths.
 fn is_uuid(text: &str) -> bool {
-    text.len() == 36
-        && text.bytes().enumerate().all(|(at, byte)| match at {
-            8 | 13 | 18 | 23 => byte == b'-',
-            _ => byte.is_ascii_hexdigit(),
-        })
+    text.len() == 36 && uuid::Uuid::try_parse(text).is_ok()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::fmt;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use memchr::memchr;
 
 use crate::{codes::codes, encoder::Fingerprint};
 
@@ -167,7 +168,7 @@ impl fmt::Display for TombstoneReason {
 #[derive(Clone, PartialEq)]
 pub struct StoredResponse {
     status: StatusCode,
-    /// For each header line: length of the name, name, length of the value, value.
+    /// A line `name:value\n` for each header. No name has a colon, and neither has a line feed.
     header_block: Bytes,
     body: Bytes,
 }
@@ -188,14 +189,17 @@ impl StoredResponse {
         is_kept: impl Fn(&HeaderName) -> bool,
         body: impl Into<Bytes>,
     ) -> Self {
-        Self {
-            status,
-            header_block: pack(headers, is_kept),
-            body: body.into(),
+        let kept = || headers.iter().filter(|(name, _)| is_kept(name));
+        // At once: a block that grows is copied.
+        let len = kept().map(|(name, value)| name.as_str().len() + value.len() + 2);
+        let mut block = Vec::with_capacity(len.sum());
+        for (name, value) in kept() {
+            put_line(&mut block, name.as_str(), value.as_bytes());
         }
+        Self::of_block(status, block, body.into())
     }
 
-    /// The headers are lines in `block`, each written by [`put`].
+    /// The headers are lines in `block`, each written by [`put_line`].
     fn of_block(status: StatusCode, mut block: Vec<u8>, body: Bytes) -> Self {
         // A record lives for a day: the spare bytes go back now.
         block.shrink_to_fit();
@@ -220,7 +224,7 @@ impl StoredResponse {
             // Every line comes out of a `HeaderMap`, so nothing here fails; were it to, a
             // replay with a header less is better than a panic.
             let (Ok(name), Ok(value)) = (
-                HeaderName::from_bytes(name),
+                HeaderName::from_bytes(name.as_bytes()),
                 HeaderValue::from_maybe_shared(self.header_block.slice_ref(value)),
             ) else {
                 continue;
@@ -237,9 +241,8 @@ impl StoredResponse {
     }
 
     /// Name and value of every header line, in order.
-    pub(crate) fn header_lines(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        let mut rest = &*self.header_block;
-        std::iter::from_fn(move || Some((take(&mut rest)?, take(&mut rest)?)))
+    pub(crate) fn header_lines(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        header_lines(&self.header_block)
     }
 }
 
@@ -253,54 +256,25 @@ impl fmt::Debug for StoredResponse {
     }
 }
 
-fn pack(headers: &HeaderMap, is_kept: impl Fn(&HeaderName) -> bool) -> Bytes {
-    let lines = || {
-        let kept = headers.iter().filter(|(name, _)| is_kept(name));
-        kept.map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
-    };
-    // Exact: a record lives for a day.
-    let len = lines().map(|(name, value)| len_of_put(name) + len_of_put(value));
-    let mut block = Vec::with_capacity(len.sum());
-    for (name, value) in lines() {
-        put(&mut block, name);
-        put(&mut block, value);
+fn put_line(block: &mut Vec<u8>, name: &str, value: &[u8]) {
+    for part in [name.as_bytes(), b":", value, b"\n"] {
+        block.extend_from_slice(part);
     }
-    block.into()
 }
 
-/// Appends the length, 7 bits a byte with the lowest first, and the bytes.
-fn put(block: &mut Vec<u8>, bytes: &[u8]) {
-    let mut len = bytes.len();
-    while len >= 0x80 {
-        block.push((len & 0x7f) as u8 | 0x80);
-        len >>= 7;
-    }
-    block.push(len as u8);
-    block.extend_from_slice(bytes);
-}
-
-/// How many bytes [`put`] appends.
-fn len_of_put(bytes: &[u8]) -> usize {
-    let bits = usize::BITS - (bytes.len() | 1).leading_zeros();
-    bits.div_ceil(7) as usize + bytes.len()
-}
-
-/// Takes off what [`put`] appended; `None` at the end.
-fn take<'a>(block: &mut &'a [u8]) -> Option<&'a [u8]> {
-    let mut len = 0_usize;
-    let mut shift = 0;
-    loop {
-        let (&byte, rest) = block.split_first()?;
-        *block = rest;
-        len |= usize::from(byte & 0x7f).checked_shl(shift)?;
-        if byte < 0x80 {
-            break;
-        }
-        shift += 7;
-    }
-    let (bytes, rest) = block.split_at_checked(len)?;
-    *block = rest;
-    Some(bytes)
+/// Name and value of the lines that [`put_line`] appended, up to the end or an empty line.
+fn header_lines(block: &[u8]) -> impl Iterator<Item = (&str, &[u8])> {
+    let mut rest = block;
+    std::iter::from_fn(move || {
+        let end = memchr(b'\n', rest)?;
+        let (line, after) = (&rest[..end], &rest[end + 1..]);
+        let colon = memchr(b':', line)?;
+        rest = after;
+        Some((
+            std::str::from_utf8(&line[..colon]).ok()?,
+            &line[colon + 1..],
+        ))
+    })
 }
 
 #[cfg(test)]
@@ -342,9 +316,10 @@ mod tests {
             let response = StoredResponse::new(StatusCode::OK, &given, "");
             assert_eq!(response.headers(), given, "{len}");
 
-            let mut block = Vec::new();
-            put(&mut block, &value);
-            assert_eq!(block.len(), len_of_put(&value), "{len}");
+            // No spare bytes: a record lives for a day.
+            let block = Vec::from(response.header_block);
+            assert_eq!(block.len(), len + 3 + "b:end\n".len(), "{len}");
+            assert_eq!(block.capacity(), block.len(), "{len}");
         }
         let name = "n".repeat(300);
         let mut given = HeaderMap::new();
@@ -360,10 +335,17 @@ mod tests {
 
     #[test]
     fn a_damaged_block_ends_and_does_not_panic() {
-        let huge = [&[0xff; 12][..], &[0x7f]].concat();
-        for block in [&b"\x05abc"[..], b"\x80", b"\x01a", &huge] {
-            let mut rest = block;
-            while take(&mut rest).is_some() {}
+        for (block, lines) in [
+            (&b"a:b"[..], 0),
+            (b"a:b\nc:", 1),
+            (b"a:b\nc\nd:e\n", 1),
+            (b"a:b\n\nd:e\n", 1),
+            (b"a:b\n\xff:c\nd:e\n", 1),
+            (b":\n:\n", 2),
+            (b"\n", 0),
+            (b"", 0),
+        ] {
+            assert_eq!(header_lines(block).count(), lines, "{block:?}");
         }
     }
 

@@ -19,6 +19,7 @@
 use std::borrow::Cow;
 
 use http::{HeaderMap, header};
+use memchr::memmem;
 
 use crate::key::FieldHasher;
 
@@ -29,54 +30,31 @@ const PIECES: &str = "idempotency/encoder/multipart/1";
 pub(super) fn digest(headers: &HeaderMap, body: &[u8]) -> Option<[u8; 32]> {
     let boundary = boundary(headers)?;
     let mut pieces = FieldHasher::new(PIECES);
-    let mut place = Place::Preamble;
     let (mut piece, mut start) = (0, 0);
-    loop {
-        let after = &body[start..];
-        let end = line_end(after);
-        let line = &after[..end.unwrap_or(after.len())];
-        let kind = match place {
-            Place::FirstOfContent => Line::Text,
-            Place::Preamble | Place::Headers | Place::Content => Line::read(line, &boundary),
-        };
-        if matches!(kind, Line::Close) {
-            let epilogue = &after[line.len()..];
-            pieces = pieces.field(&body[piece..start]).field(epilogue);
-            return Some(pieces.finish());
+    let mut in_headers = false;
+    let mut may_delimit = true;
+    for end in memmem::find_iter(body, b"\r\n").chain([body.len()]) {
+        let line = &body[start..end];
+        match Line::read(line, &boundary) {
+            Line::Close if may_delimit => {
+                let last = pieces.field(&body[piece..start]).field(&body[end..]);
+                return Some(last.finish());
+            }
+            Line::Delimiter if may_delimit => {
+                pieces = pieces.field(&body[piece..start]);
+                piece = end + 2;
+                in_headers = true;
+            }
+            _ => {
+                // The CRLF that ends the headers can't begin a delimiter too: one in the content needs a CRLF of its own. So a
+                // field may have a boundary as its value, as it may for the parsers of forms.
+                may_delimit = !(in_headers && line.is_empty());
+                in_headers = in_headers && may_delimit;
+            }
         }
-        let next = start + end? + 2;
-        if matches!(kind, Line::Delimiter) {
-            pieces = pieces.field(&body[piece..start]);
-            piece = next;
-            place = Place::Headers;
-        } else {
-            place = place.after(line);
-        }
-        start = next;
+        start = end + 2;
     }
-}
-
-/// Where in a body a line is.
-#[derive(Clone, Copy)]
-enum Place {
-    Preamble,
-    Headers,
-    /// The CRLF before this line ends the headers, and a delimiter in the content needs one of its own. So a field may have a
-    /// boundary as its value, as it may for the parsers of forms.
-    FirstOfContent,
-    Content,
-}
-
-impl Place {
-    /// Where the line after `line` is, which delimits nothing.
-    fn after(self, line: &[u8]) -> Self {
-        match self {
-            Self::Preamble => Self::Preamble,
-            Self::Headers if line.is_empty() => Self::FirstOfContent,
-            Self::Headers => Self::Headers,
-            Self::FirstOfContent | Self::Content => Self::Content,
-        }
-    }
+    None
 }
 
 /// What a line of a body is, without the CRLF that ends it.
@@ -88,33 +66,16 @@ enum Line {
 
 impl Line {
     fn read(line: &[u8], boundary: &[u8]) -> Self {
-        let Some(rest) = line
-            .strip_prefix(b"--")
-            .and_then(|line| line.strip_prefix(boundary))
-        else {
+        let after_dashes = line.strip_prefix(b"--");
+        let Some(rest) = after_dashes.and_then(|line| line.strip_prefix(boundary)) else {
             return Self::Text;
         };
-        let (rest, kind) = match rest.strip_prefix(b"--") {
-            Some(rest) => (rest, Self::Close),
+        let (padding, kind) = match rest.strip_prefix(b"--") {
+            Some(padding) => (padding, Self::Close),
             None => (rest, Self::Delimiter),
         };
-        if rest.iter().all(|byte| matches!(byte, b' ' | b'\t')) {
-            kind
-        } else {
-            Self::Text
-        }
-    }
-}
-
-/// Where the first CRLF is. A line feed alone is text.
-fn line_end(text: &[u8]) -> Option<usize> {
-    let mut from = 0;
-    loop {
-        let feed = from + text[from..].iter().position(|byte| *byte == b'\n')?;
-        if text[..feed].ends_with(b"\r") {
-            return Some(feed - 1);
-        }
-        from = feed + 1;
+        let is_padded = padding.iter().all(|byte| matches!(byte, b' ' | b'\t'));
+        if is_padded { kind } else { Self::Text }
     }
 }
 

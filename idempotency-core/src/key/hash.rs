@@ -96,17 +96,7 @@ impl EncodedKey {
     }
 }
 
-impl fmt::Display for EncodedKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt_hex(&self.0, f)
-    }
-}
-
-impl fmt::Debug for EncodedKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt_hex(&self.0, f)
-    }
-}
+shown_as_hex!(EncodedKey);
 
 impl FromStr for EncodedKey {
     type Err = ParseEncodedKeyError;
@@ -149,47 +139,23 @@ impl FieldHasher {
 
     /// The domain of this name with a suffix.
     pub(crate) fn new_with(domain: &str, suffix: &str) -> Self {
-        let length = (domain.len() + suffix.len()) as u64;
-        let name = length.to_be_bytes();
-        Self(
-            Sha256::new()
-                .chain_update(name)
-                .chain_update(domain)
-                .chain_update(suffix),
-        )
+        let len = (domain.len() + suffix.len()) as u64;
+        let hash = Sha256::new().chain_update(len.to_be_bytes());
+        Self(hash.chain_update(domain).chain_update(suffix))
     }
 
     /// 8 bytes of length, big-endian, then the bytes.
-    pub(crate) fn field(mut self, bytes: &[u8]) -> Self {
+    pub(crate) fn field(self, bytes: &[u8]) -> Self {
         let len = (bytes.len() as u64).to_be_bytes();
-        // Most fields are short, and one call of SHA-256 for both costs less than copying them.
-        let mut joined = [0; 64];
-        match joined.get_mut(..len.len() + bytes.len()) {
-            Some(joined) => {
-                let (start, rest) = joined.split_at_mut(len.len());
-                start.copy_from_slice(&len);
-                rest.copy_from_slice(bytes);
-                self.0.update(joined);
-            }
-            None => {
-                self.0.update(len);
-                self.0.update(bytes);
-            }
-        }
-        self
+        Self(self.0.chain_update(len).chain_update(bytes))
     }
 
     /// A byte 0, or a byte 1 and the field: absent is not empty.
     pub(crate) fn optional(mut self, bytes: Option<&[u8]>) -> Self {
+        self.0.update([u8::from(bytes.is_some())]);
         match bytes {
-            None => {
-                self.0.update([0]);
-                self
-            }
-            Some(bytes) => {
-                self.0.update([1]);
-                self.field(bytes)
-            }
+            None => self,
+            Some(bytes) => self.field(bytes),
         }
     }
 
@@ -204,55 +170,34 @@ pub(super) fn derive(domain: &str, secret: &[u8], label: &str) -> String {
         .field(secret)
         .field(label.as_bytes())
         .finish();
-    let mut uuid = String::with_capacity(36);
-    for (at, byte) in hash.into_iter().take(16).enumerate() {
-        let byte = match at {
-            6 => byte & 0x0f | 0x80,
-            8 => byte & 0x3f | 0x80,
-            _ => byte,
-        };
-        if matches!(at, 4 | 6 | 8 | 10) {
-            uuid.push('-');
+    let first = std::array::from_fn(|at| hash[at]);
+    let uuid = uuid::Builder::from_custom_bytes(first).into_uuid();
+    uuid.to_string()
+}
+
+/// Shows a type that wraps 32 bytes as 64 lower-case hex digits.
+macro_rules! shown_as_hex {
+    ($type:ty) => {
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let mut digits = [0; 64];
+                hex::encode_to_slice(self.0, &mut digits).map_err(|_| fmt::Error)?;
+                f.pad(std::str::from_utf8(&digits).map_err(|_| fmt::Error)?)
+            }
         }
-        uuid.extend(hex_digits(byte).map(char::from));
-    }
-    uuid
-}
 
-fn hex_digits(byte: u8) -> [u8; 2] {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    [
-        DIGITS[usize::from(byte >> 4)],
-        DIGITS[usize::from(byte & 0x0f)],
-    ]
+        impl fmt::Debug for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+    };
 }
-
-/// Writes 64 lower-case hex digits.
-pub(crate) fn fmt_hex(bytes: &[u8; 32], f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    let mut digits = [0; 64];
-    for (pair, byte) in digits.chunks_exact_mut(2).zip(bytes) {
-        pair.copy_from_slice(&hex_digits(*byte));
-    }
-    f.pad(std::str::from_utf8(&digits).map_err(|_| fmt::Error)?)
-}
+pub(crate) use shown_as_hex;
 
 /// Reads 64 hex digits of either case.
 pub(crate) fn parse_hex(text: &str) -> Option<[u8; 32]> {
-    if text.len() != 64 {
-        return None;
-    }
     let mut bytes = [0; 32];
-    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = from_hex_digit(pair[0])? << 4 | from_hex_digit(pair[1])?;
-    }
+    hex::decode_to_slice(text, &mut bytes).ok()?;
     Some(bytes)
-}
-
-fn from_hex_digit(digit: u8) -> Option<u8> {
-    match digit {
-        b'0'..=b'9' => Some(digit - b'0'),
-        b'a'..=b'f' => Some(digit - b'a' + 10),
-        b'A'..=b'F' => Some(digit - b'A' + 10),
-        _ => None,
-    }
 }

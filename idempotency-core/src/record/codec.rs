@@ -4,10 +4,10 @@
 //! it as it is, so that decoding does not copy it. The checksum is there because a replay must be
 //! the answer that was given, or none: storages get cut, overwritten and shared with strangers.
 
-use std::{borrow::Cow, error::Error, fmt};
+use std::borrow::Cow;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use http::{HeaderName, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::error::Category;
@@ -16,7 +16,7 @@ use crate::{
     BoxError,
     encoder::Fingerprint,
     key::parse_hex,
-    record::{Outcome, Record, StoredResponse, TombstoneReason, put},
+    record::{Outcome, Record, StoredResponse, TombstoneReason, put_line},
 };
 
 /// So many headers a `HeaderMap` can hold, whatever their names are.
@@ -63,7 +63,8 @@ impl Record {
 
     /// [`encode`](Self::encode), with `prefix` before it.
     pub(crate) fn encode_after(&self, prefix: &[u8]) -> Vec<u8> {
-        let (metadata, body) = Metadata::of(self);
+        let fingerprint = self.fingerprint.map(|print| print.to_string());
+        let (metadata, body) = Metadata::of(&self.outcome, fingerprint.as_deref());
         let start = prefix.len();
         let mut bytes = Vec::with_capacity(start + HEAD + 64 + 2 * self.weight());
         bytes.extend_from_slice(prefix);
@@ -97,26 +98,30 @@ impl Record {
     /// assert_eq!(error.kind(), DecodeErrorKind::UnknownVersion);
     /// ```
     pub fn decode(bytes: Bytes) -> Result<Self, DecodeError> {
-        let version = *bytes.first().ok_or(DecodeError::new(Fault::Head))?;
+        let cut = |_| DecodeError::truncated("it is cut off within its first bytes");
+        let mut rest = &bytes[..];
+        let version = rest.try_get_u8().map_err(cut)?;
         if version != VERSION {
-            return Err(DecodeError::new(Fault::Version(version)));
+            let what =
+                format!("it begins with version {version}, and this library reads {VERSION}");
+            return Err(DecodeError::new(DecodeErrorKind::UnknownVersion, what));
         }
-        let Some(&[_, l0, l1, l2, l3, c0, c1, c2, c3]) = bytes.first_chunk::<HEAD>() else {
-            return Err(DecodeError::new(Fault::Head));
+        let len = rest.try_get_u32().map_err(cut)? as usize;
+        let expected = rest.try_get_u32().map_err(cut)?;
+        let Some(metadata) = rest.get(..len) else {
+            return Err(DecodeError::truncated("it is cut off within its metadata"));
         };
-        let body_at = usize::try_from(u32::from_be_bytes([l0, l1, l2, l3]))
-            .ok()
-            .and_then(|len| len.checked_add(HEAD))
-            .filter(|body_at| *body_at <= bytes.len())
-            .ok_or(DecodeError::new(Fault::MetadataCut))?;
         // Before the metadata is looked at: what the checksum passes was written by an encoder,
         // unless someone forged it, and then the parser bears that too.
-        if checksum(&bytes) != u32::from_be_bytes([c0, c1, c2, c3]) {
-            return Err(DecodeError::new(Fault::Checksum));
+        if checksum(&bytes) != expected {
+            let what = "its checksum does not match, so it is damaged or cut";
+            return Err(DecodeError::new(DecodeErrorKind::Checksum, what));
         }
-        let metadata: Metadata<'_> = serde_json::from_slice(&bytes[HEAD..body_at])
-            .map_err(|error| DecodeError::with(Fault::Json, JsonError::from(&error)))?;
-        metadata.into_record(bytes.slice(body_at..), body_at)
+        let metadata: Metadata<'_> = serde_json::from_slice(metadata).map_err(|error| {
+            DecodeError::malformed("its metadata is not the JSON it should be")
+                .because(JsonError(error.classify(), error.column()))
+        })?;
+        metadata.into_record(bytes.slice(HEAD + len..), len)
     }
 }
 
@@ -128,21 +133,18 @@ fn checksum(bytes: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-#[derive(Serialize, Deserialize)]
+// Names and codes are never escaped in JSON, so they are borrowed as they are.
+#[derive(Default, Serialize, Deserialize)]
 struct Metadata<'a> {
-    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
-    fingerprint: Option<Text<'a>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
+    fingerprint: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     status: Option<u16>,
     #[serde(borrow, default, skip_serializing_if = "Vec::is_empty")]
-    headers: Vec<(Text<'a>, Value<'a>)>,
-    #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
-    tombstone: Option<Text<'a>>,
+    headers: Vec<(&'a str, Value<'a>)>,
+    #[serde(borrow, skip_serializing_if = "Option::is_none")]
+    tombstone: Option<&'a str>,
 }
-
-/// A string that is copied only if the JSON escapes some of it. serde copies a plain `Cow` in any case.
-#[derive(Serialize, Deserialize)]
-struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// A header's value. JSON strings are UTF-8 and header values are bytes.
 #[derive(Serialize, Deserialize)]
@@ -156,26 +158,22 @@ enum Value<'a> {
 }
 
 impl<'a> Metadata<'a> {
-    fn of(record: &'a Record) -> (Self, &'a [u8]) {
+    fn of(outcome: &'a Outcome, fingerprint: Option<&'a str>) -> (Self, &'a [u8]) {
         let mut metadata = Self {
-            fingerprint: record
-                .fingerprint
-                .map(|print| Text(Cow::Owned(print.to_string()))),
-            status: None,
-            headers: Vec::new(),
-            tombstone: None,
+            fingerprint,
+            ..Self::default()
         };
-        match &record.outcome {
+        match outcome {
             Outcome::Response(response) => {
                 metadata.status = Some(response.status().as_u16());
                 metadata.headers = response
                     .header_lines()
-                    .map(|(name, value)| (Text(String::from_utf8_lossy(name)), Value::of(value)))
+                    .map(|(name, value)| (name, Value::of(value)))
                     .collect();
                 (metadata, response.body())
             }
             Outcome::Tombstone(reason) => {
-                metadata.tombstone = Some(Text(Cow::Borrowed(reason.as_str())));
+                metadata.tombstone = Some(reason.as_str());
                 (metadata, &[])
             }
         }
@@ -183,40 +181,40 @@ impl<'a> Metadata<'a> {
 
     /// The headers, without the JSON around them, take up to `size` bytes.
     fn into_record(self, body: Bytes, size: usize) -> Result<Record, DecodeError> {
-        let fingerprint = match self.fingerprint {
-            None => None,
-            Some(Text(hex)) => match parse_hex(&hex) {
-                Some(bytes) => Some(Fingerprint::from_bytes(bytes)),
-                None => return Err(DecodeError::new(Fault::Fingerprint)),
-            },
+        let parse = |hex| match parse_hex(hex) {
+            Some(bytes) => Ok(Fingerprint::from_bytes(bytes)),
+            None => Err(DecodeError::malformed(
+                "its fingerprint is not 64 hex digits",
+            )),
         };
+        let fingerprint = self.fingerprint.map(parse).transpose()?;
         let outcome = match (self.status, self.tombstone) {
             (Some(status), None) => {
-                let status = StatusCode::from_u16(status)
-                    .map_err(|error| DecodeError::with(Fault::Status, error))?;
-                let lines = self.headers.len();
+                let status = StatusCode::from_u16(status).map_err(|error| {
+                    DecodeError::malformed("its status is not one of HTTP").because(error)
+                })?;
                 let mut block = Vec::with_capacity(size);
-                for (Text(name), value) in self.headers {
-                    let name = HeaderName::from_bytes(name.as_bytes())
-                        .map_err(|error| DecodeError::with(Fault::HeaderName, error))?;
-                    put(&mut block, name.as_str().as_bytes());
-                    put(&mut block, &value.into_bytes()?);
+                for (name, value) in &self.headers {
+                    put_header(&mut block, name, value)?;
                 }
                 let response = StoredResponse::of_block(status, block, body);
+                let lines = self.headers.len();
                 if lines > FEW && response.headers().len() < lines {
-                    return Err(DecodeError::new(Fault::HeaderCount));
+                    return Err(DecodeError::malformed("it has too many headers"));
                 }
                 Outcome::Response(response)
             }
-            (None, Some(Text(code))) => {
-                if !body.is_empty() || !self.headers.is_empty() {
-                    return Err(DecodeError::new(Fault::Outcome));
-                }
-                let reason = TombstoneReason::from_code(&code)
-                    .ok_or(DecodeError::new(Fault::TombstoneReason))?;
-                Outcome::Tombstone(reason)
+            (None, Some(code)) if body.is_empty() && self.headers.is_empty() => {
+                // A reason is added by a newer version of this crate.
+                Outcome::Tombstone(TombstoneReason::from_code(code).ok_or(DecodeError::new(
+                    DecodeErrorKind::UnknownVersion,
+                    "it is a tombstone with a reason that this library does not know",
+                ))?)
             }
-            (Some(_), Some(_)) | (None, None) => return Err(DecodeError::new(Fault::Outcome)),
+            _ => {
+                let what = "it is neither a response nor a tombstone";
+                return Err(DecodeError::malformed(what));
+            }
         };
         Ok(Record {
             fingerprint,
@@ -236,31 +234,34 @@ impl<'a> Value<'a> {
             },
         }
     }
+}
 
-    /// The value, if it is one that a `HeaderValue` may have.
-    fn into_bytes(self) -> Result<Cow<'a, [u8]>, DecodeError> {
-        let bytes = match self {
-            Self::Text(Cow::Borrowed(text)) => Cow::Borrowed(text.as_bytes()),
-            Self::Text(Cow::Owned(text)) => Cow::Owned(text.into_bytes()),
-            Self::Opaque { base64 } => match BASE64.decode(base64.as_bytes()) {
-                Ok(bytes) => Cow::Owned(bytes),
-                // Without its source, which shows a byte of the value.
-                Err(_) => return Err(DecodeError::new(Fault::Base64)),
-            },
-        };
-        let is_valid = |byte: &u8| matches!(byte, b'\t' | 0x20..=0x7e | 0x80..);
-        match bytes.iter().all(is_valid) {
-            true => Ok(bytes),
-            false => Err(DecodeError::new(Fault::HeaderValue)),
-        }
+/// Appends a header, if a `HeaderMap` may have it.
+fn put_header(block: &mut Vec<u8>, name: &str, value: &Value<'_>) -> Result<(), DecodeError> {
+    let name = HeaderName::from_bytes(name.as_bytes())
+        .map_err(|error| DecodeError::malformed("it has an invalid header name").because(error))?;
+    let value = match value {
+        Value::Text(text) => Cow::Borrowed(text.as_bytes()),
+        // Without its source, which shows a byte of the value.
+        Value::Opaque { base64 } => Cow::Owned(
+            BASE64
+                .decode(&**base64)
+                .map_err(|_| DecodeError::malformed("it has a header value that is not base64"))?,
+        ),
+    };
+    let is_valid = |byte: &u8| matches!(byte, b'\t' | 0x20..=0x7e | 0x80..);
+    if !value.iter().all(is_valid) {
+        return Err(DecodeError::malformed("it has an invalid header value"));
     }
+    put_line(block, name.as_str(), &value);
+    Ok(())
 }
 
 /// Bytes from a storage are not a [`Record`] that this version can read.
 ///
 /// `Display` says what is wrong with them and what to do; neither it nor a source shows contents.
-#[derive(thiserror::Error)]
-#[error("the stored record can't be read: {fault}; {}", match self.kind() {
+#[derive(Debug, thiserror::Error)]
+#[error("the stored record can't be read: {what}; {}", match kind {
     DecodeErrorKind::UnknownVersion => {
         "if a newer version of this library shares the storage, upgrade this one; if another program does, give each its own prefix; \
          else remove the key"
@@ -268,52 +269,37 @@ impl<'a> Value<'a> {
     _ => "remove the key, or wait until it expires",
 })]
 pub struct DecodeError {
-    fault: Fault,
+    kind: DecodeErrorKind,
+    what: Cow<'static, str>,
     source: Option<BoxError>,
 }
 
 impl DecodeError {
-    fn new(fault: Fault) -> Self {
+    fn new(kind: DecodeErrorKind, what: impl Into<Cow<'static, str>>) -> Self {
         Self {
-            fault,
+            kind,
+            what: what.into(),
             source: None,
         }
     }
 
-    fn with(fault: Fault, source: impl Error + Send + Sync + 'static) -> Self {
-        Self {
-            fault,
-            source: Some(Box::new(source)),
-        }
+    fn truncated(what: &'static str) -> Self {
+        Self::new(DecodeErrorKind::Truncated, what)
+    }
+
+    fn malformed(what: &'static str) -> Self {
+        Self::new(DecodeErrorKind::Malformed, what)
+    }
+
+    fn because(mut self, source: impl Into<BoxError>) -> Self {
+        self.source = Some(source.into());
+        self
     }
 
     /// What is wrong, for programs.
     #[must_use]
     pub fn kind(&self) -> DecodeErrorKind {
-        match self.fault {
-            Fault::Head | Fault::MetadataCut => DecodeErrorKind::Truncated,
-            // A reason is added by a newer version of this crate.
-            Fault::Version(_) | Fault::TombstoneReason => DecodeErrorKind::UnknownVersion,
-            Fault::Checksum => DecodeErrorKind::Checksum,
-            Fault::Json
-            | Fault::Fingerprint
-            | Fault::Outcome
-            | Fault::Status
-            | Fault::HeaderName
-            | Fault::HeaderValue
-            | Fault::HeaderCount
-            | Fault::Base64 => DecodeErrorKind::Malformed,
-        }
-    }
-}
-
-impl fmt::Debug for DecodeError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DecodeError")
-            .field("kind", &self.kind())
-            .field("fault", &self.fault)
-            .field("source", &self.source)
-            .finish()
+        self.kind
     }
 }
 
@@ -332,62 +318,17 @@ pub enum DecodeErrorKind {
     Malformed,
 }
 
-/// What [`DecodeErrorKind`] says, in detail for the message.
-#[derive(Debug, Clone, Copy, thiserror::Error)]
-enum Fault {
-    #[error("it is cut off within its first bytes")]
-    Head,
-    #[error("it is cut off within its metadata")]
-    MetadataCut,
-    #[error("it begins with version {0}, and this library reads {VERSION}")]
-    Version(u8),
-    #[error("its checksum does not match, so it is damaged or cut")]
-    Checksum,
-    #[error("its metadata is not the JSON it should be")]
-    Json,
-    #[error("its fingerprint is not 64 hex digits")]
-    Fingerprint,
-    #[error("it is neither a response nor a tombstone")]
-    Outcome,
-    #[error("it is a tombstone with a reason that this library does not know")]
-    TombstoneReason,
-    #[error("its status is not one of HTTP")]
-    Status,
-    #[error("it has an invalid header name")]
-    HeaderName,
-    #[error("it has an invalid header value")]
-    HeaderValue,
-    #[error("it has too many headers")]
-    HeaderCount,
-    #[error("it has a header value that is not base64")]
-    Base64,
-}
-
 /// What may be shown of a `serde_json::Error`: its own text quotes the value it stumbled over,
 /// which can be a cookie.
 #[derive(Debug, thiserror::Error)]
-#[error("{} at column {column}", match category {
-    Category::Io | Category::Eof => "unexpected end",
-    Category::Syntax => "wrong syntax",
-    Category::Data => "a value of the wrong type",
-})]
-struct JsonError {
-    category: Category,
-    column: usize,
-}
-
-impl From<&serde_json::Error> for JsonError {
-    fn from(error: &serde_json::Error) -> Self {
-        Self {
-            category: error.classify(),
-            column: error.column(),
-        }
-    }
-}
+#[error("{0:?} error at column {1}")]
+struct JsonError(Category, usize);
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use std::error::Error;
 
     use http::{HeaderMap, HeaderValue};
     use proptest::prelude::*;

@@ -7,7 +7,7 @@
 //! | 4 | CRC-32 (ISO-HDLC) of the bytes before, big-endian |
 //! | … | [`Record::encode`], which has a checksum of its own |
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 
 use crate::{Record, StorageError, Token};
 
@@ -30,27 +30,24 @@ pub(crate) fn seal(completed_by: Token, record: &Record) -> Bytes {
 
 /// The record shares `bytes`; nothing is copied.
 pub(crate) fn open(bytes: Bytes) -> Result<Envelope, StorageError> {
-    let unreadable = |reason: &'static str| Err(StorageError::unreadable(reason));
-    let Some((head, _)) = bytes.split_first_chunk::<HEAD>() else {
-        return unreadable("it is cut off within its first bytes");
-    };
-    if head[0] != VERSION {
-        return unreadable(
+    let cut = |_| StorageError::unreadable("it is cut off within its first bytes");
+    let mut rest = bytes.clone();
+    let version = rest.try_get_u8().map_err(cut)?;
+    let token = rest.try_get_u128().map_err(cut)?;
+    let checksum = rest.try_get_u32().map_err(cut)?;
+    if version != VERSION {
+        return Err(StorageError::unreadable(
             "it begins with another version than 1: a newer version of this library or another program shares the cache",
-        );
+        ));
     }
-    let (Some(completed_by), Some(checksum)) = (
-        head[1..].first_chunk::<16>(),
-        head[TOKEN_END..].first_chunk::<4>(),
-    ) else {
-        return unreadable("it is cut off within its first bytes");
-    };
-    if crc32fast::hash(&head[..TOKEN_END]) != u32::from_be_bytes(*checksum) {
-        return unreadable("the checksum of its first bytes does not match, so it is damaged");
+    if crc32fast::hash(&bytes[..TOKEN_END]) != checksum {
+        return Err(StorageError::unreadable(
+            "the checksum of its first bytes does not match, so it is damaged",
+        ));
     }
     Ok(Envelope {
-        completed_by: Token::from_bytes(*completed_by),
-        record: Record::decode(bytes.slice(HEAD..))?,
+        completed_by: Token::from_bytes(token.to_be_bytes()),
+        record: Record::decode(rest)?,
     })
 }
 

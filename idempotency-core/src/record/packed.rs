@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::StatusCode;
 
-use super::{Outcome, Record, StoredResponse, TombstoneReason, len_of_put, put, take};
+use super::{Outcome, Record, StoredResponse, TombstoneReason, header_lines};
 use crate::encoder::Fingerprint;
 
 /// A copy of a record that holds on to no memory but its own: headers and body lie in one block.
@@ -14,7 +14,7 @@ use crate::encoder::Fingerprint;
 pub(crate) struct Packed {
     fingerprint: Option<Fingerprint>,
     ending: Ending,
-    /// The length of the header block, the header block, the body. Empty for a tombstone.
+    /// The header block, an empty line, the body. Empty for a tombstone.
     block: Bytes,
 }
 
@@ -28,15 +28,8 @@ impl Packed {
     pub(crate) fn of(record: &Record) -> Self {
         let (ending, block) = match &record.outcome {
             Outcome::Response(response) => {
-                let StoredResponse {
-                    status,
-                    header_block,
-                    body,
-                } = response;
-                let mut block = Vec::with_capacity(len_of_put(header_block) + body.len());
-                put(&mut block, header_block);
-                block.extend_from_slice(body);
-                (Ending::Response(*status), block.into())
+                let parts = [&response.header_block[..], b"\n", &response.body];
+                (Ending::Response(response.status), parts.concat().into())
             }
             Outcome::Tombstone(reason) => (Ending::Tombstone(*reason), Bytes::new()),
         };
@@ -51,11 +44,14 @@ impl Packed {
     pub(crate) fn record(&self) -> Record {
         let outcome = match self.ending {
             Ending::Response(status) => {
-                let (header_block, body) = self.parts();
+                let lines = header_lines(&self.block);
+                let len: usize = lines
+                    .map(|(name, value)| name.len() + value.len() + 2)
+                    .sum();
                 Outcome::Response(StoredResponse {
                     status,
-                    header_block: self.block.slice_ref(header_block),
-                    body: self.block.slice_ref(body),
+                    header_block: self.block.slice(..len),
+                    body: self.block.slice(len + 1..),
                 })
             }
             Ending::Tombstone(reason) => Outcome::Tombstone(reason),
@@ -68,14 +64,8 @@ impl Packed {
 
     /// [`Record::weight`].
     pub(crate) fn weight(&self) -> usize {
-        let (header_block, body) = self.parts();
-        header_block.len() + body.len()
-    }
-
-    fn parts(&self) -> (&[u8], &[u8]) {
-        let mut rest = &*self.block;
-        let header_block = take(&mut rest).unwrap_or_default();
-        (header_block, rest)
+        // Without the empty line.
+        self.block.len().saturating_sub(1)
     }
 }
 

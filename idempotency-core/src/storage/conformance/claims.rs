@@ -7,8 +7,6 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Barrier;
-
 use super::{
     Harness,
     harness::{Found, LONG, Subject, answer, claim, fine, fingerprint, fresh_key, must},
@@ -21,20 +19,13 @@ pub async fn begin_is_exclusive<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     for _ in 0..8 {
         let key = fresh_key();
-        let start = Arc::new(Barrier::new(RIVALS));
-        let rivals: Vec<_> = (0..RIVALS)
-            .map(|_| {
-                let (storage, start) = (subject.storage.clone(), start.clone());
-                subject.spawn(async move {
-                    let claim = claim(Token::random(), LONG);
-                    start.wait().await;
-                    fine(storage.begin(&key, &claim).await)
-                })
-            })
-            .collect();
+        let begin = |_, storage: Arc<H::Storage>| async move {
+            fine(storage.begin(&key, &claim(Token::random(), LONG)).await)
+        };
         let mut acquired = 0;
-        for rival in rivals {
-            match rival.soon("`begin` did not return").await {
+        let begun = subject.race(RIVALS, begin, "`begin` did not return").await;
+        for begin in begun {
+            match begin {
                 Begin::Acquired => acquired += 1,
                 Begin::InFlight { .. } => {}
                 Begin::Completed(_) => panic!("`begin` found a record that nobody stored"),
@@ -77,7 +68,7 @@ pub async fn begin_tells_of_the_running_claim<H: Harness>(harness: &H) {
         };
         must!(begin(expected) => Begin::Acquired, "a free key was not Acquired");
 
-        let found = match begin(Some(fingerprint(0x11))).await {
+        let begun = match begin(Some(fingerprint(0x11))).await {
             Begin::InFlight {
                 fingerprint,
                 lease_left,
@@ -93,15 +84,11 @@ pub async fn begin_tells_of_the_running_claim<H: Harness>(harness: &H) {
             }) => (fingerprint, lease_left),
             entry => panic!("`get` found {entry:?} instead of the claim"),
         };
-        assert_eq!(
-            found.0, expected,
-            "the running claim's fingerprint changed: a key that is reused for another request is not noticed, or a duplicate is refused as one"
-        );
-        assert_eq!(
-            got.0, expected,
-            "`get` shows another fingerprint than the claim's"
-        );
-        for lease_left in [found.1, got.1] {
+        for (call, (fingerprint, lease_left)) in [("begin", begun), ("get", got)] {
+            assert_eq!(
+                fingerprint, expected,
+                "`{call}` shows another fingerprint than the running claim's: a key that is reused for another request is not noticed, or a duplicate is refused as one"
+            );
             assert!(
                 lease_left.is_none_or(|left| left <= LONG),
                 "{lease_left:?} of the lease are left, more than was asked for: waiters and Retry-After would be wrong"
@@ -233,12 +220,7 @@ pub async fn release_without_a_claim_is_lost<H: Harness>(harness: &H) {
 /// A holder whose lease is over and whose key another took can't change anything (rules 3 and 5).
 pub async fn a_lost_claim_changes_nothing<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
-    let (key, late) = subject.claimed_for(subject.units(2)).await;
-    subject.pass(3).await;
-    let holder = Token::random();
-    must!(subject.begin(&key, holder) => Begin::Acquired,
-        "the lease was over, and the key not free");
-
+    let (key, late, holder) = subject.taken_over().await;
     must!(subject.renew(&key, late, LONG) => Held::Lost,
         "a holder renewed a claim that another had taken: two executions of one key go on");
     must!(subject.release(&key, late) => Held::Lost,

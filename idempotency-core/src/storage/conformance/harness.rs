@@ -1,16 +1,9 @@
 //! Helpers that the rules share: keys, claims, records, tasks and limits.
 
-use std::{
-    future::{Future, poll_fn},
-    pin::{Pin, pin},
-    sync::Arc,
-    task::Poll,
-    time::Duration,
-};
+use std::{future::Future, sync::Arc, time::Duration};
 
-use futures_util::future::{Either, select};
 use http::{HeaderMap, HeaderValue, StatusCode, header};
-use tokio::sync::oneshot;
+use tokio::{sync::Barrier, task::JoinSet};
 
 use super::Harness;
 use crate::{
@@ -93,6 +86,15 @@ impl<'h, H: Harness> Subject<'h, H> {
         (key, token)
     }
 
+    /// A fresh key that another took when the lease of its first holder was over, and the tokens of both.
+    pub(super) async fn taken_over(&self) -> (EncodedKey, Token, Token) {
+        let (key, late) = self.claimed_for(self.units(2)).await;
+        self.pass(3).await;
+        let holder = Token::random();
+        must!(self.begin(&key, holder) => Begin::Acquired, "the lease was over, and the key not free");
+        (key, late, holder)
+    }
+
     calls! {
         complete(token: Token, record: &Record, ttl: Duration) -> Held;
         renew(token: Token, lease: Duration) -> Held;
@@ -117,34 +119,41 @@ impl<'h, H: Harness> Subject<'h, H> {
         }
     }
 
-    /// A task that waits for the end of the claim of `key`.
-    pub(super) fn waiter(&self, key: EncodedKey, timeout: Duration) -> Task<()> {
-        let storage = self.storage.clone();
-        self.spawn(async move { fine(storage.wait(&key, timeout).await) })
+    /// Tasks that wait for the end of the claim of `key`.
+    pub(super) fn waiters(&self, key: EncodedKey, count: usize) -> JoinSet<()> {
+        let wait = |storage: Arc<H::Storage>| async move { fine(storage.wait(&key, LONG).await) };
+        (0..count).map(|_| wait(self.storage.clone())).collect()
     }
 
-    /// Runs `work` in a task, in parallel where the runtime has several threads.
-    pub(super) fn spawn<T: Send + 'static>(
+    /// What `rivals` calls return that begin together, each in a task, in parallel where the runtime has several threads.
+    pub(super) async fn race<F>(
         &self,
-        work: impl Future<Output = T> + Send + 'static,
-    ) -> Task<T> {
-        let (sender, result) = oneshot::channel();
-        let Some(spawner) = Env::system().spawner() else {
-            panic!("the conformance suite needs a tokio runtime");
+        rivals: usize,
+        call: impl Fn(usize, Arc<H::Storage>) -> F,
+        otherwise: &str,
+    ) -> Vec<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        let start = Arc::new(Barrier::new(rivals));
+        let task = |rival| {
+            let (start, call) = (start.clone(), call(rival, self.storage.clone()));
+            async move {
+                start.wait().await;
+                call.await
+            }
         };
-        spawner.spawn(async move {
-            // If the rule failed elsewhere, nobody awaits this task any more.
-            let _ = sender.send(work.await);
-        });
-        Task {
-            result,
-            patience: self.harness.patience(),
-        }
+        let tasks: JoinSet<_> = (0..rivals).map(task).collect();
+        self.soon(tasks.join_all(), otherwise).await
     }
 
     /// Awaits `future`, which should end soon.
     pub(super) async fn soon<T>(&self, future: impl Future<Output = T>, otherwise: &str) -> T {
-        within(self.harness.patience(), future, otherwise).await
+        let patience = self.harness.patience();
+        match Env::system().within(patience, future).await {
+            Some(result) => result,
+            None => panic!("{otherwise} (gave up after {patience:?})"),
+        }
     }
 }
 
@@ -161,40 +170,11 @@ pub(super) enum Found {
     },
 }
 
-/// A task under way.
-pub(super) struct Task<T> {
-    result: oneshot::Receiver<T>,
-    patience: Duration,
-}
-
-impl<T> Task<T> {
-    /// Awaits the task, which should end soon.
-    pub(super) async fn soon(self, otherwise: &str) -> T {
-        match within(self.patience, self.result, otherwise).await {
-            Ok(result) => result,
-            Err(_) => panic!("a task of the conformance suite panicked; its message is above"),
-        }
-    }
-}
-
-async fn within<T>(patience: Duration, future: impl Future<Output = T>, otherwise: &str) -> T {
-    let limit = pin!(Env::system().sleep(patience));
-    match select(pin!(future), limit).await {
-        Either::Left((result, _)) => result,
-        Either::Right(_) => panic!("{otherwise} (gave up after {patience:?})"),
-    }
-}
-
 pub(super) fn fine<T>(result: Result<T, StorageError>) -> T {
     match result {
         Ok(result) => result,
         Err(error) => panic!("the storage under test failed: {error:?}"),
     }
-}
-
-/// Polls `future` once.
-pub(super) async fn poll_once<F: Future>(mut future: Pin<&mut F>) -> Poll<F::Output> {
-    poll_fn(|context| Poll::Ready(future.as_mut().poll(context))).await
 }
 
 /// Lets other tasks of the runtime run.
@@ -224,14 +204,11 @@ pub(super) fn fingerprint(byte: u8) -> Fingerprint {
 
 /// An answer with `text` as its body.
 pub(super) fn answer(text: &str) -> Record {
-    let mut headers = HeaderMap::new();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    let content_type = HeaderValue::from_static("text/plain");
+    let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, content_type)]);
+    let response = StoredResponse::new(StatusCode::CREATED, &headers, text.to_owned());
     Record {
         fingerprint: None,
-        outcome: Outcome::Response(StoredResponse::new(
-            StatusCode::CREATED,
-            &headers,
-            text.to_owned(),
-        )),
+        outcome: Outcome::Response(response),
     }
 }

@@ -7,13 +7,12 @@
 
 use std::{pin::pin, time::Duration};
 
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, FutureExt, select};
+use tokio::task::JoinSet;
 
 use super::{
     Harness,
-    harness::{
-        Found, LONG, Subject, Task, answer, breathe, claim, fine, fresh_key, must, poll_once,
-    },
+    harness::{Found, LONG, Subject, answer, breathe, claim, fine, fresh_key, must},
 };
 use crate::{Begin, EncodedKey, Held, Storage, Token};
 
@@ -22,12 +21,20 @@ const MISSED: &str =
 
 impl<H: Harness> Subject<'_, H> {
     /// Checks that a `wait` for `key` does not return while a unit passes, so that it is under way, and lets `end` happen.
-    /// Returns when it has returned.
-    async fn assert_wait_ends(&self, key: &EncodedKey, end: impl Future<Output = ()>) {
+    /// Returns when it has returned, and those of `others` in tasks.
+    async fn assert_wait_ends(
+        &self,
+        key: &EncodedKey,
+        others: usize,
+        end: impl Future<Output = ()>,
+    ) {
+        let others = self.waiters(*key, others);
+        breathe().await;
         let mut wait = pin!(self.storage.wait(key, LONG));
         self.assert_waits(wait.as_mut(), 1).await;
         end.await;
         fine(self.soon(wait, MISSED).await);
+        self.soon(others.join_all(), MISSED).await;
     }
 
     /// Checks that `wait` does not return while `units` pass.
@@ -80,18 +87,10 @@ pub async fn wait_times_out<H: Harness>(harness: &H) {
 pub async fn wait_sees_completion<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let record = answer("done");
-    let (key, token) = subject.claimed().await;
-    subject
-        .assert_wait_ends(&key, async {
-            must!(subject.complete(&key, token, &record, LONG) => Held::Yes);
-        })
-        .await;
-
-    let (key, token) = subject.claimed().await;
-    let waiters = waiters(&subject, key).await;
-    must!(subject.complete(&key, token, &record, LONG) => Held::Yes);
-    for waiter in waiters {
-        waiter.soon(MISSED).await;
+    for others in [0, 8] {
+        let (key, token) = subject.claimed().await;
+        let end = async { must!(subject.complete(&key, token, &record, LONG) => Held::Yes) };
+        subject.assert_wait_ends(&key, others, end).await;
     }
 }
 
@@ -99,28 +98,17 @@ pub async fn wait_sees_completion<H: Harness>(harness: &H) {
 pub async fn wait_sees_release<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     let (key, token) = subject.claimed().await;
-    subject
-        .assert_wait_ends(&key, async {
-            must!(subject.release(&key, token) => Held::Yes);
-        })
-        .await;
+    let end = async { must!(subject.release(&key, token) => Held::Yes) };
+    subject.assert_wait_ends(&key, 0, end).await;
 }
 
 /// `wait` returns for all waiters when the claim is removed (rule 8).
 pub async fn wait_sees_removal<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
-    let (key, _) = subject.claimed().await;
-    subject
-        .assert_wait_ends(&key, async {
-            assert!(subject.remove(&key).await);
-        })
-        .await;
-
-    let (key, _) = subject.claimed().await;
-    let waiters = waiters(&subject, key).await;
-    assert!(subject.remove(&key).await);
-    for waiter in waiters {
-        waiter.soon(MISSED).await;
+    for others in [0, 8] {
+        let (key, _) = subject.claimed().await;
+        let end = async { must!(subject.remove(&key) => true) };
+        subject.assert_wait_ends(&key, others, end).await;
     }
 }
 
@@ -148,7 +136,7 @@ pub async fn wait_outlasts_renewals<H: Harness>(harness: &H) {
     let token = Token::random();
     must!(subject.begin(&key, token) => Begin::Acquired);
     // The end in between may have woken it, and then it may return. Otherwise it stays pending.
-    if poll_once(wait.as_mut()).await.is_pending() {
+    if wait.as_mut().now_or_never().is_none() {
         must!(subject.complete(&key, token, &answer("done"), LONG) => Held::Yes);
         fine(subject.soon(wait, MISSED).await);
     }
@@ -159,7 +147,7 @@ pub async fn wait_misses_nothing<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     for round in 0..64 {
         let (key, token) = subject.claimed().await;
-        let waiter = subject.waiter(key, LONG);
+        let waiter = subject.waiters(key, 1);
         for _ in 0..round % 8 {
             tokio::task::yield_now().await;
         }
@@ -168,7 +156,7 @@ pub async fn wait_misses_nothing<H: Harness>(harness: &H) {
         } else {
             must!(subject.release(&key, token) => Held::Yes);
         }
-        waiter.soon(MISSED).await;
+        subject.soon(waiter.join_all(), MISSED).await;
     }
 }
 
@@ -177,59 +165,43 @@ pub async fn release_wakes_waiters<H: Harness>(harness: &H) {
     const WAITERS: usize = 5;
     let subject = Subject::new(harness).await;
     let (key, token) = subject.claimed().await;
-    let turns: Vec<_> = (0..WAITERS)
-        .map(|_| {
-            let storage = subject.storage.clone();
-            subject.spawn(async move {
-                let claim = claim(Token::random(), LONG);
-                loop {
-                    fine(storage.wait(&key, LONG).await);
-                    if fine(storage.begin(&key, &claim).await) == Begin::Acquired {
-                        breathe().await;
-                        assert_eq!(fine(storage.release(&key, claim.token).await), Held::Yes);
-                        return;
-                    }
+    let turn = |_| {
+        let storage = subject.storage.clone();
+        async move {
+            let claim = claim(Token::random(), LONG);
+            loop {
+                fine(storage.wait(&key, LONG).await);
+                if fine(storage.begin(&key, &claim).await) == Begin::Acquired {
+                    breathe().await;
+                    assert_eq!(fine(storage.release(&key, claim.token).await), Held::Yes);
+                    return;
                 }
-            })
-        })
-        .collect();
+            }
+        }
+    };
+    let turns: JoinSet<()> = (0..WAITERS).map(turn).collect();
     breathe().await;
     subject.pass(1).await;
     must!(subject.release(&key, token) => Held::Yes);
-    for turn in turns {
-        turn.soon("a released key was free, and a waiter was not told: it waits for nothing")
-            .await;
-    }
+    let otherwise = "a released key was free, and a waiter was not told: it waits for nothing";
+    subject.soon(turns.join_all(), otherwise).await;
 }
 
 /// A waiter that is woken and then dropped before it is polled passes the wake on (rule 8).
 pub async fn cancelled_waiter_passes_its_wake_on<H: Harness>(harness: &H) {
     let subject = Subject::new(harness).await;
     // Whichever of the two a release wakes, it is dropped in one of the rounds.
-    for cancel_first in [true, false] {
+    for cancelled in [0, 1] {
         let (key, token) = subject.claimed().await;
-        let mut first = Box::pin(subject.storage.wait(&key, LONG));
-        let mut second = Box::pin(subject.storage.wait(&key, LONG));
-        subject.assert_waits(first.as_mut(), 1).await;
-        subject.assert_waits(second.as_mut(), 1).await;
+        let wait = || Box::pin(subject.storage.wait(&key, LONG));
+        let mut waits = vec![wait(), wait()];
+        for wait in &mut waits {
+            subject.assert_waits(wait.as_mut(), 1).await;
+        }
         must!(subject.release(&key, token) => Held::Yes);
-        let rest = if cancel_first {
-            drop(first);
-            second
-        } else {
-            drop(second);
-            first
-        };
+        drop(waits.remove(cancelled));
         let otherwise =
             "a cancelled waiter kept its wake: the other waits although the key is free";
-        fine(subject.soon(rest, otherwise).await);
+        fine(subject.soon(waits.remove(0), otherwise).await);
     }
-}
-
-/// Tasks that wait for the end of the claim of `key`.
-async fn waiters<H: Harness>(subject: &Subject<'_, H>, key: EncodedKey) -> Vec<Task<()>> {
-    let waiters = (0..8).map(|_| subject.waiter(key, LONG)).collect();
-    breathe().await;
-    subject.pass(1).await;
-    waiters
 }
