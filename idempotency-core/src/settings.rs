@@ -445,12 +445,9 @@ impl Document {
         if let Some(bytes) = fields.max_buffered {
             config = config.max_buffered(bytes);
         }
-        for name in fields.strip_headers.iter().flatten() {
-            config = config.strip_header(name.clone());
-        }
-        for name in fields.keep_headers.iter().flatten() {
-            config = config.keep_header(name.clone());
-        }
-        config
+        let stripped = fields.strip_headers.iter().flatten().cloned();
+        let config = stripped.fold(config, Config::strip_header);
+        let kept = fields.keep_headers.iter().flatten().cloned();
+        kept.fold(config, Config::keep_header)
     }
 }

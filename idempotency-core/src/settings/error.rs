@@ -73,11 +73,8 @@ impl SettingsError {
         let error = error.to_string();
         let first = error.lines().next().filter(|line| !may_hold_a_secret(line));
         let message = first.unwrap_or("its format is not valid");
-        Self::new(
-            SettingsErrorKind::Unreadable,
-            "",
-            format_args!("can't be read: {message}"),
-        )
+        let message = format_args!("can't be read: {message}");
+        Self::new(SettingsErrorKind::Unreadable, "", message)
     }
 
     /// Keeps the error that caused this one. It must not show secrets.

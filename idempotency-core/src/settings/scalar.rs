@@ -39,12 +39,11 @@ impl Field {
     }
 
     pub(super) fn flag(&self) -> Result<bool> {
-        let flag = match &self.value {
-            Value::Bool(flag) => Some(*flag),
-            value => value
-                .text()
-                .and_then(|text| text.to_ascii_lowercase().parse().ok()),
-        };
+        if let Value::Bool(flag) = self.value {
+            return Ok(flag);
+        }
+        let word = self.value.text().map(str::to_ascii_lowercase);
+        let flag = word.and_then(|word| word.parse().ok());
         self.or_expected(flag, "true or false")
     }
 

@@ -100,20 +100,14 @@ const LOCKS: [(&[&str], LockKind); 3] = [
 impl LockSettings {
     /// `preset` with the changes of these settings.
     pub(super) fn policy(&self, preset: LockPolicy) -> LockPolicy {
-        let mut policy = match self.enable {
+        let policy = match self.enable {
             Some(false) => LockPolicy::disabled(),
             _ => preset,
         };
-        if let Some(timeout) = self.timeout {
-            policy = policy.timeout(timeout);
-        }
-        if let Some(ttl) = self.ttl {
-            policy = policy.ttl(ttl);
-        }
-        if let Some(limit) = self.max_hold {
-            policy = policy.max_hold(limit);
-        }
-        policy
+        let timeout = self.timeout.unwrap_or(policy.wait_timeout());
+        let ttl = self.ttl.unwrap_or(policy.lease());
+        let max_hold = self.max_hold.unwrap_or(policy.longest_hold());
+        policy.timeout(timeout).ttl(ttl).max_hold(max_hold)
     }
 
     /// What holds the claims. Without claims it is the storage, but mistakes in the location are errors all the same.
@@ -279,9 +273,8 @@ impl StorageSettings {
         if let Some(limit) = self.max_transaction {
             storage = storage.max_transaction(limit);
         }
-        Ok(AnyStorage::new(
-            storage.purging(self.purge_every.unwrap_or(PURGE_EVERY)),
-        ))
+        let purged = storage.purging(self.purge_every.unwrap_or(PURGE_EVERY));
+        Ok(AnyStorage::new(purged))
     }
 
     #[cfg(feature = "sqlite")]
@@ -298,9 +291,8 @@ impl StorageSettings {
                 storage = storage.max_transaction(limit);
             }
             storage.migrate().await?;
-            Ok(AnyStorage::new(
-                storage.purging(self.purge_every.unwrap_or(PURGE_EVERY)),
-            ))
+            let purged = storage.purging(self.purge_every.unwrap_or(PURGE_EVERY));
+            Ok(AnyStorage::new(purged))
         };
         opened.await.map_err(|error: crate::SqliteStorageError| {
             let kind = match error.kind() {
