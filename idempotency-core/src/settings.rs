@@ -29,10 +29,7 @@ mod scope;
 mod secret;
 #[cfg_attr(
     not(feature = "redis"),
-    allow(
-        unused,
-        reason = "some of it is only for a storage that has claims and a cache"
-    )
+    allow(unused, reason = "without Redis some of it is not called")
 )]
 mod storage;
 mod store_on;

@@ -127,7 +127,7 @@ impl<'a> Table<'a> {
         })
     }
 
-    /// Takes the field and reads it.
+    /// Takes the field that has one of these names, and reads it.
     pub(super) fn read<T>(
         &mut self,
         names: &[&'static str],
@@ -145,6 +145,7 @@ impl<'a> Table<'a> {
         })
     }
 
+    /// Refuses a field that was not taken.
     fn end(mut self) -> Result<()> {
         let Some(unknown) = self.fields.keys().next() else {
             return Ok(());
@@ -173,7 +174,7 @@ pub(super) fn either(one: Option<Field>, other: Option<Field>) -> Result<Option<
     }
 }
 
-/// Makes a struct of the fields of a table, and `read`, which reads each field by its function.
+/// Makes a struct of the fields of a table, and `read`, which reads each field by its function. A field that is absent is `None`.
 macro_rules! table {
     (
         $(#[$doc:meta])*

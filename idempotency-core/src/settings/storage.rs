@@ -160,11 +160,20 @@ impl StorageSettings {
         lock: &LockSettings,
         time_limit: Duration,
     ) -> Result<AnyStorage> {
-        let place = self.place(table, cache, time_limit);
+        let place = Place {
+            table,
+            cache,
+            settings: self,
+            time_limit,
+        };
+        let lock_settings = Self {
+            location: lock.location.clone(),
+            name: lock.name.clone(),
+            ..self.clone()
+        };
         let lock_place = Place {
             table: "lock",
-            location: lock.location.as_ref(),
-            name: lock.name.as_deref(),
+            settings: &lock_settings,
             ..place
         };
         let holder = lock.holder(&lock_place)?;
@@ -307,40 +316,23 @@ impl StorageSettings {
             place.error(kind, "location", &error).because_of(error)
         })
     }
-
-    fn place<'a>(
-        &'a self,
-        table: &'a str,
-        cache: Option<&'a str>,
-        time_limit: Duration,
-    ) -> Place<'a> {
-        Place {
-            table,
-            cache,
-            location: self.location.as_ref(),
-            name: self.name.as_deref(),
-            require_noeviction: self.require_noeviction == Some(true),
-            time_limit,
-        }
-    }
 }
 
-/// Where a storage or a lock is.
+/// The place of a storage or a lock in the settings.
 #[derive(Clone, Copy)]
 struct Place<'a> {
-    /// Its table in the settings, such as `storages.orders`.
+    /// Its table, such as `storages.orders`.
     table: &'a str,
     cache: Option<&'a str>,
-    location: Option<&'a Location>,
-    name: Option<&'a str>,
-    require_noeviction: bool,
+    /// Where it is, and how it is connected to.
+    settings: &'a StorageSettings,
     time_limit: Duration,
 }
 
 impl<'a> Place<'a> {
     /// The class. With a location the default is not meant, so then a class is needed.
     fn class<C>(&self, class: Option<C>, default: C) -> Result<C> {
-        match (class, self.location) {
+        match (class, &self.settings.location) {
             (Some(class), _) => Ok(class),
             (None, None) => Ok(default),
             (None, Some(Location(location))) if location.is_empty() => {
@@ -356,7 +348,7 @@ impl<'a> Place<'a> {
 
     /// The location, which must be there.
     fn location(&self, form: &str) -> Result<&'a str> {
-        match self.location {
+        match &self.settings.location {
             Some(Location(location)) if !location.is_empty() => Ok(location),
             _ => {
                 let message = format_args!("is missing or empty; give {form}");
@@ -390,7 +382,7 @@ impl<'a> Place<'a> {
 
     /// The name of the table, or the prefix of the keys. Each cache has its own, so caches in one Redis or database share nothing.
     fn full_name(&self, separator: char) -> String {
-        let name = self.name.unwrap_or("idempotency");
+        let name = self.settings.name.as_deref().unwrap_or("idempotency");
         match self.cache {
             None => name.to_owned(),
             Some(cache) => format!("{name}{separator}{cache}"),
@@ -404,7 +396,7 @@ impl<'a> Place<'a> {
         make: impl FnOnce(&str, String) -> crate::RedisConnect<T>,
     ) -> Result<T> {
         let location = self.redis_location()?;
-        if self.name.is_none() {
+        if self.settings.name.is_none() {
             tracing::warn!(
                 target: "idempotency",
                 setting = %format_args!("{}.name", self.table),
@@ -424,9 +416,9 @@ impl<'a> Place<'a> {
     #[cfg(feature = "redis")]
     fn terms<T>(&self, connecting: crate::RedisConnect<T>) -> crate::RedisConnect<T> {
         let connecting = connecting.time_limit(self.time_limit);
-        match self.require_noeviction {
-            true => connecting.require_noeviction(),
-            false => connecting,
+        match self.settings.require_noeviction {
+            Some(true) => connecting.require_noeviction(),
+            _ => connecting,
         }
     }
 
@@ -464,7 +456,12 @@ mod tests {
                 ..StorageSettings::default()
             };
             let connecting = RedisStorage::connect("cache");
-            let place = settings.place("storage", None, Duration::from_secs(3));
+            let place = Place {
+                table: "storage",
+                cache: None,
+                settings: &settings,
+                time_limit: Duration::from_secs(3),
+            };
             format!("{:?}", place.terms(connecting))
         };
         for (set, required) in [(None, false), (Some(false), false), (Some(true), true)] {
