@@ -1,11 +1,8 @@
 //! How many bytes may be held at once.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
 };
 
 /// A limit on the bytes that are held at once; clones share it. See [`Config::max_buffered`](crate::Config::max_buffered).
@@ -20,9 +17,10 @@ use std::{
 /// drop(body);
 /// assert_eq!(budget.used(), 0);
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Budget(Arc<State>);
 
+#[derive(Debug)]
 struct State {
     limit: usize,
     used: AtomicUsize,
@@ -65,15 +63,6 @@ impl Budget {
             budget: self.clone(),
             bytes,
         }
-    }
-}
-
-impl fmt::Debug for Budget {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Budget")
-            .field("limit", &self.limit())
-            .field("used", &self.used())
-            .finish()
     }
 }
 

@@ -164,15 +164,11 @@ impl Config {
             .encoder(FingerprintKeyEncoder)
             .conflict_status(None)
             .in_flight_status(StatusCode::CONFLICT)
-            .store_on(StoreOn::below(500).except([
-                StatusCode::UNAUTHORIZED,
-                StatusCode::FORBIDDEN,
-                StatusCode::REQUEST_TIMEOUT,
-                StatusCode::CONFLICT,
-                StatusCode::LOCKED,
-                StatusCode::TOO_EARLY,
-                StatusCode::TOO_MANY_REQUESTS,
-            ]))
+            .store_on(
+                StoreOn::below(500)
+                    .except(TRY_AGAIN)
+                    .except([StatusCode::CONFLICT, StatusCode::LOCKED]),
+            )
     }
 
     /// Like Stripe's API: a key belongs to one request only (400 for another path, method or body), the original status is
@@ -185,17 +181,7 @@ impl Config {
             .encoder(KeyOnlyEncoder)
             .mismatch_status(StatusCode::BAD_REQUEST)
             .replay_header(HeaderName::from_static("idempotent-replayed"))
-            .store_on(
-                StoreOn::all()
-                    .except([
-                        StatusCode::UNAUTHORIZED,
-                        StatusCode::FORBIDDEN,
-                        StatusCode::REQUEST_TIMEOUT,
-                        StatusCode::TOO_EARLY,
-                        StatusCode::TOO_MANY_REQUESTS,
-                    ])
-                    .except_rejections(),
-            )
+            .store_on(StoreOn::all().except(TRY_AGAIN).except_rejections())
     }
 
     /// The methods on which a key is asked for, where the mode is `enforce` and the handler has no policy. Default: all except GET, HEAD,
@@ -280,8 +266,17 @@ impl Config {
     }
 }
 
+/// The same request may well succeed later, with another credential or at another time.
+const TRY_AGAIN: [StatusCode; 5] = [
+    StatusCode::UNAUTHORIZED,
+    StatusCode::FORBIDDEN,
+    StatusCode::REQUEST_TIMEOUT,
+    StatusCode::TOO_EARLY,
+    StatusCode::TOO_MANY_REQUESTS,
+];
+
 /// `<url>; rel="describedby"`, with every byte that a URL can't hold percent-encoded.
-fn link_value(url: &str) -> Option<HeaderValue> {
+pub(crate) fn link_value(url: &str) -> Option<HeaderValue> {
     use fmt::Write as _;
 
     let mut link = String::with_capacity(url.len() + 24);

@@ -3,7 +3,7 @@
 use std::{fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use http::StatusCode;
-use tracing::field::display;
+use tracing::{debug, error, field::display, warn};
 
 use crate::{EncodedKey, StorageError, TombstoneReason, codes::codes};
 
@@ -257,10 +257,7 @@ pub trait Observer: Send + Sync + 'static {
     fn on_event(&self, event: &Event<'_>);
 }
 
-impl<F> Observer for F
-where
-    F: Fn(&Event<'_>) + Send + Sync + 'static,
-{
+impl<F: Fn(&Event<'_>) + Send + Sync + 'static> Observer for F {
     fn on_event(&self, event: &Event<'_>) {
         self(event);
     }
@@ -302,53 +299,48 @@ pub struct TracingObserver;
 impl Observer for TracingObserver {
     fn on_event(&self, event: &Event<'_>) {
         const TARGET: &str = "idempotency";
-        let name = event.name();
         let key = event.key().map(display);
         match event {
             Event::Lost { operation, .. } => {
-                tracing::error!(target: TARGET, key, %operation, "another holder has the key: this execution's outcome is not stored");
+                error!(target: TARGET, key, %operation, "another holder has the key: this execution's outcome is not stored");
             }
             Event::Abandoned { .. } => {
-                tracing::error!(target: TARGET, key, "gave up storing the outcome: its TTL is over");
+                error!(target: TARGET, key, "gave up storing the outcome: its TTL is over");
             }
             Event::Unprotected { .. } => {
-                tracing::error!(target: TARGET, key, "running without protection: the storage failed and `RunUnprotected` is configured");
+                error!(target: TARGET, key, "running without protection: the storage failed and `RunUnprotected` is configured");
             }
             Event::StorageFailed {
                 operation, error, ..
             } => {
                 let source = std::error::Error::source(error).map(ToString::to_string);
-                tracing::warn!(target: TARGET, key, %operation, %error, source, "storage operation failed");
+                warn!(target: TARGET, key, %operation, %error, source, "storage operation failed");
             }
             Event::Deferred { .. } => {
-                tracing::warn!(target: TARGET, key, "the outcome is not stored yet: answering from memory and trying again");
+                warn!(target: TARGET, key, "the outcome is not stored yet: answering from memory and trying again");
             }
             Event::Reclaimed { .. } => {
-                tracing::warn!(target: TARGET, key, "the storage had forgotten a running claim: claimed again");
+                warn!(target: TARGET, key, "the storage had forgotten a running claim: claimed again");
             }
             Event::Evicted { total, .. } => {
-                tracing::warn!(target: TARGET, key, total, "live records were evicted: raise `max_bytes` or shorten the TTL");
+                warn!(target: TARGET, key, total, "live records were evicted: raise `max_bytes` or shorten the TTL");
             }
             Event::Tombstoned { reason, .. } => {
-                tracing::warn!(target: TARGET, key, %reason, "the operation ran, but its answer can't be replayed");
+                warn!(target: TARGET, key, %reason, "the operation ran, but its answer can't be replayed");
             }
-            Event::Refused { refusal, .. } => {
-                tracing::debug!(target: TARGET, key, %refusal, "refused");
-            }
+            Event::Refused { refusal, .. } => debug!(target: TARGET, key, %refusal, "refused"),
             Event::Completed { status, took, .. } => {
-                tracing::debug!(target: TARGET, key, status = status.as_u16(), ?took, "completed");
+                debug!(target: TARGET, key, status = status.as_u16(), ?took, "completed");
             }
-            Event::Replayed { waited, .. } => {
-                tracing::debug!(target: TARGET, key, ?waited, "replayed");
-            }
+            Event::Replayed { waited, .. } => debug!(target: TARGET, key, ?waited, "replayed"),
             Event::Replaced { status, .. } => {
-                tracing::debug!(target: TARGET, key, status = status.as_u16(), "replaced");
+                debug!(target: TARGET, key, status = status.as_u16(), "replaced");
             }
             Event::Executing { .. }
             | Event::Conflict { .. }
             | Event::Waiting { .. }
             | Event::Released { .. }
-            | Event::Adopted => tracing::debug!(target: TARGET, key, "{name}"),
+            | Event::Adopted => debug!(target: TARGET, key, "{}", event.name()),
         }
     }
 }

@@ -1,48 +1,38 @@
 //! Settings from a file or the environment.
 //!
 //! A document becomes [`Settings`] in three steps. It is read as a tree of values ([`value`]), which any self-describing format
-//! gives. The derives of serde then read the fields from the tree, with the path of each. Last, [`Document::checked`] refuses
-//! settings that contradict each other or would not protect. So an error is the same in all formats.
+//! gives. [`Document::read`] then takes the fields out of the tree, each with its path ([`field`]), and refuses those that are left.
+//! Last, [`Document::check`] refuses fields that contradict each other. So an error is the same in all formats.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, time::Duration};
 
+use http::{HeaderName, HeaderValue, Method, StatusCode};
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use self::{
-    error::SettingsErrorKind::{Conflict, Invalid},
-    scalar::{
-        BodyTimeout, Bytes, CacheName, ConflictStatus, Count, Documentation, Flag, Header,
-        MaxBuffered, MaxRunning, Name, RefusalStatus, ReplayHeader, StorageTimeout, Ttl,
-    },
+    error::{Result, SettingsErrorKind::Conflict},
+    field::{Field, Table, either, table},
+    scalar::nonzero,
     secret::Shown,
-    storage::{DefaultStorage, LockSettings, Place, StorageSettings},
-    table::{Headers, Methods, ScopeSettings, StoreOnSettings},
+    storage::{LockSettings, StorageSettings},
     value::Value,
 };
 use crate::{
-    AnyStorage, BasicKeyEncoder, Config, FingerprintKeyEncoder, KeyEncoder, KeyFormat,
-    KeyOnlyEncoder, Mode, OnStorageError, OnUnreadable, Scope,
+    AnyStorage, BasicKeyEncoder, Config, FingerprintKeyEncoder, KeyFormat, KeyOnlyEncoder, Mode,
+    OnStorageError, OnUnreadable, Scope, StoreOn,
 };
 
 mod error;
+mod field;
 mod scalar;
+mod scope;
 mod secret;
 #[cfg_attr(
-    not(all(
-        feature = "memory",
-        feature = "redis",
-        feature = "postgres",
-        feature = "sqlite"
-    )),
-    allow(
-        dead_code,
-        unused_imports,
-        unused_variables,
-        reason = "some of it is only for storages that this build does not have"
-    )
+    not(feature = "redis"),
+    allow(unused, reason = "without Redis some of it is not called")
 )]
 mod storage;
-mod table;
+mod store_on;
 mod units;
 mod value;
 
@@ -201,26 +191,8 @@ impl Settings {
     ///
     /// If the document can't be read, or if it has a field or a value that is not allowed, or values that contradict each other.
     pub fn read<'de, D: Deserializer<'de>>(document: D) -> Result<Self, SettingsError> {
-        Self::from_value(
-            Value::deserialize(document).map_err(|error| SettingsError::unreadable(&error))?,
-        )
-    }
-
-    fn from_value(document: Value) -> Result<Self, SettingsError> {
-        let document = document.nested();
-        for same in SAME {
-            let mut there = same.iter().filter(|field| document.has(field));
-            if let (Some(field), Some(other)) = (there.next(), there.next()) {
-                let message = format_args!("says the same as `{other}`; keep one of them");
-                return Err(SettingsError::new(Conflict, field, message));
-            }
-        }
-        let store_on = STORE_ON.iter().find(|field| document.has(field));
-        let document: Document = serde_path_to_error::deserialize(document).map_err(|error| {
-            let place = error.path().clone();
-            error.into_inner().at(&place)
-        })?;
-        document.checked(store_on.unwrap_or(&"store_on")).map(Self)
+        let document = Value::deserialize(document).map_err(SettingsError::unreadable)?;
+        Document::read(document).map(Self)
     }
 
     /// The configuration that they describe.
@@ -237,24 +209,19 @@ impl Settings {
     pub async fn open(&self) -> Result<Opened, SettingsError> {
         let Self(document) = self;
         let config = self.config();
-        let place = |table: String, cache| Place {
-            table,
-            cache,
-            lock: &document.lock,
-            time_limit: config.storage_timeout,
-        };
+        let lock = document.fields.lock.clone().unwrap_or_default();
+        let limit = config.storage_timeout;
         let mut caches = BTreeMap::new();
-        for (CacheName(name), storage) in &document.storages {
-            let place = place(format!("storages.{}", Shown(name)), Some(name.as_str()));
-            caches.insert(name.clone(), storage.open(place).await?);
+        for (name, storage) in document.fields.storages.iter().flatten() {
+            let table = format!("storages.{}", Shown(name));
+            let storage = storage.open(&table, Some(name), &lock, limit).await?;
+            caches.insert(name.clone(), storage);
         }
-        let default_cache = document.storage.cache_name.as_ref();
-        let default_cache = default_cache.map_or("default", |Name(name)| name);
-        let storage = document.storage.storage();
-        let storage = match caches.remove(default_cache) {
-            None => storage.open(place("storage".to_owned(), None)).await?,
-            Some(default) if storage == StorageSettings::default() => default,
-            Some(_) => {
+        let default_cache = document.default_cache.as_deref().unwrap_or("default");
+        let storage = match (caches.remove(default_cache), &document.storage) {
+            (None, storage) => storage.open("storage", None, &lock, limit).await?,
+            (Some(default), storage) if *storage == StorageSettings::default() => default,
+            (Some(_), _) => {
                 let field = format_args!("storages.{}", Shown(default_cache));
                 let message = "is the name of the default cache, which `storage` describes; choose another name, or another \
                                `storage.cache_name`";
@@ -262,7 +229,7 @@ impl Settings {
             }
         };
         Ok(Opened {
-            mode: document.mode,
+            mode: document.fields.mode.unwrap_or_default(),
             default_cache: default_cache.to_owned(),
             config,
             storage,
@@ -277,49 +244,35 @@ impl<'de> Deserialize<'de> for Settings {
         // Read to the end first. A deserializer adds its position to an error in between, and some formats then quote the line with
         // all that it holds.
         let document = Value::deserialize(deserializer)?;
-        Self::from_value(document).map_err(D::Error::custom)
+        Document::read(document).map(Self).map_err(D::Error::custom)
     }
 }
 
-/// Names of the same setting: ours first, then those of django-idempotency-key.
-const SAME: [&[&str]; 4] = [
-    &["conflict_status", "conflict_status_code"],
-    &["encoder", "encoder_class"],
-    &["scope_required", "scope.required"],
-    &STORE_ON,
-];
+/// What [`Settings`] hold, checked. `None` is the value of the preset.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Document {
+    fields: Fields,
+    scope: Option<Scope>,
+    store_on: Option<StoreOn>,
+    default_cache: Option<String>,
+    storage: StorageSettings,
+}
 
-const STORE_ON: [&str; 4] = [
-    "store_on",
-    "store_on_statuses",
-    "storage.store_on",
-    "storage.store_on_statuses",
-];
-
-macro_rules! document {
-    ($($(#[$attribute:meta])* $option:ident: $type:ty,)*) => {
-        /// The fields of a document. `None` is the value of the preset.
-        #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-        #[serde(default, deny_unknown_fields, expecting = "a table of settings")]
-        struct Document {
-            mode: Mode,
-            preset: Preset,
-            $($(#[$attribute])* $option: Option<$type>,)*
-            max_buffered: Option<MaxBuffered>,
-            strip_headers: Headers,
-            keep_headers: Headers,
-            documentation: Option<Documentation>,
-            scope: Option<ScopeSettings>,
-            scope_required: Option<Flag>,
-            #[serde(alias = "store_on_statuses")]
-            store_on: Option<StoreOnSettings>,
-            lock: LockSettings,
-            storage: DefaultStorage,
-            storages: BTreeMap<CacheName, StorageSettings>,
+/// Of the fields under `set`, each is an option of [`Config`] by its name.
+macro_rules! fields {
+    (
+        set { $($option:ident $(or $other:ident)?: $type:ty = $read:expr;)* }
+        keep { $($field:ident $(or $other_field:ident)?: $field_type:ty = $read_field:expr;)* }
+    ) => {
+        table! {
+            /// The fields that are read one by one.
+            struct Fields {
+                $($option $(or $other)?: $type = $read;)*
+                $($field $(or $other_field)?: $field_type = $read_field;)*
+            }
         }
 
-        impl Document {
-            /// Sets the options that are fields of [`Config`].
+        impl Fields {
             fn set(&self, config: &mut Config) {
                 $(if let Some(value) = self.$option.clone() {
                     config.$option = value.into();
@@ -330,53 +283,77 @@ macro_rules! document {
 }
 
 // A new option of `Config` needs a line here, and a row in the docs of `Settings`.
-document! {
-    header: Header,
-    methods: Methods,
-    key_format: KeyFormatName,
-    #[serde(alias = "encoder_class")]
-    encoder: EncoderName,
-    #[serde(alias = "conflict_status_code")]
-    conflict_status: ConflictStatus,
-    in_flight_status: RefusalStatus,
-    mismatch_status: RefusalStatus,
-    ttl: Ttl,
-    on_storage_error: OnStorageError,
-    on_unreadable: OnUnreadable,
-    storage_timeout: StorageTimeout,
-    max_request_body: Bytes,
-    max_response_body: Bytes,
-    max_running: MaxRunning,
-    max_waiting: Count,
-    body_timeout: BodyTimeout,
-    replay_header: ReplayHeader,
+fields! {
+    set {
+        header: HeaderName = Field::header_name;
+        methods: Vec<Method> = Field::methods;
+        conflict_status or conflict_status_code: Option<StatusCode> = Field::conflict_status;
+        in_flight_status: StatusCode = Field::refusal_status;
+        mismatch_status: StatusCode = Field::refusal_status;
+        ttl: Duration = nonzero(Field::duration, "would keep no record, so every retry would run again");
+        on_storage_error: OnStorageError = |field| field.one_of(&[
+            (&["reject"], OnStorageError::Reject),
+            (&["run_unprotected"], OnStorageError::RunUnprotected),
+        ]);
+        on_unreadable: OnUnreadable = |field| field.one_of(&[
+            (&["reject"], OnUnreadable::Reject),
+            (&["treat_as_absent"], OnUnreadable::TreatAsAbsent),
+        ]);
+        storage_timeout: Duration = nonzero(Field::duration, "would leave the storage no time, so every request would be refused");
+        max_request_body: usize = Field::bytes;
+        max_response_body: usize = Field::bytes;
+        max_running: usize = nonzero(Field::count, "would refuse every request; give a higher number");
+        max_waiting: usize = Field::count;
+        body_timeout: Duration = nonzero(Field::duration, "would refuse every request whose body is not there at once");
+        replay_header: Option<HeaderName> = Field::replay_header;
+        documentation: Option<HeaderValue> = Field::documentation;
+    }
+    keep {
+        mode: Mode = |field| field.one_of(&[
+            (&["enforce"], Mode::Enforce),
+            (&["exempt"], Mode::Exempt),
+            (&["optional"], Mode::Optional),
+        ]);
+        preset: Preset = |field| field.one_of(&[
+            (&["default", "django"], Preset::Default),
+            (&["ietf"], Preset::Ietf),
+            (&["stripe"], Preset::Stripe),
+        ]);
+        key_format: KeyFormatName = |field| field.one_of(&[
+            (&["any"], KeyFormatName::Any),
+            (&["uuid"], KeyFormatName::Uuid),
+        ]);
+        encoder or encoder_class: EncoderName = |field| field.one_of(&[
+            (&["basic", "BasicKeyEncoder"], EncoderName::Basic),
+            (&["fingerprint", "FingerprintKeyEncoder"], EncoderName::Fingerprint),
+            (&["key_only", "KeyOnlyEncoder"], EncoderName::KeyOnly),
+        ]);
+        strip_headers: Vec<HeaderName> = Field::header_names;
+        keep_headers: Vec<HeaderName> = Field::header_names;
+        max_buffered: usize = nonzero(Field::bytes, "would refuse every request; give a higher number");
+        lock: LockSettings = |field| field.table("a table, such as { \"timeout\": \"5s\" }", LockSettings::read);
+        storages: BTreeMap<String, StorageSettings> = storage::read_named;
+    }
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 enum Preset {
     #[default]
-    #[serde(alias = "django")]
     Default,
     Ietf,
     Stripe,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum KeyFormatName {
     Any,
     Uuid,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum EncoderName {
-    #[serde(alias = "BasicKeyEncoder")]
     Basic,
-    #[serde(alias = "FingerprintKeyEncoder")]
     Fingerprint,
-    #[serde(alias = "KeyOnlyEncoder")]
     KeyOnly,
 }
 
@@ -390,94 +367,48 @@ impl From<Preset> for Config {
     }
 }
 
-impl From<KeyFormatName> for KeyFormat {
-    fn from(name: KeyFormatName) -> Self {
-        match name {
-            KeyFormatName::Any => Self::any(),
-            KeyFormatName::Uuid => Self::uuid(),
-        }
-    }
-}
-
-impl From<EncoderName> for Arc<dyn KeyEncoder> {
-    fn from(name: EncoderName) -> Self {
-        match name {
-            EncoderName::Basic => Arc::new(BasicKeyEncoder),
-            EncoderName::Fingerprint => Arc::new(FingerprintKeyEncoder),
-            EncoderName::KeyOnly => Arc::new(KeyOnlyEncoder),
-        }
-    }
-}
-
 impl Document {
-    fn config(&self) -> Config {
-        let mut config = Config::from(self.preset);
-        self.set(&mut config);
-        config.lock = self.lock.policy(config.lock);
-        if let Some(store_on) = &self.store_on {
-            config.store_on = store_on.store_on(config.store_on);
-        }
-        if let Some(scope) = self.scope().unwrap_or_default() {
-            config.scope = scope;
-        }
-        if let Some(MaxBuffered(bytes)) = self.max_buffered {
-            config = config.max_buffered(bytes);
-        }
-        for Header(name) in &self.strip_headers.0 {
-            config = config.strip_header(name.clone());
-        }
-        for Header(name) in &self.keep_headers.0 {
-            config = config.keep_header(name.clone());
-        }
-        match &self.documentation {
-            Some(Documentation(Some(url))) => config.documentation(url),
-            _ => config,
-        }
+    fn read(document: Value) -> Result<Self> {
+        let path = String::new();
+        let value = document.nested();
+        Field { path, value }.table("a table of settings", Self::read_fields)
     }
 
-    fn scope(&self) -> Result<Option<Scope>, SettingsError> {
-        let scope = self.scope.as_ref().map(ScopeSettings::scope);
-        let scope = scope.transpose()?.flatten();
-        Ok(match self.scope_required {
-            None => scope,
-            Some(Flag(true)) => Some(scope.unwrap_or_default().required()),
-            Some(Flag(false)) => Some(scope.unwrap_or_default().or_anonymous()),
-        })
+    fn read_fields(table: &mut Table<'_>) -> Result<Self> {
+        const STORE_ON: [&str; 2] = ["store_on", "store_on_statuses"];
+
+        let fields = Fields::read(table)?;
+        let storage = |table: &mut Table<'_>| {
+            let store_on = table.take(&STORE_ON)?;
+            let cache_name = table.read(&["cache_name"], Field::name)?;
+            Ok((store_on, cache_name, StorageSettings::read(table)?))
+        };
+        let storage = table.read(&["storage"], |field| storage::table(field, storage))?;
+        let (nested, default_cache, storage) = storage.unwrap_or_default();
+        let store_on = either(table.take(&STORE_ON)?, nested)?;
+        let preset = Config::from(fields.preset.unwrap_or_default()).store_on;
+        let store_on = store_on.map(|field| store_on::read(&field, preset));
+        let document = Self {
+            fields,
+            scope: scope::read(table.take(&["scope"])?, table.take(&["scope_required"])?)?,
+            store_on: store_on.transpose()?,
+            default_cache,
+            storage,
+        };
+        document.check().map(|()| document)
     }
 
-    /// Moves each value to one place, and refuses what contradicts itself or would not protect. `store_on` is called by the name in
-    /// the document.
-    fn checked(mut self, store_on: &str) -> Result<Self, SettingsError> {
-        self.store_on = self.store_on.or(self.storage.store_on.take());
-        if let Some(statuses) = &self.store_on {
-            statuses.check(store_on, Config::from(self.preset).store_on)?;
-        }
-        self.scope()?;
-        let nested = self.scope.as_mut().and_then(|scope| scope.required.take());
-        self.scope_required = self.scope_required.or(nested);
-        self.scope = self
-            .scope
-            .filter(|scope| *scope != ScopeSettings::default());
-        if self.scope()? == Some(Scope::none().required()) {
-            let message = "nobody has the scope \"none\", so every request would be refused; choose another scope, or false here";
-            return Err(SettingsError::new(Conflict, "scope_required", message));
-        }
-        if let Some(Methods(methods)) = &self.methods
-            && methods.is_empty()
-        {
-            let message =
-                "is empty, so nothing would be protected; leave it out for all unsafe methods";
-            return Err(SettingsError::new(Invalid, "methods", message));
-        }
-        let Headers(stripped) = &self.strip_headers;
-        let mut kept = self.keep_headers.0.iter().enumerate();
-        if let Some((index, Header(name))) = kept.find(|(_, kept)| stripped.contains(kept)) {
-            let message = format_args!("{name} is in `strip_headers` too; keep it in one of them");
+    /// Refuses fields that contradict each other.
+    fn check(&self) -> Result<()> {
+        let stripped = self.fields.strip_headers.as_deref().unwrap_or_default();
+        let kept = self.fields.keep_headers.iter().flatten();
+        if let Some((index, name)) = kept.enumerate().find(|(_, name)| stripped.contains(name)) {
             let field = format_args!("keep_headers[{index}]");
+            let message = format_args!("{name} is in `strip_headers` too; keep it in one of them");
             return Err(SettingsError::new(Conflict, field, message));
         }
         let all = self.config().budget.limit();
-        if let Some(Bytes(body)) = self.max_request_body
+        if let Some(body) = self.fields.max_request_body
             && body > all
         {
             let message = format_args!(
@@ -485,6 +416,35 @@ impl Document {
             );
             return Err(SettingsError::new(Conflict, "max_request_body", message));
         }
-        Ok(self)
+        Ok(())
+    }
+
+    fn config(&self) -> Config {
+        let fields = &self.fields;
+        let mut config = Config::from(fields.preset.unwrap_or_default());
+        fields.set(&mut config);
+        config = match fields.key_format {
+            None => config,
+            Some(KeyFormatName::Any) => config.key_format(KeyFormat::any()),
+            Some(KeyFormatName::Uuid) => config.key_format(KeyFormat::uuid()),
+        };
+        config = match fields.encoder {
+            None => config,
+            Some(EncoderName::Basic) => config.encoder(BasicKeyEncoder),
+            Some(EncoderName::Fingerprint) => config.encoder(FingerprintKeyEncoder),
+            Some(EncoderName::KeyOnly) => config.encoder(KeyOnlyEncoder),
+        };
+        config.scope = self.scope.clone().unwrap_or(config.scope);
+        config.store_on = self.store_on.clone().unwrap_or(config.store_on);
+        if let Some(lock) = &fields.lock {
+            config.lock = lock.policy(config.lock);
+        }
+        if let Some(bytes) = fields.max_buffered {
+            config = config.max_buffered(bytes);
+        }
+        let stripped = fields.strip_headers.iter().flatten().cloned();
+        let config = stripped.fold(config, Config::strip_header);
+        let kept = fields.keep_headers.iter().flatten().cloned();
+        kept.fold(config, Config::keep_header)
     }
 }

@@ -1,6 +1,6 @@
 //! Which caller a key belongs to.
 
-use std::{error::Error, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use http::{HeaderMap, HeaderName, header, request::Parts, uri::Authority};
 
@@ -73,7 +73,7 @@ use super::user_fn::UserFn;
 /// assert_ne!(Scope::default().of(&first), Scope::default().of(&retry));
 /// # Ok::<_, http::Error>(())
 /// ```
-#[derive(Clone, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 #[must_use]
 pub struct Scope {
     source: Source,
@@ -95,7 +95,7 @@ enum Source {
 }
 
 /// How to treat a request without a caller.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unknown {
     Refused,
     /// Refused if it has a cookie, else anonymous.
@@ -297,60 +297,37 @@ impl Default for Scope {
     }
 }
 
-impl fmt::Debug for Scope {
+impl fmt::Debug for Source {
+    /// As it is written in Rust.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.source {
-            Source::Credentials => f.write_str("authorization or API key"),
-            Source::Authorization => f.write_str("authorization"),
-            Source::Cookie(name) => write!(f, "cookie {name:?}"),
-            Source::Header(name) => write!(f, "header {:?}", name.as_str()),
-            Source::Authority => f.write_str("header \"host\""),
-            Source::None => f.write_str("none"),
-            Source::Fn(_) => f.write_str("fn"),
-        }?;
-        f.write_str(match self.unknown {
-            Unknown::Refused => ", required",
-            Unknown::RefusedWithCookie => ", required with a cookie",
-            Unknown::Anonymous => "",
-        })
+        match self {
+            Self::Credentials => f.write_str("Scope::default()"),
+            Self::Authorization => f.write_str("Scope::authorization()"),
+            Self::Cookie(name) => write!(f, "Scope::cookie({name:?})"),
+            Self::Header(name) => write!(f, "Scope::header({:?})", name.as_str()),
+            Self::Authority => f.write_str("Scope::header(\"host\")"),
+            Self::None => f.write_str("Scope::none()"),
+            Self::Fn(_) => f.write_str("Scope::from_fn(…)"),
+        }
     }
 }
 
 /// The request has no caller that its [`Scope`] accepts, and must be refused. Displays the scope and the cure, for the log.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{}", match scope.unknown {
+    Unknown::RefusedWithCookie => UNKNOWN_WITH_COOKIE.to_owned(),
+    Unknown::Refused | Unknown::Anonymous => format!("`{:?}` {UNKNOWN}", scope.source),
+})]
 pub struct UnknownCaller {
     scope: Scope,
 }
 
-impl fmt::Display for UnknownCaller {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.scope.unknown == Unknown::RefusedWithCookie {
-            return f.write_str(
-                "a request has a cookie, and no credential that the default scope looks at (`Authorization`, `X-Api-Key`, \
-                 `Api-Key`, `X-Auth-Token`): if the cookie says who calls, set `Scope::cookie(\"<session cookie>\")`, or \
-                 `Scope::from_fn` with the principal that authentication found; if no cookie does, set \
-                 `Scope::default().or_anonymous()`",
-            );
-        }
-        let source = match &self.scope.source {
-            Source::Credentials => "`Scope::default()`".to_owned(),
-            Source::Authorization => "`Scope::authorization()`".to_owned(),
-            Source::Cookie(name) => format!("`Scope::cookie({name:?})`"),
-            Source::Header(name) => format!("`Scope::header({:?})`", name.as_str()),
-            Source::Authority => "`Scope::header(\"host\")`".to_owned(),
-            Source::None => "`Scope::none()`".to_owned(),
-            Source::Fn(_) => "`Scope::from_fn(…)`".to_owned(),
-        };
-        write!(
-            f,
-            "{source} finds no caller in a request: what says who calls, such as authentication, must stand outside of the \
-             idempotency layer; if all callers that are not found may share their keys and answers, add `.or_anonymous()` to \
-             the scope"
-        )
-    }
-}
+const UNKNOWN_WITH_COOKIE: &str = "a request has a cookie, and no credential that the default scope looks at (`Authorization`, `X-Api-Key`, `Api-Key`, \
+     `X-Auth-Token`): if the cookie says who calls, set `Scope::cookie(\"<session cookie>\")`, or `Scope::from_fn` with the principal \
+     that authentication found; if no cookie does, set `Scope::default().or_anonymous()`";
 
-impl Error for UnknownCaller {}
+const UNKNOWN: &str = "finds no caller in a request: what says who calls, such as authentication, must stand outside of the idempotency layer; if all \
+     callers that are not found may share their keys and answers, add `.or_anonymous()` to the scope";
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,6 @@
 //! Which answers are recorded.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, ops::RangeInclusive, sync::Arc};
 
 use http::StatusCode;
 
@@ -30,32 +30,30 @@ pub struct StoreOn {
 
 #[derive(Clone, PartialEq)]
 enum Statuses {
-    Success,
-    Listed(Vec<StatusCode>),
-    Below(u16),
-    All,
+    Ranges(Vec<RangeInclusive<u16>>),
     Fn(UserFn<dyn Fn(StatusCode) -> bool + Send + Sync>),
 }
 
 impl StoreOn {
     /// 200 to 207: the default.
     pub fn success() -> Self {
-        Self::new(Statuses::Success)
+        Self::ranges([200..=207])
     }
 
     /// Only `statuses`.
     pub fn statuses(statuses: impl IntoIterator<Item = StatusCode>) -> Self {
-        Self::new(Statuses::Listed(statuses.into_iter().collect()))
+        let codes = statuses.into_iter().map(|status| status.as_u16());
+        Self::ranges(codes.map(|code| code..=code))
     }
 
     /// Every status below `limit`: `below(500)` is every answer that is not a server error.
     pub fn below(limit: u16) -> Self {
-        Self::new(Statuses::Below(limit))
+        Self::ranges([0..=limit.saturating_sub(1)])
     }
 
     /// Every status. An error is then replayed until its TTL is over.
     pub fn all() -> Self {
-        Self::new(Statuses::All)
+        Self::ranges([100..=999])
     }
 
     /// Every status for which `stores` returns true.
@@ -80,10 +78,7 @@ impl StoreOn {
     #[must_use]
     pub fn stores(&self, status: StatusCode) -> bool {
         let listed = match &self.statuses {
-            Statuses::Success => (200..=207).contains(&status.as_u16()),
-            Statuses::Listed(statuses) => statuses.contains(&status),
-            Statuses::Below(limit) => status.as_u16() < *limit,
-            Statuses::All => true,
+            Statuses::Ranges(ranges) => ranges.iter().any(|range| range.contains(&status.as_u16())),
             Statuses::Fn(UserFn(stores)) => stores(status),
         };
         listed && !self.except.contains(&status)
@@ -93,6 +88,10 @@ impl StoreOn {
     #[must_use]
     pub fn stores_rejections(&self) -> bool {
         self.rejections
+    }
+
+    pub(crate) fn ranges(ranges: impl IntoIterator<Item = RangeInclusive<u16>>) -> Self {
+        Self::new(Statuses::Ranges(ranges.into_iter().collect()))
     }
 
     fn new(statuses: Statuses) -> Self {
@@ -113,10 +112,7 @@ impl Default for StoreOn {
 impl fmt::Debug for StoreOn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.statuses {
-            Statuses::Success => f.write_str("200..=207")?,
-            Statuses::Listed(statuses) => statuses.fmt(f)?,
-            Statuses::Below(limit) => write!(f, "below {limit}")?,
-            Statuses::All => f.write_str("all")?,
+            Statuses::Ranges(ranges) => ranges.fmt(f)?,
             Statuses::Fn(_) => f.write_str("fn")?,
         }
         if !self.except.is_empty() {

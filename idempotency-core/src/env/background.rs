@@ -3,15 +3,9 @@
 //! A runtime that is blocked by a handler, is not driven any more or has ended runs no task, so what must go on whatever happens to
 //! the program's own runtimes runs here: the renewal of claims, and the outcomes that are still to be stored.
 
-use std::{
-    cell::Cell,
-    future::pending,
-    io,
-    sync::{OnceLock, mpsc},
-    thread,
-};
+use std::{cell::Cell, future::pending, io, sync::OnceLock, thread};
 
-use tokio::runtime::Builder;
+use tokio::runtime::{Builder, Runtime};
 
 use super::Spawner;
 
@@ -43,20 +37,14 @@ pub(super) fn spawner() -> Option<Spawner> {
 }
 
 fn start() -> io::Result<Spawner> {
-    let (started, handle) = mpsc::channel();
-    thread::Builder::new()
-        .name("idempotency".to_owned())
-        .spawn(move || {
-            IS_BACKGROUND.set(true);
-            // Made and dropped here: a runtime must not be dropped inside another one, where the thread is started.
-            let runtime = Builder::new_current_thread().enable_all().build();
-            let handle = runtime.as_ref().map(|runtime| runtime.handle().clone());
-            if started.send(handle.map_err(|error| error.kind())).is_ok()
-                && let Ok(runtime) = runtime
-            {
-                runtime.block_on(pending::<()>());
-            }
-        })?;
-    let handle = handle.recv().map_err(io::Error::other)??;
-    Ok(Spawner::new(move |task| drop(handle.spawn(task))))
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    // It is for the whole process. If no thread can be started it is leaked, because a runtime must not be dropped inside another
+    // one, where this is called.
+    let runtime: &Runtime = Box::leak(Box::new(runtime));
+    let thread = thread::Builder::new().name("idempotency".to_owned());
+    thread.spawn(|| {
+        IS_BACKGROUND.set(true);
+        runtime.block_on(pending::<()>());
+    })?;
+    Ok(Spawner::tokio(runtime.handle().clone()))
 }

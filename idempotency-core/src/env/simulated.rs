@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -40,9 +39,10 @@ impl Env {
 }
 
 /// Moves the clock of [`Env::simulated`].
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct SimulatedClock(Arc<Mutex<State>>);
 
+#[derive(Debug)]
 struct State {
     now: Duration,
     random: u64,
@@ -114,15 +114,6 @@ impl Environment for SimulatedClock {
     }
 
     fn spawner(&self) -> Option<Spawner> {
-        let handle = Handle::try_current().ok()?;
-        Some(Spawner::new(move |task| drop(handle.spawn(task))))
-    }
-}
-
-impl fmt::Debug for SimulatedClock {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SimulatedClock")
-            .field("now", &self.now())
-            .finish_non_exhaustive()
+        Handle::try_current().ok().map(Spawner::tokio)
     }
 }

@@ -1,4 +1,8 @@
 //! tokio's clock and runtime, and a random generator for each thread.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "this is the one place that reads the clock and sleeps"
+)]
 
 use std::{
     sync::{Arc, OnceLock},
@@ -22,10 +26,6 @@ struct System {
 }
 
 impl System {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "this is the one place that reads the clock"
-    )]
     fn new() -> Self {
         let now = Instant::now();
         // A runtime that was paused before the first use stands at an earlier instant than `now`. An origin in the past
@@ -37,18 +37,10 @@ impl System {
 }
 
 impl Environment for System {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "this is the one place that reads the clock"
-    )]
     fn now(&self) -> Duration {
         Instant::now().saturating_duration_since(self.origin)
     }
 
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "this is the one place that sleeps"
-    )]
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
         Box::pin(tokio::time::sleep(duration))
     }
@@ -77,10 +69,6 @@ impl Environment for System {
 
 /// Whether the time of this runtime passes as that of the machine does: it does not where `tokio::time::pause` was called, and
 /// another runtime's sleeps would then be of another length.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the two clocks are compared here and nowhere else"
-)]
 fn is_real_time() -> bool {
     let before = std::time::Instant::now();
     let now = Instant::now().into_std();

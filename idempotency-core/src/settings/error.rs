@@ -1,15 +1,11 @@
 //! What can be wrong with settings.
 
-use std::fmt;
+use std::fmt::Display;
 
-use serde::de::{self, Error as _, Expected, Unexpected};
-use serde_path_to_error::Segment;
-
-use super::{
-    secret::{Shown, may_hold_a_secret},
-    value::{BRIEF, BRIEF_LIST},
-};
+use super::secret::may_hold_a_secret;
 use crate::BoxError;
+
+pub(super) type Result<T, E = SettingsError> = std::result::Result<T, E>;
 
 /// Settings that can't be used. The message names the field, what is wrong with it and what is allowed.
 ///
@@ -62,12 +58,8 @@ pub enum SettingsErrorKind {
 }
 
 impl SettingsError {
-    /// `field` may be shown: names in it that come from the document are [`Shown`].
-    pub(super) fn new(
-        kind: SettingsErrorKind,
-        field: impl fmt::Display,
-        message: impl fmt::Display,
-    ) -> Self {
+    /// `field` may be shown: names in it that come from the document are [`Shown`](super::secret::Shown).
+    pub(super) fn new(kind: SettingsErrorKind, field: impl Display, message: impl Display) -> Self {
         Self {
             kind,
             field: field.to_string(),
@@ -76,39 +68,13 @@ impl SettingsError {
         }
     }
 
-    /// That a field has another value, which must not be a secret.
-    pub(super) fn expected(expected: &dyn Expected, found: &str) -> Self {
-        Self::custom(format_args!("expected {expected}, found {found}"))
-    }
-
     /// An error of a format. Its first line has the position; in the next ones some formats quote the document.
-    pub(super) fn unreadable(error: &impl fmt::Display) -> Self {
+    pub(super) fn unreadable(error: impl Display) -> Self {
         let error = error.to_string();
         let first = error.lines().next().filter(|line| !may_hold_a_secret(line));
         let message = first.unwrap_or("its format is not valid");
-        Self::new(
-            SettingsErrorKind::Unreadable,
-            "",
-            format_args!("can't be read: {message}"),
-        )
-    }
-
-    /// The same error, with the path of its field from the document.
-    pub(super) fn at(mut self, place: &serde_path_to_error::Path) -> Self {
-        let mut path = String::new();
-        for segment in place {
-            match segment {
-                Segment::Map { key } if key == BRIEF || key == BRIEF_LIST => {}
-                Segment::Map { key } => push_field(&mut path, Shown(key)),
-                Segment::Seq { index } => path += &format!("[{index}]"),
-                Segment::Enum { .. } | Segment::Unknown => {}
-            }
-        }
-        if !self.field.is_empty() {
-            push_field(&mut path, &self.field);
-        }
-        self.field = path;
-        self
+        let message = format_args!("can't be read: {message}");
+        Self::new(SettingsErrorKind::Unreadable, "", message)
     }
 
     /// Keeps the error that caused this one. It must not show secrets.
@@ -131,39 +97,3 @@ impl SettingsError {
         &self.field
     }
 }
-
-fn push_field(path: &mut String, name: impl fmt::Display) {
-    let dot = if path.is_empty() { "" } else { "." };
-    *path += &format!("{dot}{name}");
-}
-
-/// For our own deserializer.
-impl de::Error for SettingsError {
-    fn custom<T: fmt::Display>(message: T) -> Self {
-        Self::new(SettingsErrorKind::Invalid, "", message)
-    }
-
-    /// Only for `storages`: any other type checks the kind of value itself. The value may be a secret.
-    fn invalid_type(_: Unexpected<'_>, _: &dyn Expected) -> Self {
-        Self::custom(
-            "expected a table of storages, such as { \"orders\": \"memory\" }, found another value",
-        )
-    }
-
-    fn unknown_field(_: &str, known: &'static [&'static str]) -> Self {
-        let known = known.iter().filter(|name| !NOT_LISTED.contains(name));
-        let mut known: Vec<_> = known.copied().collect();
-        known.sort_unstable();
-        let message = format_args!("there is no such field; there are: {}", known.join(", "));
-        Self::new(SettingsErrorKind::UnknownField, "", message)
-    }
-}
-
-/// The names of fields that are understood but not recommended, and our own.
-const NOT_LISTED: [&str; 5] = [
-    "conflict_status_code",
-    "encoder_class",
-    "store_on_statuses",
-    BRIEF,
-    BRIEF_LIST,
-];

@@ -2,30 +2,11 @@
 
 use std::fmt;
 
-use serde::Deserialize;
-
-use super::value::Value;
-
 /// The address of a server, perhaps with a password, which `Debug` does not show.
 ///
 /// Its form depends on the class, so it is checked when it is opened.
-#[derive(Clone, PartialEq, Deserialize)]
-#[serde(try_from = "Value")]
+#[derive(Clone, PartialEq)]
 pub(super) struct Location(pub(super) String);
-
-impl TryFrom<Value> for Location {
-    type Error = String;
-
-    fn try_from(value: Value) -> Result<Self, String> {
-        match value {
-            Value::Text(text) => Ok(Self(text.trim().to_owned())),
-            _ => Err(format!(
-                "expected text: host[:port] or a URL, found {}",
-                value.kind()
-            )),
-        }
-    }
-}
 
 impl fmt::Debug for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -46,13 +27,9 @@ impl fmt::Display for Shown<'_> {
         let Self(text) = *self;
         if !may_hold_a_secret(text) {
             let shown = text.chars().take(LONGEST).flat_map(char::escape_debug);
-            shown
-                .into_iter()
-                .try_for_each(|c| fmt::Write::write_char(f, c))?;
-            return match text.chars().nth(LONGEST) {
-                Some(_) => f.write_str("…"),
-                None => Ok(()),
-            };
+            let shown: String = shown.collect();
+            let is_cut = text.chars().nth(LONGEST).is_some();
+            return write!(f, "{shown}{}", if is_cut { "…" } else { "" });
         }
         if let Some((before, _)) = text.split_once("://")
             && is_scheme(before)

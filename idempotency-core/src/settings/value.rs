@@ -1,23 +1,16 @@
-//! A document as its format gave it, and the deserializer that takes it apart.
+//! A document as its format gave it.
 //!
-//! The derives of serde read all settings from a [`Value`], so errors are ours whatever the format. The environment has only text, so
-//! text is also read as whatever type the field has: `"true"`, `"409"`, `"POST, PATCH"`.
+//! All settings are read from a [`Value`], so errors are the same in every format. The environment has only text, so text is also
+//! read as what its field takes: `"true"`, `"409"`, `"POST, PATCH"`.
 
 use std::{fmt, str::FromStr};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{
-        IntoDeserializer, MapAccess, Visitor,
-        value::{MapDeserializer, SeqDeserializer},
-    },
-    forward_to_deserialize_any,
+    de::{MapAccess, Visitor},
 };
 
-use super::{
-    error::{SettingsError, SettingsErrorKind::Conflict},
-    secret::{Shown, may_hold_a_secret},
-};
+use super::secret::{Shown, may_hold_a_secret};
 
 /// What JSON, TOML and the environment have in common. A table keeps names that are repeated.
 #[derive(Clone, Deserialize)]
@@ -34,31 +27,13 @@ pub(super) enum Value {
 }
 
 impl Value {
-    /// Nests the fields of a flat document, as a loader gives it that knows no tables: `lock__timeout` is `lock.timeout`.
+    /// Makes tables of the fields of a flat document, as a loader gives it that knows none: `lock__timeout` is a table `lock` with a
+    /// field `timeout`.
     pub(super) fn nested(self) -> Self {
-        let Self::Table(fields) = self else {
-            return self;
-        };
-        let is_path = |name: &str| {
-            let mut names = name.split("__");
-            name.contains("__") && names.all(|name| !name.is_empty()) && !may_hold_a_secret(name)
-        };
-        // The tables come first, so that a path finds its table in whatever order the loader gives them.
-        let (paths, mut table): (Vec<_>, Vec<_>) =
-            fields.into_iter().partition(|(name, _)| is_path(name));
-        for (path, value) in paths {
-            insert(&mut table, &path, value);
+        match self {
+            Self::Table(fields) => Self::Table(fields.into_iter().map(nest).collect()),
+            other => other,
         }
-        Self::Table(table)
-    }
-
-    /// Whether this table has the field, such as `storage.class`.
-    pub(super) fn has(&self, path: &str) -> bool {
-        let found = path.split('.').try_fold(self, |table, name| match table {
-            Self::Table(fields) => Some(&fields.iter().find(|(field, _)| field == name)?.1),
-            _ => None,
-        });
-        found.is_some()
     }
 
     /// Text that is not blank, without the space around it.
@@ -107,25 +82,19 @@ impl Value {
     }
 }
 
-fn insert(table: &mut Vec<(String, Value)>, path: &str, value: Value) {
-    let Some((name, deeper)) = path.split_once("__") else {
-        table.push((path.to_owned(), value));
-        return;
-    };
-    let index = table
-        .iter()
-        .position(|(field, value)| field == name && matches!(value, Value::Table(_)));
-    let index = index.unwrap_or_else(|| {
-        table.push((name.to_owned(), Value::Table(Vec::new())));
-        table.len() - 1
-    });
-    if let Value::Table(fields) = &mut table[index].1 {
-        insert(fields, deeper, value);
+fn nest((path, value): (String, Value)) -> (String, Value) {
+    let is_path = path.split("__").all(|name| !name.is_empty()) && !may_hold_a_secret(&path);
+    match path.split_once("__") {
+        Some((table, field)) if is_path => {
+            let field = nest((field.to_owned(), value));
+            (table.to_owned(), Value::Table(vec![field]))
+        }
+        _ => (path, value),
     }
 }
 
 /// A name without what does not matter in it.
-fn plain(name: &str) -> String {
+pub(super) fn plain(name: &str) -> String {
     name.trim().replace(['_', '-'], "").to_ascii_lowercase()
 }
 
@@ -168,138 +137,4 @@ fn table<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, Valu
     }
 
     deserializer.deserialize_map(TableVisitor)
-}
-
-impl<'de> IntoDeserializer<'de, SettingsError> for Value {
-    type Deserializer = Self;
-
-    fn into_deserializer(self) -> Self {
-        self
-    }
-}
-
-type Result<T, E = SettingsError> = std::result::Result<T, E>;
-
-/// The other name of the field for which a word is enough: `"memory"` is `{ class = "memory" }`.
-pub(super) const BRIEF: &str = "=";
-/// The same for a list: `[200]` is `{ statuses = [200] }`.
-pub(super) const BRIEF_LIST: &str = "=[]";
-
-impl<'de> Deserializer<'de> for Value {
-    type Error = SettingsError;
-
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf unit
-        unit_struct seq map tuple tuple_struct identifier ignored_any
-    }
-
-    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value> {
-        match self {
-            Self::Null => visitor.visit_unit(),
-            Self::Bool(value) => visitor.visit_bool(value),
-            Self::Unsigned(value) => visitor.visit_u64(value),
-            Self::Signed(value) => visitor.visit_i64(value),
-            Self::Float(value) => visitor.visit_f64(value),
-            Self::Text(text) => visitor.visit_string(text),
-            Self::List(items) => visitor.visit_seq(SeqDeserializer::new(items.into_iter())),
-            Self::Table(fields) => visit_table(fields, visitor),
-        }
-    }
-
-    /// A field that is there has a value: only some fields know null.
-    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value> {
-        visitor.visit_some(self)
-    }
-
-    /// Case, `-` and `_` don't matter. The name of a class may come with its module.
-    fn deserialize_enum<V: Visitor<'de>>(
-        self,
-        _: &'static str,
-        names: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value> {
-        let is_class = |name: &str| name.starts_with(|c: char| c.is_ascii_uppercase());
-        let text = self.text().unwrap_or_default();
-        let name = match text.rsplit_once(['.', ':']) {
-            Some((_, class)) if is_class(class) => plain(class),
-            _ => plain(text),
-        };
-        if let Some(name) = names.iter().find(|known| plain(known) == name) {
-            return visitor.visit_enum((*name).into_deserializer());
-        }
-        let ours = names.iter().filter(|name| !is_class(name));
-        let ours = ours.map(|name| format!("{name:?}")).collect::<Vec<_>>();
-        let ours = ours.join(", ");
-        let expected = match ours.rsplit_once(", ") {
-            Some((others, last)) => format!("{others} or {last}"),
-            None => ours,
-        };
-        Err(SettingsError::expected(
-            &expected.as_str(),
-            &self.to_string(),
-        ))
-    }
-
-    /// All our newtypes are lists. A list may be text with commas or spaces between its items, and a loader may have read one item
-    /// as a number.
-    fn deserialize_newtype_struct<V: Visitor<'de>>(
-        self,
-        list: &'static str,
-        visitor: V,
-    ) -> Result<V::Value> {
-        let items = match self {
-            Self::List(items) => items,
-            // In pieces a secret might not be recognized.
-            Self::Text(text) if !may_hold_a_secret(&text) => {
-                let text = match (list, plain(&text).as_str()) {
-                    ("StatusesOrWord", "success") => "200-207",
-                    ("StatusesOrWord", "all") => "100-999",
-                    _ => &text,
-                };
-                let items = text.split([',', ' ']).filter(|item| !item.is_empty());
-                items.map(|item| Self::Text(item.to_owned())).collect()
-            }
-            Self::Null | Self::Bool(_) | Self::Table(_) => {
-                return Err(SettingsError::expected(&visitor, self.kind()));
-            }
-            _ => vec![self],
-        };
-        visitor.visit_newtype_struct(Self::List(items))
-    }
-
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        _: &'static str,
-        fields: &'static [&'static str],
-        visitor: V,
-    ) -> Result<V::Value> {
-        let brief = |name: &str, value| vec![(name.to_owned(), value)];
-        match self {
-            Self::Table(fields) => visit_table(fields, visitor),
-            Self::Null => visit_table(Vec::new(), visitor),
-            _ if fields.contains(&BRIEF_LIST) => visit_table(brief(BRIEF_LIST, self), visitor),
-            _ if fields.contains(&BRIEF) => {
-                let error = SettingsError::expected(&visitor, &self.to_string());
-                visit_table(brief(BRIEF, self), visitor).map_err(|_| error)
-            }
-            _ => Err(SettingsError::expected(&visitor, self.kind())),
-        }
-    }
-}
-
-/// Visits the fields in the order of their names, so that of several errors it is always the same one that is reported.
-fn visit_table<'de, V: Visitor<'de>>(
-    mut fields: Vec<(String, Value)>,
-    visitor: V,
-) -> Result<V::Value> {
-    fields.sort_by(|(a, _), (b, _)| a.cmp(b));
-    if let Some(twice) = fields.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        let field = Shown(&twice[0].0);
-        return Err(SettingsError::new(
-            Conflict,
-            field,
-            "is there twice; keep one of them",
-        ));
-    }
-    visitor.visit_map(MapDeserializer::new(fields.into_iter()))
 }
