@@ -32,7 +32,7 @@ pub use self::cache::moka::MokaCache;
 #[cfg(feature = "redis")]
 pub use self::{cache::redis::RedisCache, lock::RedisLock};
 
-/// How long a key is locked to store a record whose claim is not known here; `LockPolicy`'s default lease.
+/// How long a key is locked to store its record, unless more is left of its lease; `LockPolicy`'s default lease.
 const COMPLETING: Duration = Duration::from_secs(30);
 
 /// How long a key is locked to replace its record.
@@ -308,7 +308,7 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
             lease: REPLACING,
         };
         // Another caller that completed or found the record may still hold the lock; it changes nothing any more.
-        let taken = self.take(key, &claim).await?;
+        let taken = self.acquire(key, &claim).await?;
         let replaced = match self.look(key).await {
             Ok(Some(found)) => self.set(key, found.completed_by, record, ttl).await,
             Ok(None) => Ok(()),
@@ -445,6 +445,11 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
                 return Ok(Taken::Yes(known.token));
             }
         }
+        self.acquire(key, claim).await
+    }
+
+    /// Locks `key` for `claim`, if the key is free.
+    async fn acquire(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Taken, StorageError> {
         // The lease is counted from before the request, so it ends here no later than at the lock.
         let since = self.env.now();
         let end = since.saturating_add(claim.lease);
