@@ -371,10 +371,7 @@ impl TransactionClaim {
 
     /// What the operation has committed by hand can't be undone, so it must not run again.
     async fn leave_tombstone(&mut self) {
-        let tombstone = Record {
-            fingerprint: self.new.fingerprint,
-            outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
-        };
+        let tombstone = self.new.committed_by_hand();
         let NewTransaction { token, ttl, .. } = self.new;
         let (shared, key) = (self.slot.0.shared.clone(), self.slot.0.key);
         let stored = shared.storage.complete(&key, token, &tombstone, ttl);

@@ -22,8 +22,6 @@ const SLOTS_PER_CALL: usize = 16;
 /// Leases by key, at most one each. `T` is what else is known of a lease.
 pub(crate) struct LeaseTable<K, T> {
     slots: HashMap<K, Slot<T>, HashKeys>,
-    leases: usize,
-    waiters: usize,
     /// No lease ends earlier. Not always the end of one: it is only computed anew by a sweep.
     earliest_end: Duration,
     calls_since_sweep: usize,
@@ -66,8 +64,6 @@ impl<K, T> Default for LeaseTable<K, T> {
     fn default() -> Self {
         Self {
             slots: HashMap::default(),
-            leases: 0,
-            waiters: 0,
             earliest_end: Duration::MAX,
             calls_since_sweep: 0,
         }
@@ -75,19 +71,17 @@ impl<K, T> Default for LeaseTable<K, T> {
 }
 
 impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
-    /// How many leases there are, with those that are over and not yet removed.
-    pub(crate) fn len(&self) -> usize {
-        self.leases
+    /// How many leases run.
+    pub(crate) fn count(&self, now: Duration) -> usize {
+        let leases = self.slots.values().filter_map(|slot| slot.lease.as_ref());
+        leases.filter(|lease| lease.end > now).count()
     }
 
     /// How many waiters there are, of all keys.
     #[cfg(any(feature = "memory", test))]
     pub(crate) fn waiters(&self) -> usize {
-        self.waiters
-    }
-
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Lease<T>> {
-        self.slots.values().filter_map(|slot| slot.lease.as_ref())
+        let waiters = self.slots.values().filter_map(|slot| slot.waiters.as_ref());
+        waiters.map(|waiters| waiters.count).sum()
     }
 
     /// The lease of `key`, which may be over.
@@ -100,11 +94,6 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
         self.get(key).filter(|lease| lease.end > now)
     }
 
-    /// Whether `token` holds the lease of `key`, which may be over.
-    pub(crate) fn is_held(&self, key: &K, token: Token) -> bool {
-        self.get(key).is_some_and(|lease| lease.token == token)
-    }
-
     /// Starts a lease. One that `key` has already is taken over: its token no longer ends or renews anything.
     pub(crate) fn start(&mut self, key: &K, lease: Lease<T>) {
         let end = lease.end;
@@ -112,9 +101,7 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
             lease: None,
             waiters: None,
         });
-        if slot.lease.replace(lease).is_none() {
-            self.leases += 1;
-        }
+        slot.lease = Some(lease);
         slot.ends_at(end);
         self.earliest_end = self.earliest_end.min(end);
     }
@@ -131,7 +118,7 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
 
     /// Ends the lease of `key` if `token` holds it. Says whether it did.
     pub(crate) fn end(&mut self, key: &K, token: Token, wake: Wake) -> bool {
-        self.is_held(key, token) && self.remove(key, wake)
+        self.get(key).is_some_and(|lease| lease.token == token) && self.remove(key, wake)
     }
 
     /// Ends the lease of `key`, whoever holds it. Says whether there was one.
@@ -142,7 +129,6 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
         if slot.get_mut().lease.take().is_none() {
             return false;
         }
-        self.leases -= 1;
         match (&slot.get().waiters, wake) {
             (None, _) => drop(slot.remove()),
             #[cfg(any(feature = "memory", test))]
@@ -171,26 +157,20 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
         if now < self.earliest_end {
             return 0;
         }
-        let before = self.leases;
+        let mut ended = 0;
         self.calls_since_sweep = 0;
         self.earliest_end = Duration::MAX;
         self.slots.retain(|_, slot| {
-            match &slot.lease {
-                Some(lease) if lease.end > now => {
-                    self.earliest_end = self.earliest_end.min(lease.end);
-                }
-                Some(_) => {
-                    slot.lease = None;
-                    self.leases -= 1;
-                    if let Some(waiters) = &slot.waiters {
-                        waiters.wakes.notify_waiters();
-                    }
-                }
-                None => {}
+            if slot.lease.take_if(|lease| lease.end <= now).is_some() {
+                ended += 1;
+                slot.wake_all();
+            }
+            if let Some(lease) = &slot.lease {
+                self.earliest_end = self.earliest_end.min(lease.end);
             }
             slot.is_used()
         });
-        before - self.leases
+        ended
     }
 
     /// Counts a waiter for the end of the lease of `key`; `None` if none runs.
@@ -205,13 +185,11 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
             })
         });
         waiters.count += 1;
-        self.waiters += 1;
         Some(waiters.wakes.clone())
     }
 
     /// Takes back one [`subscribe`](Self::subscribe).
     fn unsubscribe(&mut self, key: &K) {
-        self.waiters -= 1;
         let hash_map::Entry::Occupied(mut slot) = self.slots.entry(*key) else {
             return;
         };
@@ -222,6 +200,13 @@ impl<K: Copy + Eq + Hash, T> LeaseTable<K, T> {
         if !slot.get().is_used() {
             slot.remove();
         }
+    }
+
+    /// How many leases there are, with those that are over and not yet removed.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        let slots = self.slots.values();
+        slots.filter(|slot| slot.lease.is_some()).count()
     }
 
     /// How many keys have a lease or a waiter.
@@ -238,12 +223,15 @@ impl<T> Slot<T> {
 
     /// Wakes the waiters that would sleep past the new end of the lease, of this one or of the one that follows it.
     fn ends_at(&mut self, end: Duration) {
-        let Some(waiters) = &mut self.waiters else {
-            return;
-        };
-        let is_earlier = end < waiters.asleep_until;
-        waiters.asleep_until = end;
-        if is_earlier {
+        if let Some(waiters) = &mut self.waiters
+            && end < std::mem::replace(&mut waiters.asleep_until, end)
+        {
+            self.wake_all();
+        }
+    }
+
+    fn wake_all(&self) {
+        if let Some(waiters) = &self.waiters {
             waiters.wakes.notify_waiters();
         }
     }
@@ -254,21 +242,42 @@ pub(crate) fn lock<K, T>(table: &Mutex<LeaseTable<K, T>>) -> MutexGuard<'_, Leas
     table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Returns when no lease of `key` runs, or after `timeout`.
+/// Returns when no lease of `key` runs, or after `timeout`. Says whether one ran at the call.
 pub(crate) async fn wait<K: Copy + Eq + Hash, T>(
     table: &Mutex<LeaseTable<K, T>>,
     key: &K,
     env: &Env,
     timeout: Duration,
-) {
+) -> bool {
     let now = env.now();
-    if let Some(waiter) = Waiter::subscribe(table, key, now) {
-        waiter.wait(env, now.saturating_add(timeout)).await;
+    let deadline = now.saturating_add(timeout);
+    let Some(waiter) = Waiter::subscribe(table, key, now) else {
+        return false;
+    };
+    loop {
+        // Enabled before the table is read, so that an end in between is not missed. Dropped with an unused permit, it
+        // passes the permit on.
+        let mut woken = pin!(waiter.wakes.notified());
+        woken.as_mut().enable();
+
+        let now = env.now();
+        let end = lock(table).running(key, now).map(|lease| lease.end);
+        if end.is_none() && now >= deadline {
+            // The caller may have given up. If the permit was for this waiter, another gets it.
+            waiter.wakes.notify_one();
+        }
+        match end {
+            Some(end) if now < deadline => {
+                let pause = pin!(env.sleep(end.min(deadline) - now));
+                let _ = select(woken, pause).await;
+            }
+            _ => return true,
+        }
     }
 }
 
-/// Waits for the end of a lease. Counted in its key's slot until it is dropped.
-pub(crate) struct Waiter<'a, K: Copy + Eq + Hash, T> {
+/// Counted in the slot of its key until it is dropped.
+struct Waiter<'a, K: Copy + Eq + Hash, T> {
     table: &'a Mutex<LeaseTable<K, T>>,
     key: K,
     wakes: Arc<Notify>,
@@ -276,44 +285,13 @@ pub(crate) struct Waiter<'a, K: Copy + Eq + Hash, T> {
 
 impl<'a, K: Copy + Eq + Hash, T> Waiter<'a, K, T> {
     /// `None` if no lease of `key` runs.
-    pub(crate) fn subscribe(
-        table: &'a Mutex<LeaseTable<K, T>>,
-        key: &K,
-        now: Duration,
-    ) -> Option<Self> {
+    fn subscribe(table: &'a Mutex<LeaseTable<K, T>>, key: &K, now: Duration) -> Option<Self> {
         let wakes = lock(table).subscribe(key, now)?;
         Some(Self {
             table,
             key: *key,
             wakes,
         })
-    }
-
-    /// Returns when no lease of the key runs, or at `deadline`.
-    pub(crate) async fn wait(self, env: &Env, deadline: Duration) {
-        loop {
-            // Enabled before the table is read, so that an end in between is not missed. Dropped with an unused permit, it
-            // passes the permit on.
-            let mut woken = pin!(self.wakes.notified());
-            woken.as_mut().enable();
-
-            let now = env.now();
-            let end = lock(self.table)
-                .running(&self.key, now)
-                .map(|lease| lease.end);
-            let Some(end) = end else {
-                if now >= deadline {
-                    // The caller may have given up. If the permit was for this waiter, another gets it.
-                    self.wakes.notify_one();
-                }
-                return;
-            };
-            if now >= deadline {
-                return;
-            }
-            let pause = pin!(env.sleep(end.min(deadline) - now));
-            let _ = select(woken, pause).await;
-        }
     }
 }
 

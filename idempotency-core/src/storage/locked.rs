@@ -1,13 +1,16 @@
 //! A storage made of two independent parts: a cache for the records, a lock for the claims.
 //!
 //! `django-idempotency-key` composes them the same way. Here, however, each key has a lock of its own, and the lock is held until
-//! the record is stored, not only during the look-up. Neither part can hold a claim's token and fingerprint, so [`claims`] keeps
-//! them in this process. The cache holds each record with the token that completed it: [`envelope`].
+//! the record is stored, not only during the look-up. Neither part can hold a claim's token and fingerprint, so they are kept in
+//! this process. The cache holds each record with the token that completed it: [`envelope`].
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
 
-use self::claims::{Claims, LockedClaim};
-use super::lease::Lease;
+use super::lease::{self, Lease, LeaseTable, Wake};
 use crate::{
     Begin, EncodedKey, Entry, Env, Fingerprint, Held, NewClaim, Outcome, Record, Storage,
     StorageError, StorageErrorKind, Token,
@@ -15,7 +18,6 @@ use crate::{
 };
 
 mod cache;
-mod claims;
 mod lock;
 #[cfg(all(test, feature = "memory", feature = "conformance"))]
 mod tests;
@@ -30,11 +32,15 @@ pub use self::cache::moka::MokaCache;
 #[cfg(feature = "redis")]
 pub use self::{cache::redis::RedisCache, lock::RedisLock};
 
-/// How long a key is locked to store a record whose claim is not known here; `LockPolicy`'s default lease.
+/// How long a key is locked to store its record, unless more is left of its lease; `LockPolicy`'s default lease.
 const COMPLETING: Duration = Duration::from_secs(30);
 
 /// How long a key is locked to replace its record.
 const REPLACING: Duration = Duration::from_secs(5);
+
+/// How long a claim is remembered after its lease is over. By the lock's clock it may still run, and then only the lock's token
+/// can end it.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// A [`Storage`] of any [`Cache`] and any [`Lock`]. Clones share both.
 ///
@@ -68,7 +74,7 @@ const REPLACING: Duration = Duration::from_secs(5);
 /// | call | what it does |
 /// |---|---|
 /// | `begin` | reads the cache, locks the key, reads again: if a holder completed in between, it unlocks. Starts over if a `remove` unlocked the key meanwhile |
-/// | `complete` | reads the cache, renews the lock or takes it again if it has expired, sets the record, unlocks. A repeated call locks the key, reads again, sets the stored record with the new TTL, unlocks |
+/// | `complete` | renews the lock, or takes it again if it has expired, reads the cache, sets the record, unlocks. A repeated call sets the stored record with the new TTL |
 /// | `renew`, `release` | those of the lock |
 /// | `replace` | reads the cache, locks the key, reads again, sets the record, unlocks |
 /// | `remove` | unlocks the key if it was locked here, removes the record from the cache |
@@ -81,8 +87,8 @@ const REPLACING: Duration = Duration::from_secs(5);
 /// Cache and lock are two systems, so no step is atomic over both. As long as every lock holds for its whole lease all rules of
 /// [`Storage`] are kept for the claims of one process, by this storage and its clones. Beyond that:
 ///
-/// * **No fencing.** `complete` renews the lock right before it sets the record. If the process pauses between the two for longer
-///   than the lease, it overwrites its successor's record. Both ran, as with any lease, but here the late answer remains. A `set`
+/// * **No fencing.** `complete` renews the lock before it reads the cache and sets the record. If the process pauses in between for
+///   longer than the lease, it overwrites its successor's record. Both ran, as with any lease, but here the late answer remains. A `set`
 ///   that was abandoned (a timeout, a dropped future) and arrives late does the same.
 /// * **The guarantees are no stronger than the lock's.** A lock that is lost early (a server that restarts empty) allows a second
 ///   execution.
@@ -116,7 +122,17 @@ pub struct LockedStorage<C, L> {
 struct Parts<C, L> {
     cache: C,
     lock: L,
-    claims: Claims,
+    /// The claims of this process, by the tokens of their locks. `std`'s lock, because sections are short and never await.
+    claims: Mutex<LeaseTable<EncodedKey, LockedClaim>>,
+    /// Claims whose `acquire` got no response (yet), and until when the lock may hold the key for them.
+    doubts: Mutex<LeaseTable<(EncodedKey, Token), ()>>,
+}
+
+/// What the lock can't store of a claim.
+#[derive(Clone, Copy)]
+struct LockedClaim {
+    token: Token,
+    fingerprint: Option<Fingerprint>,
 }
 
 impl<C: Cache, L: Lock> LockedStorage<C, L> {
@@ -126,7 +142,8 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
             parts: Arc::new(Parts {
                 cache,
                 lock,
-                claims: Claims::default(),
+                claims: Mutex::default(),
+                doubts: Mutex::default(),
             }),
             env: Env::system(),
         }
@@ -157,10 +174,6 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         let now = self.env.now();
         self.known().count(now)
     }
-
-    fn known(&self) -> &Claims {
-        &self.parts.claims
-    }
 }
 
 impl<C, L> Clone for LockedStorage<C, L> {
@@ -188,32 +201,22 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
             if let Some(found) = self.look(key).await? {
                 return Ok(Begin::Completed(found.record));
             }
-            let locked = match self.hold(key, claim.token, Some(claim.lease)).await? {
-                Some(locked) => locked,
-                None => match self
-                    .take(key, claim.token, claim.fingerprint, claim.lease)
-                    .await?
-                {
-                    Taken::Yes(locked) => locked,
-                    Taken::ByAnother | Taken::Perhaps => return Ok(self.in_flight(key)),
-                },
+            let Taken::Yes(lock) = self.take(key, claim).await? else {
+                let (fingerprint, lease_left) = self.running(key).unzip();
+                return Ok(Begin::InFlight {
+                    fingerprint: fingerprint.flatten(),
+                    lease_left,
+                });
             };
-            match self.look(key).await {
-                Ok(None) if self.is_known(key, claim.token, locked) => return Ok(Begin::Acquired),
-                // A `remove` released the lock, and then removed the record that it was meant for.
-                Ok(None) => {}
-                Ok(Some(found)) => {
-                    self.let_go(key, locked).await;
-                    return Ok(Begin::Completed(found.record));
-                }
-                Err(error) => {
-                    // A record exists, so nothing was claimed. If the read failed, the engine releases the claim.
-                    if error.kind() == StorageErrorKind::Unreadable {
-                        self.let_go(key, locked).await;
-                    }
-                    return Err(error);
-                }
+            if let Some(found) = self.look_under(lock, key).await? {
+                self.let_go(key, lock).await;
+                return Ok(Begin::Completed(found.record));
             }
+            let known = self.known_claim(key, claim.token);
+            if known.is_some_and(|known| known.token == lock) {
+                return Ok(Begin::Acquired);
+            }
+            // A `remove` released the lock, and then removed the record that it was meant for.
         }
     }
 
@@ -224,33 +227,39 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
         record: &Record,
         ttl: Duration,
     ) -> Result<Held, StorageError> {
-        if let Some(found) = self.look(key).await? {
-            return self.complete_again(key, token, &found, record, ttl).await;
-        }
-        let locked = match self.hold(key, token, None).await? {
-            // The key was locked before the read, so nothing can have changed in between.
-            Some(locked) => locked,
-            None => {
-                let taken = self.take(key, token, record.fingerprint, COMPLETING);
-                let locked = match taken.await? {
-                    Taken::Yes(locked) => locked,
-                    Taken::ByAnother => return Ok(Held::Lost),
-                    // `Lost` would discard the answer, and nobody else may have one.
-                    Taken::Perhaps => {
-                        return Err(StorageError::unavailable(
-                            "the key is locked, perhaps by an earlier call of this claim that was given up",
-                        ));
-                    }
-                };
-                if let Some(found) = self.look(key).await? {
-                    return self.complete_again(key, token, &found, record, ttl).await;
-                }
-                locked
-            }
+        let claim = NewClaim {
+            token,
+            fingerprint: record.fingerprint,
+            lease: COMPLETING,
         };
-        self.set(key, token, record, ttl).await?;
-        self.let_go(key, locked).await;
-        Ok(Held::Yes)
+        let taken = self.take(key, &claim).await?;
+        let Taken::Yes(lock) = taken else {
+            return match (self.look(key).await?, taken) {
+                (Some(found), _) if found.completed_by == token => Err(StorageError::unavailable(
+                    "the record is stored, but its TTL can't be restarted while another call holds the lock of the key",
+                )),
+                // `Lost` would discard the answer, and nobody else may have one.
+                (None, Taken::Perhaps) => Err(StorageError::unavailable(
+                    "the key is locked, perhaps by an earlier call of this claim that was given up",
+                )),
+                _ => Ok(Held::Lost),
+            };
+        };
+        let completed = match self.look_under(lock, key).await? {
+            None => {
+                // A claim whose record could not be stored stays.
+                self.set(key, token, record, ttl).await?;
+                Ok(Held::Yes)
+            }
+            // Repeated: the first record stays, and its TTL starts anew.
+            Some(found) if found.completed_by == token => {
+                let set = self.set_whole(key, token, &found.record, ttl).await;
+                set.map(|()| Held::Yes)
+            }
+            Some(_) => Ok(Held::Lost),
+        };
+        self.let_go(key, lock).await;
+        completed
     }
 
     async fn renew(
@@ -259,28 +268,27 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
         token: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
-        let Some(claim) = self.known().get(key, token) else {
-            return Ok(Held::Lost);
-        };
-        self.renew_lock(key, claim.token, lease).await
+        match self.known_claim(key, token) {
+            Some(claim) => self.renew_lock(key, claim.token, lease).await,
+            None => Ok(Held::Lost),
+        }
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        let Some(claim) = self.known().get(key, token) else {
-            return Ok(Held::Lost);
-        };
-        self.unlock(key, claim.token).await
+        match self.known_claim(key, token) {
+            Some(claim) => self.unlock(key, claim.token).await,
+            None => Ok(Held::Lost),
+        }
     }
 
     async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
         if let Some(found) = self.look(key).await? {
             return Ok(Some(Entry::Completed(found.record)));
         }
-        let now = self.env.now();
-        let running = self.known().running(key, now);
-        Ok(running.map(|claim| Entry::Claimed {
-            fingerprint: claim.of.fingerprint,
-            lease_left: Some(claim.end - now),
+        let running = self.running(key);
+        Ok(running.map(|(fingerprint, lease_left)| Entry::Claimed {
+            fingerprint,
+            lease_left: Some(lease_left),
         }))
     }
 
@@ -293,25 +301,30 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
         if self.look(key).await?.is_none() {
             return Ok(());
         }
-        // Registered under a token of its own, so that `remove` can end the lock of a call that was dropped.
-        let name = Token::random_from(&self.env);
+        // Remembered under a token of its own, so that `remove` can end the lock of a call that was dropped.
+        let claim = NewClaim {
+            token: Token::random_from(&self.env),
+            fingerprint: None,
+            lease: REPLACING,
+        };
         // Another caller that completed or found the record may still hold the lock; it changes nothing any more.
-        let taken = self.take(key, name, None, REPLACING).await?;
+        let taken = self.acquire(key, &claim).await?;
         let replaced = match self.look(key).await {
             Ok(Some(found)) => self.set(key, found.completed_by, record, ttl).await,
             Ok(None) => Ok(()),
             Err(error) => Err(error),
         };
-        if let Taken::Yes(locked) = taken {
-            self.let_go(key, locked).await;
+        if let Taken::Yes(lock) = taken {
+            self.let_go(key, lock).await;
         }
         replaced
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
+        let lock = self.known().get(key).map(|claim| claim.token);
         let mut removed = false;
-        if let Some(claim) = self.known().last(key) {
-            removed = self.unlock(key, claim.token).await? == Held::Yes;
+        if let Some(lock) = lock {
+            removed = self.unlock(key, lock).await? == Held::Yes;
         }
         if self.parts.cache.get(key).await?.is_some() {
             self.parts.cache.remove(key).await?;
@@ -321,20 +334,14 @@ impl<C: Cache, L: Lock> Storage for LockedStorage<C, L> {
     }
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        let now = self.env.now();
-        let deadline = now.saturating_add(timeout);
-        // Subscribes before it reads, so that an end in between is not missed.
-        let waiter = self.known().subscribe(key, now);
+        let deadline = self.env.now().saturating_add(timeout);
         if timeout.is_zero() || self.parts.cache.get(key).await?.is_some() {
             return Ok(());
         }
-        match waiter {
-            Some(waiter) => waiter.wait(&self.env, deadline).await,
+        let left = deadline.saturating_sub(self.env.now());
+        if !lease::wait(&self.parts.claims, key, &self.env, left).await {
             // Free, or locked by another process.
-            None => {
-                let left = deadline.saturating_sub(self.env.now());
-                self.parts.lock.wait(key, left).await?;
-            }
+            self.parts.lock.wait(key, left).await?;
         }
         Ok(())
     }
@@ -358,6 +365,21 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         }
     }
 
+    /// The record of `key`, which `lock` holds. If there is one that can't be read, there is nothing to claim.
+    async fn look_under(
+        &self,
+        lock: Token,
+        key: &EncodedKey,
+    ) -> Result<Option<Envelope>, StorageError> {
+        let found = self.look(key).await;
+        if let Err(error) = &found
+            && error.kind() == StorageErrorKind::Unreadable
+        {
+            self.let_go(key, lock).await;
+        }
+        found
+    }
+
     async fn set(
         &self,
         key: &EncodedKey,
@@ -365,16 +387,17 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         record: &Record,
         ttl: Duration,
     ) -> Result<(), StorageError> {
-        let Err(error) = self.set_whole(key, token, record, ttl).await else {
-            return Ok(());
-        };
-        if error.kind() != StorageErrorKind::Full || matches!(record.outcome, Outcome::Tombstone(_))
-        {
-            return Err(error);
+        match self.set_whole(key, token, record, ttl).await {
+            Err(error)
+                if error.kind() == StorageErrorKind::Full
+                    && matches!(record.outcome, Outcome::Response(_)) =>
+            {
+                tracing::warn!(target: "idempotency", %key, cause = ?std::error::Error::source(&error), "the cache has no room for the answer: its key gets a tombstone");
+                let tombstone = record.without_answer();
+                self.set_whole(key, token, &tombstone, ttl).await
+            }
+            set => set,
         }
-        tracing::warn!(target: "idempotency", %key, cause = ?std::error::Error::source(&error), "the cache has no room for the answer: its key gets a tombstone");
-        self.set_whole(key, token, &record.without_answer(), ttl)
-            .await
     }
 
     /// Sets the record as it is, or fails.
@@ -393,140 +416,108 @@ impl<C: Cache, L: Lock> LockedStorage<C, L> {
         cache.set(key, envelope::seal(token, record), ttl).await
     }
 
-    /// The lock of the claim of `token` if it is still held, for another `lease`, or its last one. It is not shortened.
-    async fn hold(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        lease: Option<Duration>,
-    ) -> Result<Option<Token>, StorageError> {
-        let Some(claim) = self.known().get(key, token) else {
-            return Ok(None);
-        };
-        let left = claim.end.saturating_sub(self.env.now());
-        let lease = lease.unwrap_or(claim.of.lease).max(left);
-        let held = self.renew_lock(key, claim.token, lease).await?;
-        Ok((held == Held::Yes).then_some(claim.token))
+    /// The claims of this process.
+    fn known(&self) -> MutexGuard<'_, LeaseTable<EncodedKey, LockedClaim>> {
+        lease::lock(&self.parts.claims)
     }
 
-    /// Whether nothing here has ended the claim of `token` that holds `locked`.
-    fn is_known(&self, key: &EncodedKey, token: Token, locked: Token) -> bool {
-        let claim = self.known().get(key, token);
-        claim.is_some_and(|claim| claim.token == locked)
+    /// The claim of `token`, which may have expired.
+    fn known_claim(&self, key: &EncodedKey, token: Token) -> Option<Lease<LockedClaim>> {
+        let claim = self.known().get(key).copied();
+        claim.filter(|claim| claim.of.token == token)
     }
 
-    /// Locks `key` for a claim of `token`, if it is free.
-    async fn take(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        fingerprint: Option<Fingerprint>,
-        lease: Duration,
-    ) -> Result<Taken, StorageError> {
+    /// Fingerprint and lease of the claim of `key` that runs in this process.
+    fn running(&self, key: &EncodedKey) -> Option<(Option<Fingerprint>, Duration)> {
+        let now = self.env.now();
+        let known = self.known();
+        let claim = known.running(key, now)?;
+        Some((claim.of.fingerprint, claim.end - now))
+    }
+
+    /// Locks `key` for `claim`: renews the lock that it has, or acquires one if the key is free.
+    async fn take(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Taken, StorageError> {
+        if let Some(known) = self.known_claim(key, claim.token) {
+            let left = known.end.saturating_sub(self.env.now());
+            // Not shortened.
+            let lease = claim.lease.max(left);
+            if self.renew_lock(key, known.token, lease).await? == Held::Yes {
+                return Ok(Taken::Yes(known.token));
+            }
+        }
+        self.acquire(key, claim).await
+    }
+
+    /// Locks `key` for `claim`, if the key is free.
+    async fn acquire(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Taken, StorageError> {
         // The lease is counted from before the request, so it ends here no later than at the lock.
         let since = self.env.now();
-        let earlier = self.known().doubt(key, token, since, lease);
-        // If this call fails or is dropped here, the entry in `doubts` remains.
-        let Some(locked) = self.parts.lock.acquire(key, lease).await? else {
-            self.known().answered(key, token, earlier);
-            return Ok(match earlier {
-                Some(_) => Taken::Perhaps,
-                None => Taken::ByAnother,
-            });
+        let end = since.saturating_add(claim.lease);
+        let doubt = (*key, claim.token);
+        let earlier = {
+            let mut doubts = lease::lock(&self.parts.doubts);
+            doubts.sweep(since);
+            let earlier = doubts.running(&doubt, since).map(|earlier| earlier.end);
+            let unanswered = Lease {
+                token: claim.token,
+                end: end.saturating_add(GRACE),
+                of: (),
+            };
+            doubts.start(&doubt, unanswered);
+            earlier
         };
-        let claim = Lease {
-            token: locked,
-            end: since.saturating_add(lease),
-            of: LockedClaim {
-                token,
-                fingerprint,
-                lease,
-            },
+        // If this call fails or is dropped here, the doubt remains.
+        let acquired = self.parts.lock.acquire(key, claim.lease).await?;
+        let mut doubts = lease::lock(&self.parts.doubts);
+        if let (None, Some(end)) = (acquired, earlier) {
+            doubts.renew(&doubt, claim.token, end);
+            return Ok(Taken::Perhaps);
+        }
+        doubts.remove(&doubt, Wake::All);
+        drop(doubts);
+        let Some(token) = acquired else {
+            return Ok(Taken::ByAnother);
         };
-        self.known().answered(key, token, None);
-        self.known().start(key, claim, since);
-        Ok(Taken::Yes(locked))
+        let of = LockedClaim {
+            token: claim.token,
+            fingerprint: claim.fingerprint,
+        };
+        let mut known = self.known();
+        known.sweep(since.saturating_sub(GRACE));
+        // If the response came so late that the key was granted again, the later claim stays.
+        if known.get(key).is_none_or(|later| later.end <= end) {
+            known.start(key, Lease { token, end, of });
+        }
+        Ok(Taken::Yes(token))
     }
 
     async fn renew_lock(
         &self,
         key: &EncodedKey,
-        locked: Token,
+        lock: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
-        let since = self.env.now();
-        let held = self.parts.lock.renew(key, locked, lease).await?;
-        let lease_end = since.saturating_add(lease);
+        let end = self.env.now().saturating_add(lease);
+        let held = self.parts.lock.renew(key, lock, lease).await?;
+        let mut known = self.known();
         match held {
-            Held::Yes => self.known().renew(key, locked, lease, lease_end),
-            Held::Lost => self.known().end(key, locked),
+            Held::Yes => drop(known.renew(key, lock, end)),
+            Held::Lost => drop(known.end(key, lock, Wake::All)),
         }
         Ok(held)
     }
 
-    async fn unlock(&self, key: &EncodedKey, locked: Token) -> Result<Held, StorageError> {
-        let held = self.parts.lock.release(key, locked).await?;
-        self.known().end(key, locked);
+    async fn unlock(&self, key: &EncodedKey, lock: Token) -> Result<Held, StorageError> {
+        let held = self.parts.lock.release(key, lock).await?;
+        self.known().end(key, lock, Wake::All);
         Ok(held)
     }
 
     /// Unlocks `key` after the result is stored.
-    async fn let_go(&self, key: &EncodedKey, locked: Token) {
-        if let Err(error) = self.unlock(key, locked).await {
+    async fn let_go(&self, key: &EncodedKey, lock: Token) {
+        if let Err(error) = self.unlock(key, lock).await {
             let source = std::error::Error::source(&error).map(ToString::to_string);
             tracing::warn!(target: "idempotency", %key, %error, source, "a lock could not be released: it stays until its lease is over");
-        }
-    }
-
-    /// `complete` of a key that has a record. A record that `token` stored stays and gets the new TTL.
-    async fn complete_again(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        found: &Envelope,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<Held, StorageError> {
-        if found.completed_by != token {
-            let lost = self.known().get(key, token);
-            if let Some(claim) = lost {
-                self.let_go(key, claim.token).await;
-            }
-            return Ok(Held::Lost);
-        }
-        // The lock keeps a concurrent `replace` from being undone. An earlier `complete` that was dropped or failed
-        // may have left its lock.
-        let locked = match self.hold(key, token, None).await? {
-            Some(locked) => locked,
-            None => match self.take(key, token, None, REPLACING).await? {
-                Taken::Yes(locked) => locked,
-                Taken::ByAnother | Taken::Perhaps => {
-                    return Err(StorageError::unavailable(
-                        "the record is stored, but its TTL can't be restarted while another call holds the lock of the key",
-                    ));
-                }
-            },
-        };
-        let completed = match self.look(key).await {
-            Ok(Some(found)) if found.completed_by == token => self
-                .set_whole(key, token, &found.record, ttl)
-                .await
-                .map(|()| Held::Yes),
-            Ok(Some(_)) => Ok(Held::Lost),
-            // It expired or was removed.
-            Ok(None) => self.set(key, token, record, ttl).await.map(|()| Held::Yes),
-            Err(error) => Err(error),
-        };
-        self.let_go(key, locked).await;
-        completed
-    }
-
-    fn in_flight(&self, key: &EncodedKey) -> Begin {
-        let now = self.env.now();
-        let running = self.known().running(key, now);
-        Begin::InFlight {
-            fingerprint: running.and_then(|claim| claim.of.fingerprint),
-            lease_left: running.map(|claim| claim.end - now),
         }
     }
 }

@@ -49,15 +49,14 @@ const MAX_TTL: Duration = Duration::from_secs(60);
 #[must_use]
 pub struct NearCache<S> {
     storage: Arc<S>,
-    near: Arc<Near>,
+    near: Near,
 }
 
 /// The cached records, and the counters that keep stale ones out.
+#[derive(Clone)]
 struct Near {
-    shelf: Shelf<Changes, Kept>,
+    shelf: Arc<Shelf<Changes, Kept>>,
     ttl: Duration,
-    max_bytes: usize,
-    env: Env,
 }
 
 /// A cached record.
@@ -80,45 +79,35 @@ impl<S: Storage> NearCache<S> {
     pub fn new(storage: S) -> Self {
         Self {
             storage: Arc::new(storage),
-            near: Arc::new(Near::new(MAX_TTL, 32 << 20, Env::system())),
+            near: Near::new(MAX_TTL, 32 << 20, Env::system()),
         }
     }
 
     /// How long a record is returned from here; at most 60 s, which is also the default. Zero caches nothing.
     ///
     /// Like the other setters it starts empty, and shares nothing with earlier clones.
-    pub fn ttl(self, ttl: Duration) -> Self {
-        let near = Near::new(ttl.min(MAX_TTL), self.near.max_bytes, self.env_of());
-        self.with(near)
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        let Shelf { max_bytes, env, .. } = &*self.near.shelf;
+        self.near = Near::new(ttl.min(MAX_TTL), *max_bytes, env.clone());
+        self
     }
 
     /// The byte limit of the cached records; the least recently used are evicted. Default: 32 MiB.
-    pub fn max_bytes(self, bytes: usize) -> Self {
-        let near = Near::new(self.near.ttl, bytes, self.env_of());
-        self.with(near)
+    pub fn max_bytes(mut self, bytes: usize) -> Self {
+        self.near = Near::new(self.near.ttl, bytes, self.near.shelf.env.clone());
+        self
     }
 
     /// The clock for the near TTL. Default: [`Env::system`].
-    pub fn env(self, env: Env) -> Self {
-        let near = Near::new(self.near.ttl, self.near.max_bytes, env);
-        self.with(near)
+    pub fn env(mut self, env: Env) -> Self {
+        self.near = Near::new(self.near.ttl, self.near.shelf.max_bytes, env);
+        self
     }
 
     /// The storage behind this level.
     #[must_use]
     pub fn inner(&self) -> &S {
         &self.storage
-    }
-
-    fn env_of(&self) -> Env {
-        self.near.env.clone()
-    }
-
-    fn with(self, near: Near) -> Self {
-        Self {
-            storage: self.storage,
-            near: Arc::new(near),
-        }
     }
 }
 
@@ -136,7 +125,7 @@ impl<S> fmt::Debug for NearCache<S> {
         f.debug_struct("NearCache")
             .field("storage", &std::any::type_name::<S>())
             .field("ttl", &self.near.ttl)
-            .field("max_bytes", &self.near.max_bytes)
+            .field("max_bytes", &self.near.shelf.max_bytes)
             .field("records", &self.near.shelf.len())
             .finish_non_exhaustive()
     }
@@ -165,7 +154,7 @@ impl<S: Storage> Storage for NearCache<S> {
         let asked = self.near.ask(key);
         let held = self.storage.complete(key, token, record, ttl).await?;
         if held == Held::Yes {
-            self.near.completed(key, asked, record, ttl);
+            self.near.keep(key, asked, record, Some(ttl));
         }
         Ok(held)
     }
@@ -225,10 +214,8 @@ struct Asked {
 impl Near {
     fn new(ttl: Duration, max_bytes: usize, env: Env) -> Self {
         Self {
-            shelf: Shelf::new(max_bytes, env.clone()),
+            shelf: Arc::new(Shelf::new(max_bytes, env)),
             ttl,
-            max_bytes,
-            env,
         }
     }
 
@@ -240,51 +227,39 @@ impl Near {
     fn ask(&self, key: &EncodedKey) -> Asked {
         let shard = self.shelf.lock(key);
         Asked {
-            at: shard.now(),
+            at: shard.now,
             changes_begun: shard.beside.begun,
         }
     }
 
-    /// Caches `record`, which the storage has stored, for at most `ttl` after the call was `asked`.
-    fn completed(&self, key: &EncodedKey, asked: Asked, record: &Record, ttl: Duration) {
-        {
-            let shard = self.shelf.lock(key);
-            if let Some(kept) = shard.get() {
-                // A repeated call: the storage kept the first record and restarted its TTL. Others may have changed it since, so
-                // the near TTL is not extended.
-                let end = asked.at.saturating_add(ttl).min(kept.near_end);
-                let bytes = kept.record.weight();
-                shard.insert(kept, bytes, end);
-                return;
-            }
-        }
-        // The caller may send a tombstone although the storage already has the answer.
-        if matches!(record.outcome, Outcome::Response(_)) {
-            self.keep(key, asked, record, Some(ttl));
-        }
-    }
-
-    /// Caches `record`, which the storage returned or stored. `ttl` counts from when the call was `asked`, if it is known.
+    /// Caches `record`, which the storage returned, or stored for a `ttl` that counts from when the call was `asked`.
     fn keep(&self, key: &EncodedKey, asked: Asked, record: &Record, ttl: Option<Duration>) {
         if self.ttl.is_zero() || !self.shelf.fits(record.weight()) {
             return;
         }
         // Copied before the lock is taken, so that nobody waits for the copy.
-        let record = Packed::of(record);
+        let packed = Packed::of(record);
         {
             let shard = self.shelf.lock(key);
-            // The response may be from before or after a change that is under way.
-            if shard.beside.begun != asked.changes_begun || shard.beside.under_way > 0 {
-                return;
-            }
-            // The first one stays: it may know its TTL, and nothing extends it.
-            if shard.get().is_some() {
-                return;
-            }
-            let near_end = shard.now().saturating_add(self.ttl);
-            let end = asked.at.saturating_add(ttl.unwrap_or(Duration::MAX));
-            let bytes = record.weight();
-            shard.insert(Kept { record, near_end }, bytes, near_end.min(end));
+            let ttl_end = asked.at.saturating_add(ttl.unwrap_or(Duration::MAX));
+            let kept = match shard.get() {
+                // The first one stays. A `complete` was repeated: the storage restarted the TTL of its record. Others may have
+                // changed the record since, so the near TTL is not extended.
+                Some(kept) if ttl.is_some() => kept,
+                Some(_) => return,
+                // The response may be from before or after a change that is under way.
+                None if shard.beside.begun != asked.changes_begun || shard.beside.under_way > 0 => {
+                    return;
+                }
+                // The caller may send a tombstone although the storage already has the answer.
+                None if ttl.is_some() && matches!(record.outcome, Outcome::Tombstone(_)) => return,
+                None => Kept {
+                    record: packed,
+                    near_end: shard.now.saturating_add(self.ttl),
+                },
+            };
+            let (bytes, end) = (kept.record.weight(), kept.near_end.min(ttl_end));
+            shard.insert(kept, bytes, end);
         }
         self.shelf.settle();
     }

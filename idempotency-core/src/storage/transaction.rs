@@ -8,7 +8,7 @@ use std::{any::Any, ops::DerefMut, time::Duration};
 
 use futures_util::future::BoxFuture;
 
-use crate::{EncodedKey, Fingerprint, Record, StorageError, Token};
+use crate::{EncodedKey, Fingerprint, Outcome, Record, StorageError, Token, TombstoneReason};
 
 /// Lends the transactions of a storage.
 ///
@@ -64,6 +64,16 @@ pub struct NewTransaction {
     /// How long the tombstone lives that an operation leaves which commits by itself, and how long a retry may go on at a recovery
     /// point.
     pub ttl: Duration,
+}
+
+impl NewTransaction {
+    /// What an operation leaves that commits by itself.
+    pub(crate) fn committed_by_hand(&self) -> Record {
+        Record {
+            fingerprint: self.fingerprint,
+            outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
+        }
+    }
 }
 
 // Not `#[non_exhaustive]`: storages build it, and a caller that ignores a case runs an operation twice.
@@ -166,33 +176,15 @@ pub enum RolledBack {
 }
 
 /// Why a phase could not be ended or begun.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PhaseError {
     /// Another holds the key, or it was removed; or the operation has ended the transaction itself.
+    #[error("the key is no longer this operation's: end it with an error")]
     Lost,
     /// The storage failed.
-    Failed(StorageError),
-}
-
-impl std::fmt::Display for PhaseError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Lost => "the key is no longer this operation's: end it with an error",
-            Self::Failed(_) => {
-                "the database failed between two phases: end the operation with an error"
-            }
-        })
-    }
-}
-
-impl std::error::Error for PhaseError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Self::Lost => None,
-            Self::Failed(error) => Some(error),
-        }
-    }
+    #[error("the database failed between two phases: end the operation with an error")]
+    Failed(#[source] StorageError),
 }
 
 impl std::fmt::Debug for BeginTransaction {

@@ -20,14 +20,16 @@ pub(in crate::storage) struct Shelf<G, V> {
     shards: Box<[Mutex<G>]>,
     records: Records<V>,
     ledger: Arc<Ledger>,
-    env: Env,
+    pub(in crate::storage) max_bytes: usize,
+    pub(in crate::storage) env: Env,
 }
 
 /// The shard of a key, locked.
 pub(in crate::storage) struct Shard<'a, G, V> {
     shelf: &'a Shelf<G, V>,
     key: &'a EncodedKey,
-    now: Duration,
+    /// By the shelf's clock, when the shard was locked.
+    pub(in crate::storage) now: Duration,
     pub(in crate::storage) beside: MutexGuard<'a, G>,
 }
 
@@ -38,6 +40,7 @@ impl<G: Default, V: Clone + Send + Sync + 'static> Shelf<G, V> {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             records: Records::new(ledger.clone(), Some(max_bytes)),
             ledger,
+            max_bytes,
             env,
         }
     }
@@ -102,10 +105,5 @@ impl<G, V: Clone + Send + Sync + 'static> Shard<'_, G, V> {
 
     pub(in crate::storage) fn remove(&self) {
         self.shelf.records.remove(self.key);
-    }
-
-    /// By the shelf's clock, when the shard was locked.
-    pub(in crate::storage) fn now(&self) -> Duration {
-        self.now
     }
 }

@@ -4,7 +4,7 @@
 
 use std::{fmt, future::Future, pin::pin, time::Duration};
 
-use futures_util::future::{Either, select};
+use futures_util::future::select;
 use tokio::sync::oneshot;
 
 use crate::{Env, StorageError};
@@ -44,31 +44,30 @@ impl Purger {
     where
         F: Future<Output = Result<u64, StorageError>> + Send + 'static,
     {
-        let (stop, mut stopped) = oneshot::channel::<()>();
+        let (stop, stopped) = oneshot::channel::<()>();
         let (end, ended) = oneshot::channel();
         let spawner = env.background();
-        let task = async move {
-            let _end = end;
+        let turns = async move {
             let mut pause = period.mul_f64(random(&env));
             loop {
-                if is_over(&mut stopped, env.sleep(pause)).await {
-                    return;
-                }
-                let purged = pin!(purge());
-                match select(purged, &mut stopped).await {
-                    Either::Left((Ok(rows), _)) => {
+                env.sleep(pause).await;
+                match purge().await {
+                    Ok(rows) => {
                         tracing::debug!(target: "idempotency", rows, "expired rows are removed");
                     }
-                    Either::Left((Err(error), _)) => tracing::warn!(
+                    Err(error) => tracing::warn!(
                         target: "idempotency",
                         %error,
                         source = ?std::error::Error::source(&error),
                         "expired rows could not be removed; the next turn tries again"
                     ),
-                    Either::Right(_) => return,
                 }
                 pause = period.mul_f64(0.8 + 0.4 * random(&env));
             }
+        };
+        let task = async move {
+            let _end = end;
+            let _ = select(pin!(turns), stopped).await;
         };
         match spawner {
             Some(spawner) => spawner.spawn(task),
@@ -92,14 +91,6 @@ impl fmt::Debug for Purger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Purger").finish_non_exhaustive()
     }
-}
-
-/// Whether the handle is gone before the pause is over.
-async fn is_over(
-    stopped: &mut oneshot::Receiver<()>,
-    pause: impl Future<Output = ()> + Send,
-) -> bool {
-    matches!(select(stopped, pin!(pause)).await, Either::Left(_))
 }
 
 /// From 0 to 1.

@@ -1,6 +1,6 @@
 //! The name of the table.
 
-use std::{error::Error, fmt, sync::Arc};
+use std::{fmt, sync::Arc};
 
 use crate::StorageError;
 
@@ -16,7 +16,12 @@ impl TableName {
     const LONGEST: usize = 48;
 
     pub(crate) fn new(name: &str) -> Self {
-        Self(parse(name))
+        let parts = || name.split('.');
+        let is_valid = parts().count() <= 2 && parts().all(is_identifier);
+        Self(match is_valid {
+            true => Ok(name.into()),
+            false => Err(InvalidTableName { name: name.into() }),
+        })
     }
 
     /// The name as SQL has it: each part in double quotes, none of which needs escaping.
@@ -49,14 +54,6 @@ impl fmt::Display for TableName {
     }
 }
 
-fn parse(name: &str) -> Result<Arc<str>, InvalidTableName> {
-    let parts: Vec<_> = name.split('.').collect();
-    if parts.len() <= 2 && parts.iter().all(|part| is_identifier(part)) {
-        return Ok(name.into());
-    }
-    Err(InvalidTableName { name: name.into() })
-}
-
 fn is_identifier(part: &str) -> bool {
     let is_start = |byte: u8| byte.is_ascii_lowercase() || byte == b'_';
     let mut bytes = part.bytes();
@@ -82,7 +79,11 @@ fn is_identifier(part: &str) -> bool {
 /// assert!(error.source().unwrap().is::<InvalidTableName>());
 /// # }
 /// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{name:?} is no name for a table: it takes 1 to {} lower-case letters, digits and underscores, no digit first, and perhaps a schema and a dot before",
+    TableName::LONGEST
+)]
 pub struct InvalidTableName {
     name: Box<str>,
 }
@@ -94,19 +95,6 @@ impl InvalidTableName {
         &self.name
     }
 }
-
-impl fmt::Display for InvalidTableName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{:?} is no name for a table: it takes 1 to {} lower-case letters, digits and underscores, no digit first, and perhaps a schema and a dot before",
-            self.name,
-            TableName::LONGEST
-        )
-    }
-}
-
-impl Error for InvalidTableName {}
 
 impl From<InvalidTableName> for StorageError {
     fn from(error: InvalidTableName) -> Self {

@@ -31,8 +31,6 @@ use crate::{EncodedKey, Env, StorageError, StorageErrorKind, storage::memory::Sh
 #[must_use]
 pub struct MokaCache {
     shelf: Arc<Shelf<(), Bytes>>,
-    max_bytes: usize,
-    env: Env,
 }
 
 impl MokaCache {
@@ -43,21 +41,19 @@ impl MokaCache {
 
     fn with(max_bytes: usize, env: Env) -> Self {
         Self {
-            shelf: Arc::new(Shelf::new(max_bytes, env.clone())),
-            max_bytes,
-            env,
+            shelf: Arc::new(Shelf::new(max_bytes, env)),
         }
     }
 
     /// An empty cache of so many bytes, which are counted as [`MemoryStorage`](crate::MemoryStorage#memory) counts them.
     /// Default: 64 MiB.
     pub fn max_bytes(self, bytes: usize) -> Self {
-        Self::with(bytes, self.env)
+        Self::with(bytes, self.shelf.env.clone())
     }
 
     /// An empty cache whose TTLs follow the clock of `env`. Default: [`Env::system`].
     pub fn env(self, env: Env) -> Self {
-        Self::with(self.max_bytes, env)
+        Self::with(self.shelf.max_bytes, env)
     }
 
     /// How many live values were evicted since the cache was built.
@@ -77,7 +73,7 @@ impl Default for MokaCache {
 impl fmt::Debug for MokaCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MokaCache")
-            .field("max_bytes", &self.max_bytes)
+            .field("max_bytes", &self.shelf.max_bytes)
             .field("weight", &self.shelf.weight())
             .field("values", &self.shelf.len())
             .field("evicted", &self.shelf.evicted())
@@ -103,7 +99,7 @@ impl Cache for MokaCache {
         let bytes = value.len();
         {
             let shard = self.shelf.lock(key);
-            let deadline = shard.now().saturating_add(ttl);
+            let deadline = shard.now.saturating_add(ttl);
             shard.insert(value, bytes, deadline);
         }
         self.shelf.settle();

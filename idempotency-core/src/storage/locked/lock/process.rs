@@ -37,9 +37,11 @@ use crate::{
 #[must_use]
 pub struct ProcessLock {
     /// `std`'s lock, because sections are short and never await.
-    leases: Arc<Mutex<LeaseTable<EncodedKey, ()>>>,
+    leases: Arc<Mutex<Leases>>,
     env: Env,
 }
+
+type Leases = LeaseTable<EncodedKey, ()>;
 
 impl ProcessLock {
     /// No key is locked yet.
@@ -60,24 +62,14 @@ impl ProcessLock {
     #[must_use]
     pub fn locked(&self) -> usize {
         let now = self.env.now();
-        let mut leases = self.leases();
-        leases.end_all_over(now);
-        leases.len()
+        lease::lock(&self.leases).count(now)
     }
 
-    fn leases(&self) -> MutexGuard<'_, LeaseTable<EncodedKey, ()>> {
-        lease::lock(&self.leases)
-    }
-
-    /// The leases, after the one of `key` was removed if it has expired.
-    fn leases_of(
-        &self,
-        key: &EncodedKey,
-    ) -> (MutexGuard<'_, LeaseTable<EncodedKey, ()>>, Duration) {
-        let now = self.env.now();
-        let mut leases = self.leases();
+    /// The leases, after that of `key` was removed if it is over by `now`.
+    fn leases(&self, key: &EncodedKey, now: Duration) -> MutexGuard<'_, Leases> {
+        let mut leases = lease::lock(&self.leases);
         leases.end_if_over(key, now);
-        (leases, now)
+        leases
     }
 }
 
@@ -89,7 +81,8 @@ impl Lock for ProcessLock {
     ) -> Result<Option<Token>, StorageError> {
         // Made before the table is locked: a user's environment may panic.
         let token = Token::random_from(&self.env);
-        let (mut leases, now) = self.leases_of(key);
+        let now = self.env.now();
+        let mut leases = self.leases(key, now);
         leases.sweep(now);
         if leases.get(key).is_some() {
             return Ok(None);
@@ -105,15 +98,16 @@ impl Lock for ProcessLock {
         token: Token,
         ttl: Duration,
     ) -> Result<Held, StorageError> {
-        let (mut leases, now) = self.leases_of(key);
-        match leases.renew(key, token, now.saturating_add(ttl)) {
+        let now = self.env.now();
+        let end = now.saturating_add(ttl);
+        match self.leases(key, now).renew(key, token, end) {
             Some(&mut ()) => Ok(Held::Yes),
             None => Ok(Held::Lost),
         }
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        let (mut leases, _) = self.leases_of(key);
+        let mut leases = self.leases(key, self.env.now());
         match leases.end(key, token, Wake::All) {
             true => Ok(Held::Yes),
             false => Ok(Held::Lost),
@@ -131,7 +125,7 @@ impl Lock for ProcessLock {
 impl fmt::Debug for ProcessLock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ProcessLock")
-            .field("locked", &self.leases().len())
+            .field("locked", &self.locked())
             .finish_non_exhaustive()
     }
 }
@@ -207,7 +201,7 @@ mod tests {
             assert!(now(lock.acquire(&key(number), TTL)).is_some());
             clock.advance(TTL / 2);
         }
-        let leases = lock.leases();
+        let leases = lease::lock(&lock.leases);
         assert!(leases.len() <= 3, "{}", leases.len());
         assert_eq!(leases.len(), leases.slots());
     }

@@ -18,7 +18,7 @@ use std::{
 
 use futures_util::future::BoxFuture;
 use sqlx::{
-    Executor as _, Postgres, TransactionManager,
+    Executor as _, Postgres, Row as _, TransactionManager,
     postgres::{PgConnection, PgRow},
 };
 use tokio::sync::OwnedSemaphorePermit;
@@ -28,11 +28,12 @@ use super::{
     error::{self, Cure},
     link::{Lent, Link, Value, with_literals},
     row,
+    statements::Statements,
 };
 use crate::{
-    BeginTransaction, Committed, EncodedKey, Entry, Fingerprint, NewTransaction, Outcome,
-    PhaseError, Record, RolledBack, StorageError, StorageErrorKind, Token, TombstoneReason,
-    Transaction, TransactionDatabase, Transactions, Writes,
+    BeginTransaction, Committed, EncodedKey, NewTransaction, PhaseError, Record, RolledBack,
+    StorageError, StorageErrorKind, Token, Transaction, TransactionDatabase, Transactions, Writes,
+    storage::sql::not_acquired,
 };
 
 /// How often a claim is begun again that met another transaction.
@@ -117,9 +118,7 @@ pub struct PostgresTransaction {
     link: Link,
     options: TransactionOptions,
     key: EncodedKey,
-    token: Token,
-    fingerprint: Option<Fingerprint>,
-    ttl: Duration,
+    claim: NewTransaction,
     number: i64,
     point: Option<String>,
     /// A phase was committed, so the key has a claim of this token unless the record takes its place.
@@ -181,25 +180,11 @@ impl PostgresStorage {
         place: OwnedSemaphorePermit,
     ) -> Result<Option<BeginTransaction>, StorageError> {
         let link = &self.link;
-        let NewTransaction {
-            token,
-            fingerprint,
-            ttl,
-        } = *claim;
-        let tombstone = committed_by_hand(fingerprint).encode();
-        let values = [
-            Value::Bytes(key.as_bytes()),
-            Value::Bytes(token.as_bytes()),
-            Value::Bytes(&tombstone),
-            Value::Number(row::record_checksum(key, token)),
-            Value::Interval(ttl),
-            Value::NullableBytes(fingerprint.as_ref().map(|print| &print.as_bytes()[..])),
-        ];
-        let claim = with_literals(&link.statements()?.enter, &values);
+        let statement = claiming(&link.statements()?.enter, key, claim);
         let mut lost = 0;
         let (lent, rows) = loop {
             let mut lent = link.lend().await.map_err(error::into_storage_error)?;
-            match start(&mut lent, self.transactions, &claim).await {
+            match start(&mut lent, self.transactions, &statement).await {
                 Ok(rows) => break (lent, rows),
                 Err(error) => match error::cure(&error) {
                     Cure::AnotherConnection if lost < link.most_lost() => lost += 1,
@@ -221,20 +206,17 @@ impl PostgresStorage {
             return Ok(None);
         };
         if row::column(found, "taken")? {
-            let point: Option<String> = row::column(found, "recovery_point")?;
             return Ok(Some(BeginTransaction::Acquired(Box::new(
                 PostgresTransaction {
                     number: row::column(found, "transaction")?,
+                    point: row::column(found, "recovery_point")?,
                     has_claim: false,
                     is_open: true,
-                    point,
                     lent,
                     link: link.clone(),
                     options: self.transactions,
                     key: *key,
-                    token,
-                    fingerprint,
-                    ttl,
+                    claim: claim.clone(),
                     _place: place,
                 },
             ))));
@@ -244,20 +226,23 @@ impl PostgresStorage {
             false => row::read(key, found).map(Some),
         };
         roll_back(lent).await;
-        Ok(Some(match entry? {
-            Some(Entry::Completed(record)) => BeginTransaction::Completed(record),
-            Some(Entry::Claimed { fingerprint, .. }) => BeginTransaction::InFlight { fingerprint },
-            None => BeginTransaction::InFlight { fingerprint: None },
-        }))
+        Ok(Some(not_acquired(entry?)))
     }
 }
 
-/// What an operation leaves behind that commits by itself.
-fn committed_by_hand(fingerprint: Option<Fingerprint>) -> Record {
-    Record {
-        fingerprint,
-        outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
-    }
+/// The statement `enter` or `resume`, which claims a key by what an operation leaves that commits by itself.
+fn claiming(statement: &str, key: &EncodedKey, claim: &NewTransaction) -> String {
+    let tombstone = claim.committed_by_hand().encode();
+    let print = claim.fingerprint.as_ref();
+    let values = [
+        Value::Bytes(key.as_bytes()),
+        Value::Bytes(claim.token.as_bytes()),
+        Value::Bytes(&tombstone),
+        Value::Number(row::record_checksum(key, claim.token)),
+        Value::Interval(claim.ttl),
+        Value::NullableBytes(print.map(|print| &print.as_bytes()[..])),
+    ];
+    with_literals(statement, &values)
 }
 
 /// Two messages. After the second, everything that the operation writes can be undone by itself.
@@ -298,51 +283,37 @@ fn is_ended_by_hand(error: &sqlx::Error) -> bool {
     matches!(&*error::code(error), "25P01" | "3B001")
 }
 
-/// Why the record was not written.
-enum NotRecorded {
-    EndedByHand,
-    Failed(sqlx::Error),
-    TimedOut,
-}
-
 impl PostgresTransaction {
+    fn statements(&self) -> Result<&Statements, sqlx::Error> {
+        let statements = self.link.statements.as_ref().as_ref();
+        statements.map_err(|invalid| sqlx::Error::Configuration(invalid.clone().into()))
+    }
+
+    /// Writes the record. `false` if the row of this transaction is gone.
     async fn record(
         &mut self,
         record: &Record,
         ttl: Duration,
         writes: Writes,
-    ) -> Result<(), NotRecorded> {
+    ) -> Result<bool, sqlx::Error> {
+        let token = self.claim.token;
+        let record = record.encode();
         let values = [
             Value::Bytes(self.key.as_bytes()),
-            Value::Bytes(self.token.as_bytes()),
-            Value::Bytes(&record.encode()),
+            Value::Bytes(token.as_bytes()),
+            Value::Bytes(&record),
             Value::Interval(ttl),
-            Value::Number(row::record_checksum(&self.key, self.token)),
+            Value::Number(row::record_checksum(&self.key, token)),
         ];
-        let Ok(statements) = self.link.statements() else {
-            return Err(NotRecorded::EndedByHand);
-        };
-        let statement = with_literals(&statements.record, &values);
-        let statement = match writes {
-            Writes::Keep => statement,
-            Writes::Undo => format!("ROLLBACK TO SAVEPOINT idempotency; {statement}"),
-        };
-        let (env, limit) = (self.link.env.clone(), self.link.limit);
-        let connection = self.lent.connection().map_err(NotRecorded::Failed)?;
-        let recorded = async {
-            if writes == Writes::Undo {
-                // The driver must not count savepoints that are undone.
-                roll_back_to(connection, 1).await?;
-            }
-            connection.fetch_all(&*statement).await
-        };
-        match env.within(limit, recorded).await {
-            Some(Ok(rows)) if rows.is_empty() => Err(NotRecorded::EndedByHand),
-            Some(Ok(_)) => Ok(()),
-            Some(Err(error)) if is_ended_by_hand(&error) => Err(NotRecorded::EndedByHand),
-            Some(Err(error)) => Err(NotRecorded::Failed(error)),
-            None => Err(NotRecorded::TimedOut),
+        let mut statement = with_literals(&self.statements()?.record, &values);
+        let connection = self.lent.connection()?;
+        if writes == Writes::Undo {
+            // The driver must not count savepoints that are undone.
+            roll_back_to(connection, 1).await?;
+            statement = format!("ROLLBACK TO SAVEPOINT idempotency; {statement}");
         }
+        let rows = connection.fetch_all(&*statement).await?;
+        Ok(!rows.is_empty())
     }
 
     async fn record_and_commit(
@@ -351,42 +322,48 @@ impl PostgresTransaction {
         ttl: Duration,
         writes: Writes,
     ) -> Committed {
-        match self.record(&record, ttl, writes).await {
-            Ok(()) => {}
-            // Its connection is closed, whatever state it is in.
-            Err(NotRecorded::EndedByHand) => return Committed::EndedByHand,
-            Err(NotRecorded::TimedOut) => {
-                return Committed::RolledBack(StorageError::timeout());
-            }
-            Err(NotRecorded::Failed(error)) => {
-                let committed = failed(error);
-                let _ = self.roll_back_and_release().await;
-                return committed;
-            }
-        }
         let link = self.link.clone();
+        let recorded = self.record(&record, ttl, writes);
+        match link.env.within(link.limit, recorded).await {
+            Some(Ok(true)) => {}
+            // Its connection is closed, whatever state it is in.
+            Some(Ok(false)) => return Committed::EndedByHand,
+            Some(Err(error)) if is_ended_by_hand(&error) => return Committed::EndedByHand,
+            None => return Committed::RolledBack(StorageError::timeout()),
+            Some(Err(error)) => return self.fail(error).await,
+        }
         self.is_open = false;
         let error = match link.env.within(link.limit, self.commit_phase()).await {
             Some(Ok(())) => {
                 self.lent.give_back();
                 return Committed::Yes;
             }
-            Some(Err(error)) if error::cure(&error) != Cure::AnotherConnection => {
-                // The server says so: it is not committed.
-                let committed = failed(error);
-                let _ = self.roll_back_and_release().await;
-                return committed;
+            Some(Err(error)) if error::cure(&error) == Cure::AnotherConnection => {
+                error::into_storage_error(error)
             }
-            Some(Err(error)) => error::into_storage_error(error),
+            // The server says so: it is not committed.
+            Some(Err(error)) => return self.fail(error).await,
             None => StorageError::timeout(),
         };
-        let (key, token, number) = (self.key, self.token, self.number);
+        let (key, token, number) = (self.key, self.claim.token, self.number);
         drop(self);
         let fate = fate(&link, &key, token, number);
         match link.env.within(link.limit, fate).await.flatten() {
             Some(true) => Committed::Yes,
             Some(false) => Committed::RolledBack(error),
             None => Committed::Unknown(StorageError::new(StorageErrorKind::Timeout, error)),
+        }
+    }
+
+    /// Rolls back because of this: nothing is committed.
+    async fn fail(self, error: sqlx::Error) -> Committed {
+        let _ = self.roll_back_and_release().await;
+        let is_temporary = error::cure(&error) != Cure::Keep;
+        let error = error::into_storage_error(error);
+        // Out of room, or out of time: the operation is not to blame.
+        match is_temporary || error.kind() != StorageErrorKind::Unavailable {
+            true => Committed::RolledBack(error),
+            false => Committed::Failed(error),
         }
     }
 
@@ -401,7 +378,7 @@ impl PostgresTransaction {
 
     async fn roll_back_and_release(mut self) -> RolledBack {
         let link = self.link.clone();
-        let (key, token) = (self.key, self.token);
+        let (key, token) = (self.key, self.claim.token);
         match link.env.within(link.limit, self.undo_all()).await {
             Some(Ok(())) => self.lent.give_back(),
             // Its connection is closed, whatever state it is in.
@@ -439,55 +416,57 @@ impl PostgresTransaction {
         roll_back_to(connection, 0).await
     }
 
-    async fn end(&mut self, point: &str, lease: Duration) -> Result<(), PhaseError> {
-        let print = self.fingerprint.as_ref().map(|print| &print.as_bytes()[..]);
+    /// `false` if the row of this transaction is gone.
+    async fn end(&mut self, point: &str, lease: Duration) -> Result<bool, sqlx::Error> {
+        let NewTransaction {
+            token,
+            ref fingerprint,
+            ttl,
+        } = self.claim;
+        let print = fingerprint.as_ref();
         let values = [
             Value::Bytes(self.key.as_bytes()),
-            Value::Bytes(self.token.as_bytes()),
-            Value::NullableBytes(print),
-            Value::Number(row::claim_checksum(
-                &self.key,
-                self.token,
-                self.fingerprint.as_ref(),
-            )),
+            Value::Bytes(token.as_bytes()),
+            Value::NullableBytes(print.map(|print| &print.as_bytes()[..])),
+            Value::Number(row::claim_checksum(&self.key, token, print)),
             Value::Interval(lease),
             Value::Bytes(point.as_bytes()),
-            Value::Interval(self.ttl),
+            Value::Interval(ttl),
         ];
-        let statements = self.link.statements().map_err(PhaseError::Failed)?;
-        let statement = with_literals(&statements.advance, &values);
-        let connection = self.lent.connection().map_err(unphased)?;
-        let rows = connection.fetch_all(&*statement).await.map_err(unphased)?;
-        if rows.is_empty() {
-            return Err(PhaseError::Lost);
+        let statement = with_literals(&self.statements()?.advance, &values);
+        let connection = self.lent.connection()?;
+        if connection.fetch_all(&*statement).await?.is_empty() {
+            return Ok(false);
         }
         self.is_open = false;
-        self.commit_phase().await.map_err(unphased)?;
+        self.commit_phase().await?;
         self.has_claim = true;
         self.point = Some(point.to_owned());
-        Ok(())
+        Ok(true)
     }
 
-    async fn open_next(&mut self) -> Result<(), PhaseError> {
-        let tombstone = committed_by_hand(self.fingerprint).encode();
-        let values = [
-            Value::Bytes(self.key.as_bytes()),
-            Value::Bytes(self.token.as_bytes()),
-            Value::Bytes(&tombstone),
-            Value::Number(row::record_checksum(&self.key, self.token)),
-            Value::Interval(self.ttl),
-        ];
-        let statements = self.link.statements().map_err(PhaseError::Failed)?;
-        let claim = with_literals(&statements.resume, &values);
-        let rows = start(&mut self.lent, self.options, &claim)
-            .await
-            .map_err(unphased)?;
+    /// `false` if the claim at the recovery point is gone.
+    async fn open_next(&mut self) -> Result<bool, sqlx::Error> {
+        let statement = claiming(&self.statements()?.resume, &self.key, &self.claim);
+        let rows = start(&mut self.lent, self.options, &statement).await?;
         let Some(row) = rows.first() else {
-            return Err(PhaseError::Lost);
+            return Ok(false);
         };
-        self.number = row::column(row, "transaction").map_err(PhaseError::Failed)?;
+        self.number = row.try_get("transaction")?;
         self.is_open = true;
-        Ok(())
+        Ok(true)
+    }
+
+    /// After a phase that could not be ended or begun nothing is written any more.
+    async fn go_on(&mut self, phase: Option<Result<bool, sqlx::Error>>) -> Result<(), PhaseError> {
+        let error = match phase {
+            Some(Ok(true)) => return Ok(()),
+            Some(Ok(false)) => PhaseError::Lost,
+            Some(Err(error)) => PhaseError::Failed(error::into_storage_error(error)),
+            None => PhaseError::Failed(StorageError::timeout()),
+        };
+        self.make_read_only().await;
+        Err(error)
     }
 
     async fn make_read_only(&mut self) {
@@ -495,11 +474,12 @@ impl PostgresTransaction {
         let Ok(connection) = self.lent.connection() else {
             return;
         };
-        if roll_back_to(connection, 0).await.is_err() {
+        let read_only = async {
             // No statement goes through a connection that is lost.
-            return;
-        }
-        let _ = Manager::begin(connection, Some("BEGIN READ ONLY".into())).await;
+            roll_back_to(connection, 0).await?;
+            Manager::begin(connection, Some("BEGIN READ ONLY".into())).await
+        };
+        let _ = self.link.env.within(self.link.limit, read_only).await;
     }
 }
 
@@ -531,49 +511,23 @@ impl Transaction for PostgresTransaction {
         lease: Duration,
     ) -> BoxFuture<'a, Result<(), PhaseError>> {
         Box::pin(async move {
-            let (env, limit) = (self.link.env.clone(), self.link.limit);
-            let ended = env.within(limit, self.end(point, lease)).await;
-            let ended = ended.unwrap_or(Err(PhaseError::Failed(StorageError::timeout())));
-            if ended.is_err() {
-                let _ = env.within(limit, self.make_read_only()).await;
-            }
-            ended
+            let link = self.link.clone();
+            let ended = link.env.within(link.limit, self.end(point, lease)).await;
+            self.go_on(ended).await
         })
     }
 
     fn begin_phase(&mut self) -> BoxFuture<'_, Result<(), PhaseError>> {
         Box::pin(async move {
-            let (env, limit) = (self.link.env.clone(), self.link.limit);
-            let begun = env.within(limit, self.open_next()).await;
-            let begun = begun.unwrap_or(Err(PhaseError::Failed(StorageError::timeout())));
-            if begun.is_err() {
-                let _ = env.within(limit, self.make_read_only()).await;
-            }
-            begun
+            let link = self.link.clone();
+            let begun = link.env.within(link.limit, self.open_next()).await;
+            self.go_on(begun).await
         })
     }
 
     fn refuse_writes(&mut self) -> BoxFuture<'_, ()> {
-        Box::pin(async move {
-            let (env, limit) = (self.link.env.clone(), self.link.limit);
-            let _ = env.within(limit, self.make_read_only()).await;
-        })
+        Box::pin(self.make_read_only())
     }
-}
-
-/// The server says that nothing is committed.
-fn failed(error: sqlx::Error) -> Committed {
-    let is_temporary = error::cure(&error) != Cure::Keep;
-    let error = error::into_storage_error(error);
-    // Out of room, or out of time: the operation is not to blame.
-    match is_temporary || error.kind() != StorageErrorKind::Unavailable {
-        true => Committed::RolledBack(error),
-        false => Committed::Failed(error),
-    }
-}
-
-fn unphased(error: sqlx::Error) -> PhaseError {
-    PhaseError::Failed(error::into_storage_error(error))
 }
 
 /// Whether the transaction was committed, if the server knows.
@@ -583,18 +537,13 @@ fn unphased(error: sqlx::Error) -> PhaseError {
 async fn fate(link: &Link, key: &EncodedKey, token: Token, number: i64) -> Option<bool> {
     let statements = link.statements().ok()?;
     for question in 1..=QUESTIONS {
-        let values = [Value::Number(number)];
-        let rows = link.run(IS_IN_PROGRESS, &values).await;
-        let is_over = match rows {
-            Ok(rows) => !row::column::<bool>(rows.first()?, "is_in_progress").ok()?,
-            Err(_) => false,
-        };
-        if is_over {
+        let values = [Value::Bytes(key.as_bytes()), Value::Bytes(token.as_bytes())];
+        if let Ok(rows) = link.run(IS_IN_PROGRESS, &[Value::Number(number)]).await
+            && !row::column::<bool>(rows.first()?, "is_in_progress").ok()?
             // Not in the same statement, which may see the table as it was before the commit.
-            let values = [Value::Bytes(key.as_bytes()), Value::Bytes(token.as_bytes())];
-            if let Ok(rows) = link.run(&statements.recorded, &values).await {
-                return Some(!rows.is_empty());
-            }
+            && let Ok(rows) = link.run(&statements.recorded, &values).await
+        {
+            return Some(!rows.is_empty());
         }
         link.env.sleep(link.pause(question)).await;
     }

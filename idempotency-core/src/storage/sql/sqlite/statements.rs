@@ -7,7 +7,7 @@ use super::{
     rows::{self, CLAIMED, COMPLETED},
 };
 use crate::{
-    EncodedKey, Fingerprint, NewClaim, NewTransaction, Outcome, Record, Token, TombstoneReason,
+    EncodedKey, Fingerprint, NewClaim, NewTransaction, Record, Token,
     storage::sql::table::{InvalidTableName, TableName},
 };
 
@@ -246,7 +246,7 @@ impl Statements {
         on(&self.enter, now, key)
             .text(COMPLETED)
             .bytes(*claim.token.as_bytes())
-            .bytes(committed_by_hand(claim.fingerprint))
+            .bytes(claim.committed_by_hand().encode())
             .number(rows::record_checksum(key, claim.token))
             .number(milliseconds(claim.ttl))
             .bytes(claimed_value(claim.fingerprint.as_ref()))
@@ -291,7 +291,7 @@ impl Statements {
     pub(super) fn resume(&self, now: Now, key: &EncodedKey, claim: &NewTransaction) -> Statement {
         on(&self.resume, now, key)
             .bytes(*claim.token.as_bytes())
-            .bytes(committed_by_hand(claim.fingerprint))
+            .bytes(claim.committed_by_hand().encode())
             .number(rows::record_checksum(key, claim.token))
             .number(milliseconds(claim.ttl))
     }
@@ -310,15 +310,6 @@ impl Statements {
 /// The value of a claim's row.
 fn claimed_value(fingerprint: Option<&Fingerprint>) -> Vec<u8> {
     fingerprint.map_or_else(Vec::new, |print| print.as_bytes().to_vec())
-}
-
-/// The value of the row that an operation leaves behind which commits its transaction by itself.
-fn committed_by_hand(fingerprint: Option<Fingerprint>) -> Vec<u8> {
-    let tombstone = Record {
-        fingerprint,
-        outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
-    };
-    tombstone.encode().into()
 }
 
 fn on(sql: &Arc<str>, now: Now, key: &EncodedKey) -> Statement {

@@ -10,6 +10,7 @@
 use std::{
     fmt,
     ops::{Deref, DerefMut},
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,14 +21,14 @@ use super::{
     SqliteStorage,
     database::{self, Patience, Statement},
     error::{self, SqliteStorageError, SqliteStorageErrorKind},
-    rows,
+    statements::Statements,
     turn::{Manager, Turn, Writer},
     waiters::{Hold, Whom},
 };
 use crate::{
-    BeginTransaction, Committed, EncodedKey, Entry, Env, InvalidTableName, NewTransaction,
-    PhaseError, Record, RolledBack, StorageError, Transaction, TransactionDatabase, Transactions,
-    Writes,
+    BeginTransaction, Committed, EncodedKey, Entry, Env, NewTransaction, PhaseError, Record,
+    RolledBack, StorageError, Transaction, TransactionDatabase, Transactions, Writes,
+    storage::sql::not_acquired,
 };
 
 impl TransactionDatabase for Sqlite {
@@ -41,6 +42,7 @@ impl TransactionDatabase for Sqlite {
 /// Its `begin` makes a savepoint. Dropped before its end, it is rolled back, and its connection is closed.
 pub struct SqliteTransaction {
     storage: SqliteStorage,
+    statements: Arc<Statements>,
     key: EncodedKey,
     claim: NewTransaction,
     number: i64,
@@ -93,21 +95,20 @@ impl SqliteStorage {
         key: &EncodedKey,
         claim: &NewTransaction,
     ) -> Result<BeginTransaction, StorageError> {
-        let statement = self.statements()?.enter(self.now(), key, claim);
+        let statements = self.statements.clone()?;
+        let enter = statements.enter(self.now(), key, claim);
         let mut patience = self.patience();
         if let Some(fingerprint) = self.waiters.holder(key) {
             return Ok(BeginTransaction::InFlight { fingerprint });
         }
         // Read first: a replay waits for no writer.
-        match self.look(key).await?.map(|found| found.entry) {
-            Some(Entry::Completed(record)) => return Ok(BeginTransaction::Completed(record)),
-            Some(Entry::Claimed {
-                fingerprint,
-                lease_left,
-            }) if lease_left != Some(Duration::ZERO) || fingerprint != claim.fingerprint => {
-                return Ok(BeginTransaction::InFlight { fingerprint });
-            }
-            _ => {}
+        let found = self.look(key).await?.map(|found| found.entry);
+        let goes_on = Entry::Claimed {
+            fingerprint: claim.fingerprint,
+            lease_left: Some(Duration::ZERO),
+        };
+        if found.as_ref().is_some_and(|found| *found != goes_on) {
+            return Ok(not_acquired(found));
         }
         let mut turn = self.turn(&patience).await?;
         let writer = loop {
@@ -120,6 +121,7 @@ impl SqliteStorage {
         // Dropped on the way, it is rolled back.
         let mut transaction = SqliteTransaction {
             storage: self.clone(),
+            statements,
             key: *key,
             claim: claim.clone(),
             number: self.database.turns.number(),
@@ -132,15 +134,15 @@ impl SqliteStorage {
                 turn,
             }),
         };
-        match transaction.open(&mut patience, statement).await {
-            Ok(rows) if rows.is_empty() => {
-                let found = transaction.look().await;
-                transaction.undo().await;
-                found
-            }
-            Ok(rows) => {
-                transaction.point = rows.first().and_then(|row| row.try_get(0).ok()?);
+        match transaction.open(&mut patience, enter).await {
+            Ok(Some(row)) => {
+                transaction.point = row.try_get(0).ok().flatten();
                 Ok(BeginTransaction::Acquired(Box::new(transaction)))
+            }
+            Ok(None) => {
+                transaction.undo().await;
+                let found = self.look(key).await?;
+                Ok(not_acquired(found.map(|found| found.entry)))
             }
             Err(error) => {
                 transaction.undo().await;
@@ -176,7 +178,7 @@ impl SqliteTransaction {
         &mut self,
         patience: &mut Patience,
         statement: Statement,
-    ) -> Result<Vec<SqliteRow>, sqlx::Error> {
+    ) -> Result<Option<SqliteRow>, sqlx::Error> {
         let writer = self.exclusive();
         // By the driver's own count of transactions, a `begin` in this one is a savepoint.
         while let Err(error) =
@@ -187,34 +189,18 @@ impl SqliteTransaction {
                 return Err(error);
             }
         }
-        let rows = self.fetch(&statement).await?;
-        if !rows.is_empty() {
+        let row = self.fetch(&statement).await?;
+        if row.is_some() {
             self.exclusive().run("SAVEPOINT idempotency").await?;
         }
-        Ok(rows)
-    }
-
-    /// What is under a key that could not be taken.
-    async fn look(&mut self) -> Result<BeginTransaction, StorageError> {
-        let storage = &self.storage;
-        let statement = storage.statements()?.look(storage.now(), &self.key);
-        let rows = match self.fetch(&statement).await {
-            Ok(rows) => rows,
-            Err(error) => return self.storage.failed(error).await,
-        };
-        // Without a row, it has expired just now.
-        let found = rows.first().map(|row| rows::read(&self.key, row));
-        Ok(match found.transpose()?.map(|found| found.entry) {
-            Some(Entry::Completed(record)) => BeginTransaction::Completed(record),
-            Some(Entry::Claimed { fingerprint, .. }) => BeginTransaction::InFlight { fingerprint },
-            None => BeginTransaction::InFlight { fingerprint: None },
-        })
+        Ok(row)
     }
 
     /// Runs a statement to its end.
-    async fn fetch(&mut self, statement: &Statement) -> Result<Vec<SqliteRow>, sqlx::Error> {
+    async fn fetch(&mut self, statement: &Statement) -> Result<Option<SqliteRow>, sqlx::Error> {
         let connection = &mut self.exclusive().connection;
-        statement.query().fetch_all(connection).await
+        let rows = statement.query().fetch_all(connection).await?;
+        Ok(rows.into_iter().next())
     }
 
     /// Ends the savepoint. `false` if there is none: the operation has ended the transaction itself.
@@ -247,12 +233,9 @@ impl SqliteTransaction {
         if !self.leave_savepoint(writes).await? {
             return Ok(false);
         }
-        let (storage, token) = (&self.storage, self.claim.token);
-        let Ok(statements) = storage.statements() else {
-            return Ok(false);
-        };
-        let statement = statements.record(storage.now(), &self.key, token, record, ttl);
-        Ok(!self.fetch(&statement).await?.is_empty())
+        let (now, token) = (self.storage.now(), self.claim.token);
+        let statement = self.statements.record(now, &self.key, token, record, ttl);
+        Ok(self.fetch(&statement).await?.is_some())
     }
 
     async fn record_and_commit(
@@ -271,10 +254,7 @@ impl SqliteTransaction {
                 self.close().await;
                 return Committed::EndedByHand;
             }
-            Err(error) => {
-                self.roll_back_and_release().await;
-                return not_committed(error);
-            }
+            Err(error) => return self.fail(error).await,
         }
         match self.commit_open().await {
             Ok(()) => {
@@ -282,11 +262,8 @@ impl SqliteTransaction {
                 self.end().await;
                 Committed::Yes
             }
-            Err(error) if error.as_database_error().is_some() => {
-                // SQLite says so: it is not committed.
-                self.roll_back_and_release().await;
-                not_committed(error)
-            }
+            // SQLite says so: it is not committed.
+            Err(error) if error.as_database_error().is_some() => self.fail(error).await,
             Err(error) => {
                 // The thread of the connection is gone. The file tells.
                 self.wakes(Whom::All);
@@ -298,6 +275,17 @@ impl SqliteTransaction {
                     Err(_) => Committed::Unknown(error),
                 }
             }
+        }
+    }
+
+    /// Rolls back because of this.
+    async fn fail(&mut self, error: sqlx::Error) -> Committed {
+        self.roll_back_and_release().await;
+        let is_final = error::is_final(&error);
+        let error = SqliteStorageError::of(error).into();
+        match is_final {
+            true => Committed::Failed(error),
+            false => Committed::RolledBack(error),
         }
     }
 
@@ -318,7 +306,7 @@ impl SqliteTransaction {
     /// Whether the operation has ended its transaction itself, so that what it wrote since is committed. (SQLite may have done so too, on
     /// a full disk say; that can't be told apart.)
     async fn is_ended_by_hand(&mut self) -> bool {
-        if self.is_read_only || self.held.is_none() {
+        if self.held.is_none() {
             return false;
         }
         self.exclusive().stop();
@@ -331,10 +319,7 @@ impl SqliteTransaction {
             return;
         }
         let (storage, key) = (&self.storage, &self.key);
-        let Ok(statements) = storage.statements() else {
-            return;
-        };
-        let statement = statements.stop(storage.now(), key, self.claim.token);
+        let statement = self.statements.stop(storage.now(), key, self.claim.token);
         if let Err(error) = storage.end(key, statement, Whom::One).await {
             tracing::warn!(target: "idempotency", %key, %error, "a claim at a recovery point could not be given back: a retry goes on when its lease is over");
         }
@@ -350,15 +335,13 @@ impl SqliteTransaction {
 
     /// Gives back what it holds. No transaction is open.
     async fn end(&mut self) {
-        match &mut self.held {
-            Some(held) if !self.is_read_only => {
-                if let Some(writer) = self.writer.take() {
-                    held.turn.keep(writer);
-                }
-                self.held = None;
-            }
-            _ => self.close().await,
+        let Some(held) = &mut self.held else {
+            return self.close().await;
+        };
+        if let Some(writer) = self.writer.take() {
+            held.turn.keep(writer);
         }
+        self.held = None;
     }
 
     async fn close(&mut self) {
@@ -375,39 +358,49 @@ impl SqliteTransaction {
         }
     }
 
-    async fn end_open_phase(&mut self, point: &str, lease: Duration) -> Result<(), PhaseError> {
-        let is_whole = self.leave_savepoint(Writes::Keep).await;
-        if !is_whole.map_err(unphased)? {
-            return Err(PhaseError::Lost);
+    /// `false` if the row of this transaction is gone.
+    async fn end_open_phase(&mut self, point: &str, lease: Duration) -> Result<bool, sqlx::Error> {
+        if !self.leave_savepoint(Writes::Keep).await? {
+            return Ok(false);
         }
-        let storage = &self.storage;
-        let statements = storage.statements().map_err(invalid)?;
-        let statement = statements.advance(storage.now(), &self.key, &self.claim, point, lease);
-        if self.fetch(&statement).await.map_err(unphased)?.is_empty() {
-            return Err(PhaseError::Lost);
+        let now = self.storage.now();
+        let statement = self
+            .statements
+            .advance(now, &self.key, &self.claim, point, lease);
+        if self.fetch(&statement).await?.is_none() {
+            return Ok(false);
         }
-        self.commit_open().await.map_err(unphased)?;
+        self.commit_open().await?;
         self.has_claim = true;
         self.point = Some(point.to_owned());
         self.held = None;
-        Ok(())
+        Ok(true)
     }
 
-    async fn open_next_phase(&mut self) -> Result<(), PhaseError> {
+    /// `false` if the claim at the recovery point is gone.
+    async fn open_next_phase(&mut self) -> Result<bool, SqliteStorageError> {
         let storage = &self.storage;
-        let statements = storage.statements().map_err(invalid)?;
-        let statement = statements.resume(storage.now(), &self.key, &self.claim);
+        let statement = self
+            .statements
+            .resume(storage.now(), &self.key, &self.claim);
         let mut patience = storage.patience();
-        let turn = storage.turn(&patience).await;
         self.held = Some(Held {
-            turn: turn.map_err(|error| PhaseError::Failed(error.into()))?,
+            turn: storage.turn(&patience).await?,
             hold: Hold::new(&storage.waiters, &self.key, self.claim.fingerprint),
         });
-        let rows = self.open(&mut patience, statement).await;
-        match rows.map_err(unphased)?.is_empty() {
-            true => Err(PhaseError::Lost),
-            false => Ok(()),
-        }
+        let row = self.open(&mut patience, statement).await;
+        Ok(row.map_err(SqliteStorageError::of)?.is_some())
+    }
+
+    /// After a phase that could not be ended or begun nothing is written any more.
+    async fn go_on(&mut self, phase: Result<bool, SqliteStorageError>) -> Result<(), PhaseError> {
+        let error = match phase {
+            Ok(true) => return Ok(()),
+            Ok(false) => PhaseError::Lost,
+            Err(error) => PhaseError::Failed(error.into()),
+        };
+        self.make_read_only().await;
+        Err(error)
     }
 
     /// Rolls back, lets others write, and keeps the connection for reading.
@@ -462,20 +455,14 @@ impl Transaction for SqliteTransaction {
     ) -> BoxFuture<'a, Result<(), PhaseError>> {
         Box::pin(async move {
             let ended = self.end_open_phase(point, lease).await;
-            if ended.is_err() {
-                self.make_read_only().await;
-            }
-            ended
+            self.go_on(ended.map_err(SqliteStorageError::of)).await
         })
     }
 
     fn begin_phase(&mut self) -> BoxFuture<'_, Result<(), PhaseError>> {
         Box::pin(async move {
             let begun = self.open_next_phase().await;
-            if begun.is_err() {
-                self.make_read_only().await;
-            }
-            begun
+            self.go_on(begun).await
         })
     }
 
@@ -507,24 +494,6 @@ fn is_there(ended: Result<(), sqlx::Error>) -> Result<bool, sqlx::Error> {
         Err(error) if error::is_no_savepoint(&error) => Ok(false),
         Err(error) => Err(error),
     }
-}
-
-/// It is rolled back because of this.
-fn not_committed(error: sqlx::Error) -> Committed {
-    let is_final = error::is_final(&error);
-    let error = StorageError::from(SqliteStorageError::of(error));
-    match is_final {
-        true => Committed::Failed(error),
-        false => Committed::RolledBack(error),
-    }
-}
-
-fn unphased(error: sqlx::Error) -> PhaseError {
-    PhaseError::Failed(SqliteStorageError::of(error).into())
-}
-
-fn invalid(name: InvalidTableName) -> PhaseError {
-    PhaseError::Failed(name.into())
 }
 
 impl Deref for SqliteTransaction {
