@@ -121,8 +121,8 @@ impl Engine {
     ///
     /// An `Ok` value is recorded as JSON, for [`Config::ttl`](crate::Config::ttl). An `Err` rolls back, and the next call runs the
     /// operation again. So does an operation that meets another transaction (`40001`, `40P01`), or is open for longer than
-    /// [`Transactions::max_duration`]: [`Ran::StorageFailed`]. Dropping the future, or a panic, rolls back too. What an operation does
-    /// elsewhere is not rolled back.
+    /// [`Transactions::max_duration`](crate::Transactions::max_duration): [`Ran::StorageFailed`]. Dropping the future, or a panic, rolls
+    /// back too. What an operation does elsewhere is not rolled back.
     ///
     #[cfg_attr(feature = "sqlite", doc = "```")]
     #[cfg_attr(not(feature = "sqlite"), doc = "```ignore")]
