@@ -3,14 +3,15 @@
 use std::{fmt, ops::ControlFlow, sync::Arc, time::Duration};
 
 use super::{
-    Progress, Shared, keeper,
+    Shared,
+    decide::Request,
+    keeper,
     manual::Previous,
     releases::Claimed,
-    run::{Finish, Left, Run},
-    runs::Found,
+    run::{Answer, Phase, Run},
 };
 use crate::{
-    Encoded, EncodedKey, Fingerprint, Held, Operation, Outcome, Record, Storage, StorageError,
+    Encoded, EncodedKey, Event, Held, Operation, Outcome, Record, Storage, StorageError,
     StoredResponse, Token, TombstoneReason,
 };
 
@@ -32,9 +33,8 @@ use crate::{
 pub struct Claim {
     pub(super) shared: Arc<Shared>,
     /// What is claimed at the storage.
-    key: EncodedKey,
+    pub(super) encoded: Encoded,
     token: Token,
-    fingerprint: Option<Fingerprint>,
     stage: Stage,
     /// Of a claim on a conflict; rare, so it is boxed.
     previous: Option<Box<Previous>>,
@@ -42,11 +42,11 @@ pub struct Claim {
 
 /// How far a claim is.
 enum Stage {
-    /// It has a place under `max_running` and no run: the storage is asked for the claim, or is to be told of its end. `None` if the
-    /// storage has nothing to release.
-    Entered(Option<Claimed>),
+    /// It has a place under `max_running` and no run: the storage is asked for the claim, or is to be told of its end.
+    Entered(Claimed),
     /// Its run is listed.
     Running,
+    /// It has neither.
     Ended,
 }
 
@@ -70,62 +70,48 @@ pub enum Completion {
 }
 
 impl Claim {
-    /// Takes a place under `max_running` before the storage is asked for a claim; `None` if all are taken.
-    ///
-    /// If it is dropped before the answer is known, the keeper releases the claim that may have been made.
-    pub(super) fn enter(shared: &Arc<Shared>, encoded: &Encoded) -> Option<Self> {
-        // Made before the place is taken: an environment of a user's may panic.
-        let token = Token::random_from(&shared.options.env);
-        let has_place = shared.runs.enter();
-        has_place.then(|| Self::entered(shared, encoded, token))
-    }
-
-    /// [`enter`](Self::enter), unless this process knows something of the key.
-    pub(super) fn find_or_enter(
-        shared: &Arc<Shared>,
-        encoded: &Encoded,
-        now: Duration,
-    ) -> ControlFlow<Found, Option<Self>> {
-        let token = Token::random_from(&shared.options.env);
-        let has_place = shared.runs.find_or_enter(&encoded.key, now)?;
-        ControlFlow::Continue(has_place.then(|| Self::entered(shared, encoded, token)))
-    }
-
-    /// The claim of an operation that is to run in a transaction, unless this process knows something of the key. Its run is listed
-    /// before the storage is asked.
-    pub(super) fn find_or_list(
-        shared: &Arc<Shared>,
-        encoded: &Encoded,
-        progress: &Progress,
-    ) -> ControlFlow<Found, Option<Self>> {
-        let now = shared.options.now();
-        let token = Token::random_from(&shared.options.env);
-        let mut claim = Self::entered(shared, encoded, token);
-        claim.stage = Stage::Ended;
-        let run = claim.new_run(now, progress).in_transaction();
-        let has_place = shared.runs.find_or_add(now, token, run)?;
-        if !has_place {
-            return ControlFlow::Continue(None);
-        }
-        claim.stage = Stage::Running;
-        ControlFlow::Continue(Some(claim))
-    }
-
-    /// The run has ended, and `record` is its outcome or that of the run before.
-    pub(super) fn end_with(mut self, record: &Record) {
-        self.stage = Stage::Ended;
-        self.shared.runs.end_with(self.token, &self.key, record);
-    }
-
-    fn entered(shared: &Arc<Shared>, encoded: &Encoded, token: Token) -> Self {
+    /// A claim that has no place and no run.
+    pub(super) fn new(shared: &Arc<Shared>, encoded: &Encoded) -> Self {
         Self {
             shared: shared.clone(),
-            key: encoded.key,
-            token,
-            fingerprint: encoded.fingerprint,
-            stage: Stage::Entered(Some(Claimed::Perhaps)),
+            encoded: *encoded,
+            token: Token::random_from(&shared.config.env),
+            stage: Stage::Ended,
             previous: None,
         }
+    }
+
+    /// Takes a place under `max_running` before the storage is asked for a claim, unless this process knows something of the key. `None` if
+    /// all are taken.
+    ///
+    /// If it is dropped before the answer is known, the keeper releases the claim that may have been made.
+    pub(super) fn enter(request: Request<'_>, now: Duration) -> ControlFlow<Answer, Option<Self>> {
+        let mut claim = Self::new(request.shared, request.encoded);
+        let Shared { runs, config, .. } = &**request.shared;
+        let has_place = runs.find_or_enter(&claim.encoded.key, now)?;
+        if has_place {
+            claim.stage = Stage::Entered(match config.lock.is_enabled() {
+                true => Claimed::Perhaps,
+                false => Claimed::No,
+            });
+        }
+        ControlFlow::Continue(has_place.then_some(claim))
+    }
+
+    /// [`enter`](Self::enter) for an operation that is to run in a transaction. Its run is listed before the storage is asked.
+    pub(super) fn list(
+        request: Request<'_>,
+        now: Duration,
+        ttl: Duration,
+    ) -> ControlFlow<Answer, Option<Self>> {
+        let mut claim = Self::new(request.shared, request.encoded);
+        let mut run = request.new_run(Phase::InTransaction, now);
+        run.ttl = ttl;
+        let has_place = request.shared.runs.find_or_add(now, claim.token, run)?;
+        if has_place {
+            claim.stage = Stage::Running;
+        }
+        ControlFlow::Continue(has_place.then_some(claim))
     }
 
     /// The storage did not grant the claim.
@@ -134,37 +120,20 @@ impl Claim {
         self.shared.runs.leave();
     }
 
-    /// The storage granted the claim. The lease counts from `since`, when it was asked.
-    pub(super) fn run(self, since: Duration, progress: &Progress) -> Self {
-        let run = self.new_run(since, progress);
-        self.list(run)
-    }
-
-    /// The operation runs though the storage was not asked: claims are switched off.
-    pub(super) fn run_unclaimed(self, progress: &Progress) -> Self {
-        let run = self.new_run(self.shared.options.now(), progress);
-        self.list(run.without_claim())
-    }
-
-    fn new_run(&self, since: Duration, progress: &Progress) -> Run {
-        let options = &self.shared.options;
-        Run::held(
-            self.key,
-            self.fingerprint,
-            since,
-            options.ttl,
-            options.lease(),
-            options.lock.longest_hold(),
-            progress.clone(),
-        )
-    }
-
-    fn list(mut self, run: Run) -> Self {
+    /// The operation may run.
+    pub(super) fn run(mut self, run: Run) -> Self {
         self.stage = Stage::Running;
         if self.shared.runs.add(self.token, run) {
             keeper::start(&self.shared);
         }
         self
+    }
+
+    /// The run has ended, and `record` is its outcome or that of the run before.
+    pub(super) fn end_with(&mut self, record: &Record) {
+        self.stage = Stage::Ended;
+        let runs = &self.shared.runs;
+        runs.end_with(self.token, &self.encoded.key, record);
     }
 
     /// For a conflict: the claim is the right to answer it.
@@ -173,24 +142,12 @@ impl Claim {
         self
     }
 
-    /// For a conflict that is answered though the storage failed to give a claim.
-    pub(super) fn unprotected(shared: &Arc<Shared>, previous: Previous) -> Self {
-        Self {
-            shared: shared.clone(),
-            key: previous.key,
-            token: Token::random_from(&shared.options.env),
-            fingerprint: None,
-            stage: Stage::Ended,
-            previous: Some(Box::new(previous)),
-        }
-    }
-
     /// The key whose operation may run.
     #[must_use]
     pub fn key(&self) -> EncodedKey {
         self.previous
             .as_ref()
-            .map_or(self.key, |previous| previous.key)
+            .map_or(self.encoded.key, |previous| previous.key)
     }
 
     /// Names this claim at the storage.
@@ -211,7 +168,7 @@ impl Claim {
             Some(previous) => previous.ttl = ttl,
             // A run that is gone was removed by hand; it has no outcome to keep.
             None => {
-                let _ = self.shared.runs.change(self.token, |run| run.keep_for(ttl));
+                let _ = self.shared.runs.change(self.token, |run| run.ttl = ttl);
             }
         }
         self
@@ -226,7 +183,7 @@ impl Claim {
     }
 
     /// Ends the claim with a tombstone: the operation ran, has no answer to replay, and must not run again. On a conflict the record stays.
-    pub async fn tombstone(self, reason: TombstoneReason) -> Completion {
+    pub async fn tombstone(mut self, reason: TombstoneReason) -> Completion {
         match self.previous {
             None => self.finish(Outcome::Tombstone(reason)).await,
             Some(_) => {
@@ -241,75 +198,73 @@ impl Claim {
     /// Where the storage fails it is tried again in the background, until the lease is over anyway.
     pub async fn release(mut self) {
         self.end_without_record();
-        if let Stage::Entered(Some(claimed)) = self.stage
-            && keeper::try_release(&self.shared, &self.key, self.token, claimed).await
-        {
-            self.stage = Stage::Entered(None);
+        let Stage::Entered(claimed @ (Claimed::Yes | Claimed::Perhaps)) = self.stage else {
+            return;
+        };
+        let Self { shared, token, .. } = &self;
+        let key = &self.encoded.key;
+        let released = shared.limited(shared.storage.release(key, *token)).await;
+        if keeper::released(shared, key, claimed, released) {
+            self.stage = Stage::Entered(Claimed::No);
         }
     }
 
     /// Whether this claim was held without interruption. Always true if there is none.
     pub(super) async fn was_held_throughout(&self) -> Result<bool, StorageError> {
-        let Self {
-            shared, key, token, ..
-        } = self;
+        let Self { shared, token, .. } = self;
         if matches!(self.stage, Stage::Ended)
             || shared.runs.change(*token, |run| run.is_unclaimed()) == Some(true)
         {
             return Ok(true);
         }
-        let lease = shared.options.lease();
-        let renewed = shared.limited(shared.storage.renew(key, *token, lease));
-        let is_held = renewed.await? == Held::Yes;
+        let renewed = shared
+            .storage
+            .renew(&self.encoded.key, *token, shared.lease());
+        let is_held = shared.limited(renewed).await? == Held::Yes;
         // Looked at last: the keeper may have taken the claim again just before it was renewed.
         let is_whole = shared.runs.change(*token, |run| run.is_held_throughout());
         Ok(is_held && is_whole == Some(true))
     }
 
-    async fn finish(mut self, outcome: Outcome) -> Completion {
-        let shared = self.shared.clone();
-        let record = Record {
-            fingerprint: self.fingerprint,
+    /// The record of `outcome`.
+    pub(super) fn record(&self, outcome: Outcome) -> Record {
+        Record {
+            fingerprint: self.encoded.fingerprint,
             outcome,
-        };
-        let now = shared.options.now();
-        let finish = shared
+        }
+    }
+
+    pub(super) async fn finish(&mut self, outcome: Outcome) -> Completion {
+        let key = self.encoded.key;
+        let record = self.record(outcome);
+        let (shared, token) = (self.shared.clone(), self.token);
+        let finished = shared
             .runs
-            .change(self.token, |run| (run.finish(&record, now), run.since));
-        let (ttl, since, is_offer) = match finish {
-            Some((Finish::Store(ttl), since)) => (ttl, since, false),
-            Some((Finish::Offer(ttl), since)) => (ttl, since, true),
-            Some((Finish::Expired, _)) => {
+            .change(token, |run| (run.finish(&record), run.since));
+        let (ttl, since) = match finished {
+            Some((Some(ttl), since)) => (ttl, since),
+            Some((None, _)) => {
                 self.leave_to_keeper(false);
                 return Completion::Expired;
             }
-            // Removed by hand, or this is a second end, which consuming `self` rules out.
-            None => {
-                self.stage = Stage::Ended;
-                return Completion::Lost;
-            }
+            // Removed by hand.
+            None => return Completion::Lost,
         };
-        let stored = shared.storage.complete(&self.key, self.token, &record, ttl);
+        let stored = shared.storage.complete(&key, token, &record, ttl);
         match shared.limited(stored).await {
             Ok(Held::Yes) => {
-                keeper::tell_observers(&shared, &self.key, since, &record, Held::Yes);
-                self.stage = Stage::Ended;
-                shared.runs.end_with(self.token, &self.key, &record);
+                shared.announce_stored(&key, since, &record);
+                self.end_with(&record);
                 Completion::Stored
             }
             Ok(Held::Lost) => {
-                self.stage = Stage::Ended;
-                let _telling = shared.runs.end(self.token);
-                keeper::completed(&shared, &self.key, since, &record, Held::Lost);
+                let _telling = shared.runs.telling();
+                shared.runs.change(token, Run::end);
+                shared.lost(&key, Operation::Complete);
                 Completion::Lost
             }
             Err(error) => {
-                shared.failed(&self.key, Operation::Complete, &error);
-                if is_offer {
-                    self.stage = Stage::Ended;
-                    drop(shared.runs.end(self.token));
-                    return Completion::Lost;
-                }
+                shared.failed(&key, Operation::Complete, &error);
                 match self.leave_to_keeper(true) {
                     true => Completion::Deferred,
                     false => Completion::Lost,
@@ -318,10 +273,24 @@ impl Claim {
         }
     }
 
-    /// Leaves the outcome to the keeper; `failed`: after the storage refused it. Says whether there was one to leave.
+    /// Leaves the outcome to the keeper; meanwhile this process answers the key with it. `failed`: the storage refused it. Says whether there
+    /// was one to leave: a key that was removed by hand, or is another's, has none.
     fn leave_to_keeper(&mut self, failed: bool) -> bool {
         self.stage = Stage::Ended;
-        keeper::defer(&self.shared, self.token, failed)
+        let Self { shared, token, .. } = self;
+        let now = shared.now();
+        let budget = &shared.config.budget;
+        let late = shared
+            .runs
+            .change(*token, |run| run.defer(now, failed, budget))
+            .flatten();
+        if let Some(record) = &late {
+            let key = self.encoded.key;
+            shared.emit(&Event::Deferred { key });
+            shared.runs.waiters.hand_over(&key, record);
+            keeper::wake(shared);
+        }
+        late.is_some()
     }
 
     /// Ends the run, if there is one. What is left is to tell the storage, or the keeper.
@@ -329,15 +298,12 @@ impl Claim {
         if !matches!(self.stage, Stage::Running) {
             return;
         }
-        self.stage = Stage::Ended;
         match self.shared.runs.withdraw(self.token) {
-            // The future that was storing it is dropped, or the claim was given up.
-            Some(Left::Outcome) => {
+            Some(claimed) => self.stage = Stage::Entered(claimed),
+            // The future that was storing its outcome is dropped, or the claim was given up.
+            None => {
                 self.leave_to_keeper(false);
             }
-            Some(Left::Claim) => self.stage = Stage::Entered(Some(Claimed::Yes)),
-            Some(Left::Nothing) => self.stage = Stage::Entered(None),
-            None => {}
         }
     }
 }
@@ -348,11 +314,16 @@ impl Drop for Claim {
         let Stage::Entered(claimed) = self.stage else {
             return;
         };
+        let Self { shared, token, .. } = self;
+        let key = &self.encoded.key;
         match claimed {
-            Some(claimed) => keeper::release(&self.shared, self.key, self.token, claimed),
-            None => self.shared.runs.waiters.wake_one(&self.key),
+            Claimed::No => shared.runs.waiters.wake_one(key),
+            claimed => {
+                keeper::release(shared, key, *token, claimed);
+                keeper::wake(shared);
+            }
         }
-        self.shared.runs.leave();
+        shared.runs.leave();
     }
 }
 

@@ -7,12 +7,11 @@ use std::{ops::ControlFlow, time::Duration};
 
 use super::{
     Claim, Completion, Decision, Engine, Progress,
-    decide::{Lease, differ, refused},
-    runs::Found,
+    decide::{Lease, Request, differ, refused},
+    run::Answer,
 };
 use crate::{
-    Encoded, EncodedKey, Entry, Event, Held, Operation, Outcome, Record, Refusal, StorageError,
-    StoredResponse,
+    Encoded, EncodedKey, Entry, Event, Operation, Outcome, Record, Refusal, StoredResponse,
 };
 
 /// The record that a conflict is about.
@@ -30,83 +29,78 @@ impl Engine {
     /// Such a claim is waited for as long as the run before it may take: [`LockPolicy::max_hold`](crate::LockPolicy::max_hold). A
     /// running *original* is waited for as in [`begin`](Self::begin).
     pub async fn begin_manual(&self, encoded: &Encoded, progress: &Progress) -> Decision {
-        let limit = self.shared.options.lock.wait_timeout();
-        loop {
-            let decision = match self.decide(&Lease, encoded, progress, limit).await {
-                Decision::Replay(replay) => {
-                    match self.claim_conflict(encoded, replay.record, progress).await {
-                        ControlFlow::Break(decision) => decision,
-                        // It expired or was removed: the operation may run again.
-                        ControlFlow::Continue(()) => continue,
-                    }
-                }
-                decision => decision,
+        let request = self.request(encoded, progress);
+        let decision = loop {
+            let seen = match request.decide(&Lease, self.wait_limit()).await {
+                Decision::Replay(replay) => replay.record,
+                decision => break decision,
             };
-            self.shared.announce(&encoded.key, &decision);
-            return decision;
+            if let Some(decision) = request.claim_conflict(seen).await {
+                break decision;
+            }
+        };
+        match &decision {
+            Decision::Execute(claim) if claim.previous().is_some() => {
+                self.shared.emit(&Event::Conflict { key: encoded.key });
+            }
+            decision => self.shared.announce(&encoded.key, decision),
         }
+        decision
     }
+}
 
-    /// Takes the claim on a conflict over a record, which was `seen` before the claim was waited for. Goes on if the record is gone.
-    async fn claim_conflict(
-        &self,
-        encoded: &Encoded,
-        seen: Record,
-        progress: &Progress,
-    ) -> ControlFlow<Decision> {
-        let options = &self.shared.options;
+impl Request<'_> {
+    /// Takes the claim on a conflict over a record, which was `seen` before the claim was waited for. `None` if the record is gone: the
+    /// operation may run again.
+    async fn claim_conflict(self, seen: Record) -> Option<Decision> {
+        let (shared, encoded) = (self.shared, self.encoded);
         let turn = Encoded {
             key: encoded.key.turn(),
             fingerprint: None,
         };
-        let claim = match self
-            .decide(&Lease, &turn, progress, options.lock.longest_hold())
-            .await
-        {
+        let request = Request {
+            encoded: &turn,
+            ..self
+        };
+        let longest = shared.config.lock.longest_hold();
+        let claim = match request.decide(&Lease, longest).await {
             // Given up, it leaves a tombstone, which is to block the key's conflicts no longer than a crash would.
-            Decision::Execute(claim) => Some(claim.ttl(options.lease())),
-            Decision::Unprotected => None,
+            Decision::Execute(claim) => claim.ttl(shared.lease()),
+            Decision::Unprotected => Claim::new(shared, &turn),
             // The run before was held too long, and may still be at it.
-            Decision::Replay(_) => return ControlFlow::Break(refused(Refusal::InFlight)),
-            refused @ Decision::Refuse(_) => return ControlFlow::Break(refused),
+            Decision::Replay(_) => return Some(refused(Refusal::InFlight)),
+            refused @ Decision::Refuse(_) => return Some(refused),
         };
-        let reread = self.reread(encoded, seen).await;
-        let ControlFlow::Continue(Some(record)) = reread else {
-            if let Some(claim) = claim {
-                claim.release().await;
+        match self.reread(seen).await {
+            ControlFlow::Continue(Some(record)) => {
+                Some(Decision::Execute(claim.on_conflict(Previous {
+                    key: encoded.key,
+                    record,
+                    ttl: shared.config.ttl,
+                })))
             }
-            progress.set(false);
-            return reread.map_continue(|_| ());
-        };
-        let previous = Previous {
-            key: encoded.key,
-            record,
-            ttl: options.ttl,
-        };
-        ControlFlow::Break(Decision::Execute(match claim {
-            Some(claim) => claim.on_conflict(previous),
-            None => Claim::unprotected(&self.shared, previous),
-        }))
+            gone => {
+                claim.release().await;
+                self.progress.set(false);
+                gone.break_value()
+            }
+        }
     }
 
     /// Re-reads the record after taking the claim: the run before may have replaced the one that was `seen`. `None` if it is gone.
-    async fn reread(
-        &self,
-        encoded: &Encoded,
-        seen: Record,
-    ) -> ControlFlow<Decision, Option<Record>> {
+    async fn reread(self, seen: Record) -> ControlFlow<Decision, Option<Record>> {
+        let (shared, encoded) = (self.shared, self.encoded);
         let key = &encoded.key;
-        let found = self.shared.runs.find(key, self.shared.options.now());
-        let record = match found {
-            Found::Running { .. } => return ControlFlow::Continue(None),
-            Found::Outcome(record) => record,
-            found => match (self.get(key).await, found) {
+        let record = match shared.runs.find(key, shared.now()) {
+            Some(Answer::Running(_)) => return ControlFlow::Continue(None),
+            Some(Answer::Outcome(record)) => record,
+            found => match (shared.get(key).await, found) {
                 (Ok(Some(Entry::Completed(record))), _) => record,
                 // An operation that still runs here was given up. The storage is asked all the same, since another may have run, or a
                 // run on a conflict replaced the tombstone.
-                (Ok(_), Found::GivenUp(tombstone)) => tombstone,
+                (Ok(_), Some(Answer::GivenUp(tombstone))) => tombstone,
                 (Ok(_), _) => return ControlFlow::Continue(None),
-                (Err(error), _) => match self.shared.storage_failed(key, Operation::Get, error) {
+                (Err(error), _) => match shared.storage_failed(key, Operation::Get, error) {
                     Decision::Unprotected => seen,
                     refused => return ControlFlow::Break(refused),
                 },
@@ -122,40 +116,39 @@ impl Engine {
 impl Claim {
     /// Puts `response` in the place of the previous record.
     pub(super) async fn replace(self, previous: Previous, response: StoredResponse) -> Completion {
-        let completion = match self.try_replace(&previous, response).await {
-            Ok(Held::Yes) => Completion::Stored,
-            Ok(Held::Lost) => Completion::Lost,
-            Err(error) => {
-                let shared = &self.shared;
-                shared.failed(&previous.key, Operation::Replace, &error);
-                Completion::Kept
-            }
-        };
-        self.release().await;
-        completion
-    }
-
-    async fn try_replace(
-        &self,
-        previous: &Previous,
-        response: StoredResponse,
-    ) -> Result<Held, StorageError> {
         let Previous { key, record, ttl } = previous;
-        let options = &self.shared.options;
-        if !self.was_held_throughout().await? {
-            options.emit(&Event::Lost {
-                key: *key,
-                operation: Operation::Replace,
-            });
-            return Ok(Held::Lost);
-        }
         let status = response.status();
         let record = Record {
             fingerprint: record.fingerprint,
             outcome: Outcome::Response(response),
         };
-        self.shared.replace(key, &record, *ttl).await?;
-        options.emit(&Event::Replaced { key: *key, status });
-        Ok(Held::Yes)
+        let shared = self.shared.clone();
+        let replaced = match self.was_held_throughout().await {
+            Ok(true) => Engine { shared }
+                .replace(&key, &record, ttl)
+                .await
+                .map(|()| true),
+            not_held => not_held,
+        };
+        let shared = &self.shared;
+        let completion = match replaced {
+            Ok(true) => {
+                shared.emit(&Event::Replaced { key, status });
+                Completion::Stored
+            }
+            Ok(false) => {
+                shared.emit(&Event::Lost {
+                    key,
+                    operation: Operation::Replace,
+                });
+                Completion::Lost
+            }
+            Err(error) => {
+                shared.failed(&key, Operation::Replace, &error);
+                Completion::Kept
+            }
+        };
+        self.release().await;
+        completion
     }
 }

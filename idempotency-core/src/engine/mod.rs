@@ -7,9 +7,12 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use self::{decide::Lease, options::Options, runs::Runs};
+use self::{
+    decide::{Lease, Request},
+    runs::Runs,
+};
 use crate::{
-    AnyStorage, Config, Encoded, EncodedKey, Entry, Record, Refusal, Storage, StorageError,
+    AnyStorage, Config, Encoded, EncodedKey, Entry, Event, Record, Refusal, Storage, StorageError,
     Transactions,
 };
 
@@ -18,7 +21,6 @@ mod claim;
 mod decide;
 mod keeper;
 mod manual;
-mod options;
 mod progress;
 mod releases;
 mod run;
@@ -65,10 +67,8 @@ pub struct Engine {
 struct Shared {
     storage: AnyStorage,
     transactions: Option<Arc<dyn Transactions>>,
-    options: Options,
-    runs: Runs,
-    /// For [`Engine::config`]. The engine itself reads its `options`.
     config: Config,
+    runs: Runs,
 }
 
 // Not `#[non_exhaustive]`: a caller that ignores a case runs an operation twice or not at all.
@@ -109,14 +109,12 @@ pub struct Refused {
 impl Engine {
     /// An engine that keeps claims and records in `storage`.
     pub fn new(storage: impl Storage, config: Config) -> Self {
-        let options = Options::of(&config);
         let storage = AnyStorage::new(storage);
         Self {
             shared: Arc::new(Shared {
                 transactions: storage.transactions(),
                 storage,
-                runs: Runs::new(options.max_running, options.max_waiting),
-                options,
+                runs: Runs::new(config.max_running, config.max_waiting),
                 config,
             }),
         }
@@ -132,10 +130,22 @@ impl Engine {
 
     /// [`begin`](Self::begin), with a `progress` that tells whether the future may be dropped.
     pub async fn begin_with(&self, encoded: &Encoded, progress: &Progress) -> Decision {
-        let limit = self.shared.options.lock.wait_timeout();
-        let decision = self.decide(&Lease, encoded, progress, limit).await;
+        let request = self.request(encoded, progress);
+        let decision = request.decide(&Lease, self.wait_limit()).await;
         self.shared.announce(&encoded.key, &decision);
         decision
+    }
+
+    fn request<'a>(&'a self, encoded: &'a Encoded, progress: &'a Progress) -> Request<'a> {
+        Request {
+            shared: &self.shared,
+            encoded,
+            progress,
+        }
+    }
+
+    fn wait_limit(&self) -> Duration {
+        self.config().lock.wait_timeout()
     }
 
     /// The claim or record of `key` in the storage.
@@ -144,8 +154,7 @@ impl Engine {
     ///
     /// If the storage fails, or the record can't be read.
     pub async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        let shared = &self.shared;
-        shared.limited(shared.storage.get(key)).await
+        self.shared.get(key).await
     }
 
     /// Replaces the completed record of `key`, or one that is still to be stored, and restarts its TTL. Does nothing if there is none.
@@ -159,7 +168,14 @@ impl Engine {
         record: &Record,
         ttl: Duration,
     ) -> Result<(), StorageError> {
-        self.shared.replace(key, record, ttl).await
+        let shared = &self.shared;
+        let expires = shared.now().saturating_add(ttl);
+        if shared.runs.replace(key, record, expires) {
+            return Ok(());
+        }
+        shared
+            .limited(shared.storage.replace(key, record, ttl))
+            .await
     }
 
     /// Removes the record or claim of `key`, readable or not, so that the next request runs. Returns whether there was one.
@@ -208,7 +224,7 @@ impl Engine {
     /// How long a claim lives without being renewed: [`LockPolicy::ttl`](crate::LockPolicy::ttl).
     #[must_use]
     pub fn lease(&self) -> Duration {
-        self.shared.options.lease()
+        self.shared.lease()
     }
 
     /// Where this engine keeps claims and records.
@@ -219,17 +235,16 @@ impl Engine {
 }
 
 impl Shared {
-    async fn replace(
-        &self,
-        key: &EncodedKey,
-        record: &Record,
-        ttl: Duration,
-    ) -> Result<(), StorageError> {
-        let expires = self.options.now().saturating_add(ttl);
-        if self.runs.replace(key, record, expires) {
-            return Ok(());
-        }
-        self.limited(self.storage.replace(key, record, ttl)).await
+    fn now(&self) -> Duration {
+        self.config.env.now()
+    }
+
+    fn lease(&self) -> Duration {
+        self.config.lock.lease()
+    }
+
+    fn emit(&self, event: &Event<'_>) {
+        self.config.observers.emit(event);
     }
 }
 

@@ -29,6 +29,7 @@ pub(super) enum Claimed {
     Yes,
     /// The storage never answered.
     Perhaps,
+    No,
 }
 
 /// The queue of them.

@@ -1,7 +1,7 @@
 //! One execution of an operation: its phases, and every step from one to the next.
 //!
-//! Nothing here does I/O or reads a clock. A method takes the time and what the storage said, and leaves the run in its next phase;
-//! [`claim`](super::claim) and [`keeper`](super::keeper) talk to the storage.
+//! Nothing here does I/O or reads a clock. A method takes the time and what the storage said, leaves the run in its next phase, and
+//! returns what is to be done; [`claim`](super::claim) and [`keeper`](super::keeper) talk to the storage.
 //!
 //! ```text
 //!            finish              stored
@@ -16,8 +16,11 @@
 
 use std::time::Duration;
 
-use super::Progress;
-use crate::{EncodedKey, Fingerprint, Outcome, Record, Reservation, TombstoneReason};
+use super::{Progress, releases::Claimed};
+use crate::{
+    Budget, Config, Encoded, EncodedKey, Fingerprint, Held, Operation, Outcome, Record,
+    Reservation, TombstoneReason,
+};
 
 /// The longest pause between two attempts to store an outcome.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -31,7 +34,8 @@ pub(super) struct Run {
     pub(super) key: EncodedKey,
     pub(super) fingerprint: Option<Fingerprint>,
     pub(super) since: Duration,
-    ttl: Duration,
+    /// How long its outcome will be kept.
+    pub(super) ttl: Duration,
     lease: Duration,
     phase: Phase,
     progress: Progress,
@@ -39,18 +43,15 @@ pub(super) struct Run {
     pub(super) has_place: bool,
     /// The storage had no claim for a while, in which another may have held and released the key.
     interrupted: bool,
-    /// How often its tombstone could not be stored.
+    /// How often in a row its record could not be stored.
     failures: u32,
     /// When the keeper must renew the claim, and when it must store a record.
-    renew_at: Duration,
-    store_at: Duration,
-    /// Whether the keeper does so now.
-    renewing: bool,
-    storing: bool,
+    renewal: Timer,
+    store: Timer,
 }
 
 #[derive(Debug)]
-enum Phase {
+pub(super) enum Phase {
     /// The operation runs under its claim.
     Held,
     /// The operation runs in a transaction that holds the key. It is committed or rolled back by the operation's own future.
@@ -65,21 +66,51 @@ enum Phase {
     Finishing(Record),
     /// The outcome is still to be stored, by the keeper.
     Pending(Pending),
+    /// Nothing is left to do.
+    Ended,
 }
 
 #[derive(Debug)]
-struct Pending {
+pub(super) struct Pending {
     record: Record,
     /// How often the record was replaced while it was pending.
     replaced: u32,
-    attempts: u32,
-    /// Whether the last attempt failed, and nothing was asked of the storage since.
-    failed: bool,
-    /// How many attempts failed in a row though the storage answered another call for the key afterwards.
+    /// How many attempts failed in a row though the storage answered another call for the key.
     refusals: u32,
     expires: Duration,
     /// Counts its bytes against `Config::max_buffered`.
     _held: Option<Reservation>,
+}
+
+/// When the keeper has something to do for a run, and whether it is at it.
+#[derive(Debug)]
+struct Timer {
+    at: Duration,
+    under_way: bool,
+}
+
+/// [`Duration::MAX`] is never.
+impl Timer {
+    fn at(at: Duration) -> Self {
+        Self {
+            at,
+            under_way: false,
+        }
+    }
+
+    fn due(&self) -> Duration {
+        if self.under_way {
+            return Duration::MAX;
+        }
+        self.at
+    }
+
+    /// Starts what is due up to `horizon`.
+    fn take(&mut self, horizon: Duration) -> bool {
+        let is_due = self.due() <= horizon;
+        self.under_way |= is_due;
+        is_due
+    }
 }
 
 /// When the keeper must look at a run. Outcomes are apart: in an outage there may be thousands, which are not to be gone through for
@@ -101,115 +132,64 @@ impl Due {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Job {
     Renew,
-    /// Store the tombstone of an operation that was given up, or let it live on.
-    Tombstone,
-    /// Try again to store the outcome.
-    Outcome,
-}
-
-/// Why a late outcome is still not stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Failure {
-    /// The storage did not answer when it was asked what it has.
-    Unanswered,
-    /// It answered that, and then did not take the record.
-    Refused,
-}
-
-/// How an operation's own future ends its run.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use]
-pub(super) enum Finish {
-    /// The record is to be stored for this long.
-    Store(Duration),
-    /// It is to be offered once: the key is another's.
-    Offer(Duration),
-    /// The operation was given up before: a tombstone stands.
-    Expired,
-}
-
-/// What is left to do for a run that ends without another outcome.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub(super) enum Left {
-    /// It has an outcome that its own future did not store: the keeper does.
-    Outcome,
-    /// The storage has a claim of it to release.
-    Claim,
-    /// The storage has nothing of it.
-    Nothing,
-}
-
-/// Whether a run is over.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use]
-pub(super) enum Next {
-    Over,
-    Goes,
+    /// Store the record of [`Run::late`].
+    Store,
 }
 
 /// What a request gets whose key has a run in this process.
 pub(super) enum Answer {
-    Running,
+    Running(Option<Fingerprint>),
     /// What is still to be stored.
     Outcome(Record),
     /// The tombstone of an operation that still runs. Another may stand in its place at the storage.
     GivenUp(Record),
-    Nothing,
 }
 
-/// A late outcome, for one attempt to store it.
+/// A record for the keeper's next attempt to store it.
 pub(super) struct Late {
+    pub(super) key: EncodedKey,
+    pub(super) since: Duration,
     pub(super) record: Record,
     pub(super) replaced: u32,
-    pub(super) expires: Duration,
+    /// For how long it is to be stored. Zero: its TTL is over.
+    pub(super) ttl: Duration,
+    /// If the storage refuses the record this time, a tombstone is to be stored in its place.
+    pub(super) is_last: bool,
+    /// It is the tombstone of an operation that still runs.
+    pub(super) still_runs: bool,
 }
 
 impl Run {
-    /// A run under a claim whose lease counts from `since`, to be given up after `hold_limit`.
-    pub(super) fn held(
-        key: EncodedKey,
-        fingerprint: Option<Fingerprint>,
+    /// A run in its first phase. A lease counts from `since`.
+    pub(super) fn new(
+        phase: Phase,
+        encoded: &Encoded,
         since: Duration,
-        ttl: Duration,
-        lease: Duration,
-        hold_limit: Duration,
-        progress: Progress,
+        config: &Config,
+        progress: &Progress,
     ) -> Self {
+        let lease = config.lock.lease();
+        let renew_at = match phase {
+            Phase::Held => since.saturating_add(lease / 3),
+            _ => Duration::MAX,
+        };
+        let give_up_at = match phase {
+            Phase::InTransaction => Duration::MAX,
+            _ => since.saturating_add(config.lock.longest_hold()),
+        };
         Self {
-            key,
-            fingerprint,
+            key: encoded.key,
+            fingerprint: encoded.fingerprint,
             since,
-            ttl,
+            ttl: config.ttl,
             lease,
-            phase: Phase::Held,
-            progress,
+            phase,
+            progress: progress.clone(),
             has_place: true,
             interrupted: false,
             failures: 0,
-            renew_at: since.saturating_add(lease / 3),
-            store_at: since.saturating_add(hold_limit),
-            renewing: false,
-            storing: false,
-        }
-    }
-
-    /// The same run without a claim.
-    pub(super) fn without_claim(self) -> Self {
-        Self {
-            phase: Phase::Unclaimed,
-            renew_at: Duration::MAX,
-            ..self
-        }
-    }
-
-    /// The same run in a transaction.
-    pub(super) fn in_transaction(self) -> Self {
-        Self {
-            phase: Phase::InTransaction,
-            renew_at: Duration::MAX,
-            store_at: Duration::MAX,
-            ..self
+            renewal: Timer::at(renew_at),
+            store: Timer::at(give_up_at),
         }
     }
 
@@ -217,17 +197,19 @@ impl Run {
 
     /// Whether this run decides what other requests for its key get in this process.
     pub(super) fn answers(&self) -> bool {
-        !matches!(self.phase, Phase::Unclaimed | Phase::Lost)
+        !matches!(self.phase, Phase::Unclaimed | Phase::Lost | Phase::Ended)
     }
 
-    pub(super) fn answer(&self, now: Duration) -> Answer {
+    pub(super) fn answer(&self, now: Duration) -> Option<Answer> {
         match &self.phase {
-            Phase::Held | Phase::InTransaction | Phase::Finishing(_) => Answer::Running,
-            Phase::GivenUp(_) => Answer::GivenUp(self.tombstone()),
+            Phase::Held | Phase::InTransaction | Phase::Finishing(_) => {
+                Some(Answer::Running(self.fingerprint))
+            }
+            Phase::GivenUp(_) => Some(Answer::GivenUp(self.tombstone())),
             // The keeper may be late to drop it.
-            Phase::Pending(pending) if pending.expires <= now => Answer::Nothing,
-            Phase::Pending(pending) => Answer::Outcome(pending.record.clone()),
-            Phase::Unclaimed | Phase::Lost => Answer::Nothing,
+            Phase::Pending(pending) if pending.expires <= now => None,
+            Phase::Pending(pending) => Some(Answer::Outcome(pending.record.clone())),
+            Phase::Unclaimed | Phase::Lost | Phase::Ended => None,
         }
     }
 
@@ -239,12 +221,8 @@ impl Run {
         matches!(self.phase, Phase::Pending(_))
     }
 
-    /// The outcome that is still to be stored.
-    pub(super) fn late_record(&self) -> Option<Record> {
-        match &self.phase {
-            Phase::Pending(pending) => Some(pending.record.clone()),
-            _ => None,
-        }
+    pub(super) fn has_ended(&self) -> bool {
+        matches!(self.phase, Phase::Ended)
     }
 
     /// Whether the claim is held, and was all the time.
@@ -253,135 +231,103 @@ impl Run {
     }
 
     /// The record of an operation that was held too long.
-    pub(super) fn tombstone(&self) -> Record {
+    fn tombstone(&self) -> Record {
         Record {
             fingerprint: self.fingerprint,
             outcome: Outcome::Tombstone(TombstoneReason::MaxHold),
         }
     }
 
-    /// How long a tombstone is stored while its operation still runs: should this process die, or should the operation end just now,
-    /// the TTL is still to come.
-    pub(super) fn tombstone_ttl(&self) -> Duration {
-        self.ttl.saturating_add(self.lease)
-    }
-
     // ---- transitions of the keeper
 
     /// When the keeper must look at it next: for its claim, and for its outcome.
     pub(super) fn due(&self) -> Due {
-        let unless = |under_way, at| if under_way { Duration::MAX } else { at };
-        let renew_at = unless(self.renewing, self.renew_at);
-        let store_at = unless(self.storing, self.store_at);
-        match self.phase {
-            Phase::Pending(_) => Due {
-                claim: renew_at,
-                outcome: store_at,
-            },
-            _ => Due {
-                claim: renew_at.min(store_at),
-                outcome: Duration::MAX,
-            },
-        }
+        let (renew_at, store_at) = (self.renewal.due(), self.store.due());
+        let (claim, outcome) = match self.phase {
+            Phase::Pending(_) => (renew_at, store_at),
+            _ => (renew_at.min(store_at), Duration::MAX),
+        };
+        Due { claim, outcome }
     }
 
     /// Starts a renewal that is due up to `horizon`.
     pub(super) fn take_renewal(&mut self, horizon: Duration) -> Option<Job> {
-        if self.renewing || self.renew_at > horizon {
-            return None;
-        }
-        self.renewing = true;
-        Some(Job::Renew)
+        self.renewal.take(horizon).then_some(Job::Renew)
     }
 
     pub(super) fn take_store(&mut self, now: Duration) -> Option<Job> {
-        if self.storing || self.store_at > now {
+        if !self.store.take(now) {
             return None;
         }
-        let job = match self.phase {
+        match &self.phase {
             Phase::Held => {
-                self.give_up(Phase::GivenUp(None));
-                Job::Tombstone
+                self.phase = Phase::GivenUp(None);
+                self.give_up();
             }
-            Phase::Lost => {
-                self.give_up(Phase::Lost);
+            Phase::Finishing(record) => {
+                // The future that stands still holds it too, and is counted.
+                self.pend(record.clone(), 0, now, None);
+            }
+            Phase::GivenUp(_) | Phase::Pending(_) => {}
+            Phase::InTransaction | Phase::Unclaimed | Phase::Lost | Phase::Ended => {
+                self.store = Timer::at(Duration::MAX);
+                self.give_up();
                 return None;
             }
-            // Never due.
-            Phase::InTransaction => return None,
-            Phase::Unclaimed => {
-                self.give_up(Phase::Unclaimed);
-                return None;
-            }
-            Phase::GivenUp(_) => Job::Tombstone,
-            Phase::Pending(_) => Job::Outcome,
-            Phase::Finishing(ref record) => {
-                self.phase = Phase::Pending(Pending {
-                    record: record.clone(),
-                    replaced: 0,
-                    attempts: 0,
-                    failed: false,
-                    refusals: 0,
-                    expires: now.saturating_add(self.ttl),
-                    // The future that stands still holds it too, and is counted.
-                    _held: None,
-                });
-                Job::Outcome
-            }
-        };
-        self.storing = true;
-        Some(job)
+        }
+        Some(Job::Store)
     }
 
     /// Gives the claim up after `max_hold`: its place is free, and an operation without a client need not go on.
-    fn give_up(&mut self, phase: Phase) {
-        self.phase = phase;
+    fn give_up(&mut self) {
         self.has_place = false;
-        self.store_at = Duration::MAX;
         self.progress.give_up();
+    }
+
+    fn pend(&mut self, record: Record, refusals: u32, now: Duration, held: Option<Reservation>) {
+        self.failures = 0;
+        self.phase = Phase::Pending(Pending {
+            record,
+            replaced: 0,
+            refusals,
+            expires: now.saturating_add(self.ttl),
+            _held: held,
+        });
     }
 
     /// The keeper was dropped in the middle of its work.
     pub(super) fn start_over(&mut self) {
-        self.renewing = false;
-        if std::mem::take(&mut self.storing) {
-            self.store_at = Duration::ZERO;
-        }
+        self.renewal.under_way = false;
+        self.store.under_way = false;
     }
 
-    /// A job ended in a panic of the storage: it is left alone for a while.
+    /// A job ended in a panic: it is left alone for a while.
     pub(super) fn put_off(&mut self, job: Job, now: Duration) {
-        let later = now.saturating_add(self.lease / 6);
-        match job {
-            Job::Renew => {
-                self.renewing = false;
-                self.renew_at = self.renew_at.max(later);
-            }
-            Job::Tombstone | Job::Outcome => {
-                self.storing = false;
-                self.store_at = self.store_at.max(later);
-            }
-        }
+        let timer = match job {
+            Job::Renew => &mut self.renewal,
+            Job::Store => &mut self.store,
+        };
+        *timer = Timer::at(timer.at.max(now.saturating_add(self.lease / 6)));
     }
 
     /// A renewal succeeded at `now`.
     pub(super) fn renewed(&mut self, now: Duration) {
-        self.renewing = false;
-        self.renew_at = match self.phase {
-            // The tombstone that stands in the claim's place is let live on by itself.
-            Phase::GivenUp(Some(_)) | Phase::Lost | Phase::InTransaction | Phase::Unclaimed => {
-                Duration::MAX
-            }
-            _ => now.saturating_add(self.lease / 3),
-        };
+        self.renew_at(now.saturating_add(self.lease / 3));
     }
 
     /// A renewal failed at `now`, or it is not known whether it succeeded.
     pub(super) fn renewal_failed(&mut self, now: Duration) {
-        self.renewed(now);
-        if self.renew_at != Duration::MAX {
-            self.renew_at = now.saturating_add(self.lease / 6);
-        }
+        self.renew_at(now.saturating_add(self.lease / 6));
+    }
+
+    fn renew_at(&mut self, at: Duration) {
+        self.renewal = Timer::at(match self.phase {
+            // The tombstone that stands in the claim's place is let live on by itself.
+            Phase::GivenUp(Some(_)) | Phase::Lost | Phase::InTransaction | Phase::Unclaimed => {
+                Duration::MAX
+            }
+            _ => at,
+        });
     }
 
     /// The claim is not ours any more. Says whether it is to be taken again, because the operation still runs.
@@ -393,23 +339,14 @@ impl Run {
             return true;
         }
         // What is to be stored will show whose the key is.
-        self.renewing = false;
-        self.renew_at = Duration::MAX;
+        self.renewal = Timer::at(Duration::MAX);
         false
-    }
-
-    /// The claim was taken again. Says whether it is still wanted: otherwise the run was released or removed meanwhile.
-    #[must_use]
-    pub(super) fn reclaimed(&mut self, now: Duration) -> bool {
-        self.renewed(now);
-        self.answers()
     }
 
     /// Another holder has the key. Says whether that is new.
     #[must_use]
     pub(super) fn lose(&mut self) -> bool {
-        self.renewing = false;
-        self.renew_at = Duration::MAX;
+        self.renewal = Timer::at(Duration::MAX);
         let is_new = matches!(self.phase, Phase::Held);
         if is_new {
             self.phase = Phase::Lost;
@@ -417,167 +354,159 @@ impl Run {
         is_new
     }
 
-    /// The tombstone was stored at `now`. `None` if the operation ended meanwhile and left it to the keeper, so that all is done;
-    /// else whether it was the first time.
-    pub(super) fn tombstone_stored(&mut self, now: Duration) -> Option<bool> {
-        self.storing = false;
-        match &mut self.phase {
-            Phase::GivenUp(stored) => {
-                let is_first = stored.replace(now).is_none();
-                self.renew_at = Duration::MAX;
-                self.store_at = now.saturating_add(self.lease / 3);
-                Some(is_first)
+    /// What is to be stored late; `None` if nothing is any more.
+    pub(super) fn late(&mut self, now: Duration) -> Option<Late> {
+        let (record, replaced, expires, is_last) = match &self.phase {
+            // Should this process die, or should the operation end just now, the TTL is still to come.
+            Phase::GivenUp(_) => {
+                let expires = now.saturating_add(self.ttl).saturating_add(self.lease);
+                (self.tombstone(), 0, expires, false)
             }
-            Phase::Pending(pending) if pending.replaced == 0 => None,
-            _ => Some(false),
-        }
-    }
-
-    /// Another holder has the key, so no tombstone is stored. Over, if the operation ended meanwhile and left it to the keeper.
-    pub(super) fn tombstone_lost(&mut self) -> Next {
-        self.storing = false;
-        self.renew_at = Duration::MAX;
-        match &self.phase {
-            Phase::Pending(pending) if pending.replaced == 0 => return Next::Over,
-            Phase::GivenUp(_) => self.phase = Phase::Lost,
-            _ => {}
-        }
-        self.store_at = Duration::MAX;
-        Next::Goes
-    }
-
-    /// The tombstone could not be stored.
-    pub(super) fn tombstone_failed(&mut self, now: Duration) {
-        self.storing = false;
-        if let Phase::GivenUp(stored) = &self.phase {
-            self.store_at = now.saturating_add(match stored {
-                None => pause(self.failures, self.lease),
-                Some(_) => self.lease / 6,
-            });
-            self.failures += 1;
-        }
-    }
-
-    /// What is to be stored late; `None` if somebody else has stored it.
-    pub(super) fn late(&mut self) -> Option<Late> {
-        let Phase::Pending(pending) = &self.phase else {
-            self.storing = false;
-            return None;
+            Phase::Pending(pending) => (
+                pending.record.clone(),
+                pending.replaced,
+                pending.expires,
+                pending.refusals + 1 >= REFUSALS,
+            ),
+            _ => {
+                self.store = Timer::at(Duration::MAX);
+                return None;
+            }
         };
         Some(Late {
-            record: pending.record.clone(),
-            replaced: pending.replaced,
-            expires: pending.expires,
+            key: self.key,
+            since: self.since,
+            record,
+            replaced,
+            ttl: expires.saturating_sub(now),
+            is_last,
+            still_runs: !self.is_pending(),
         })
     }
 
-    /// The storage refused a late outcome, or did not answer at all when it was asked whether it has it.
-    pub(super) fn late_failed(&mut self, now: Duration, failure: Failure) {
-        self.storing = false;
-        if let Phase::Pending(pending) = &mut self.phase {
-            pending.attempts += 1;
-            pending.failed = failure == Failure::Refused;
-            // Where a tombstone was refused as well it was not for the record.
-            if failure == Failure::Unanswered || pending.refusals + 1 >= REFUSALS {
-                pending.refusals = 0;
-            }
-            self.store_at = now
-                .saturating_add(pause(pending.attempts, self.lease))
-                .min(pending.expires);
-        }
-    }
-
-    /// The storage answered another call for the key, so a failure before was about the record. Says whether the next one is the last:
-    /// then a tombstone is to be stored in its place.
+    /// A record that was `replaced` so often was stored at `now`, or the storage said that another holder has the key, or its TTL is
+    /// over. Says whether that is news.
     #[must_use]
-    pub(super) fn answered(&mut self) -> bool {
-        let Phase::Pending(pending) = &mut self.phase else {
-            return false;
-        };
-        if std::mem::take(&mut pending.failed) {
-            pending.refusals += 1;
+    pub(super) fn late_stored(&mut self, held: Held, replaced: u32, now: Duration) -> bool {
+        match (&mut self.phase, held) {
+            (Phase::Pending(pending), _) if pending.replaced > replaced => {
+                self.store = Timer::at(Duration::ZERO);
+                false
+            }
+            // It may be the tombstone of an operation that ended meanwhile.
+            (Phase::Pending(_), _) => {
+                self.phase = Phase::Ended;
+                true
+            }
+            (Phase::GivenUp(stored), Held::Yes) => {
+                let is_first = stored.replace(now).is_none();
+                self.failures = 0;
+                self.renewal = Timer::at(Duration::MAX);
+                self.store = Timer::at(now.saturating_add(self.lease / 3));
+                is_first
+            }
+            (Phase::GivenUp(_), Held::Lost) => {
+                self.phase = Phase::Lost;
+                self.renewal = Timer::at(Duration::MAX);
+                self.store = Timer::at(Duration::MAX);
+                true
+            }
+            // It was removed by hand meanwhile.
+            _ => {
+                self.store = Timer::at(Duration::MAX);
+                false
+            }
         }
-        pending.refusals + 1 >= REFUSALS
     }
 
-    /// A late outcome was stored. Over, unless it was replaced since, more than `replaced` times: then that is still to be stored.
-    pub(super) fn late_stored(&mut self, replaced: u32) -> Next {
-        self.storing = false;
-        match &self.phase {
-            Phase::Pending(pending) if pending.replaced > replaced => {
-                self.store_at = Duration::ZERO;
-                Next::Goes
-            }
-            _ => Next::Over,
+    /// A record could not be stored because this `operation` failed. If that is no [`Operation::Complete`], the storage did not answer when
+    /// it was asked what it has.
+    pub(super) fn late_failed(&mut self, operation: Operation, now: Duration) {
+        self.failures = self.failures.saturating_add(1);
+        let mut again = now.saturating_add(pause(self.failures, self.lease));
+        if let Phase::Pending(pending) = &mut self.phase {
+            pending.refusals = match operation {
+                // Where a tombstone was refused as well it was not for the record.
+                Operation::Complete if pending.refusals + 1 >= REFUSALS => 1,
+                Operation::Complete => pending.refusals + 1,
+                _ => 0,
+            };
+            again = again.min(pending.expires);
         }
+        self.store = Timer::at(again);
     }
 
     // ---- transitions of the claim
 
-    /// The operation is over, with an outcome.
-    pub(super) fn finish(&mut self, record: &Record, now: Duration) -> Finish {
+    /// The operation is over, with an outcome. Returns how long it is to be stored; `None` if the operation was given up before: a
+    /// tombstone stands.
+    pub(super) fn finish(&mut self, record: &Record) -> Option<Duration> {
         match self.phase {
-            Phase::GivenUp(_) => Finish::Expired,
+            Phase::GivenUp(_) => return None,
             // Its outcome is offered once, and nobody here answers from it.
-            Phase::Lost => Finish::Offer(self.ttl),
+            Phase::Lost => {}
             _ => {
                 self.phase = Phase::Finishing(record.clone());
-                // Its runtime may stand still: then the keeper stores it.
-                self.store_at = now.saturating_add(self.lease);
-                Finish::Store(self.ttl)
+                // Its runtime may stand still: then the keeper stores it, a lease after the renewal that comes next, or at `max_hold` if
+                // there are none.
+                if self.renewal.at != Duration::MAX {
+                    self.store.at = self.renewal.at.saturating_add(self.lease);
+                }
             }
         }
+        Some(self.ttl)
     }
 
-    /// Leaves the outcome to the keeper; `failed`: after the storage refused it. Over if there is nothing left to store.
-    pub(super) fn defer(
-        &mut self,
-        now: Duration,
-        failed: bool,
-        hold: impl FnOnce(&Record) -> Reservation,
-    ) -> Next {
+    /// Leaves the outcome to the keeper; `failed`: after the storage refused it. Returns it. `None` if there is nothing left to store: then
+    /// the run has ended.
+    pub(super) fn defer(&mut self, now: Duration, failed: bool, budget: &Budget) -> Option<Record> {
         let (record, first) = match &self.phase {
             Phase::Finishing(record) => (record.clone(), now.saturating_add(pause(0, self.lease))),
-            Phase::GivenUp(stored) => {
-                // What was stored in the last lease outlives the TTL that is to come.
-                if stored.is_some_and(|at| now.saturating_sub(at) <= self.lease) {
-                    return Next::Over;
-                }
+            // What was stored in the last lease outlives the TTL that is to come.
+            Phase::GivenUp(stored)
+                if stored.is_none_or(|at| now.saturating_sub(at) > self.lease) =>
+            {
                 (self.tombstone(), now)
             }
             // The keeper has taken it over.
-            Phase::Pending(_) => return Next::Goes,
-            _ => return Next::Over,
+            Phase::Pending(pending) => return Some(pending.record.clone()),
+            _ => {
+                self.phase = Phase::Ended;
+                return None;
+            }
         };
-        let expires = now.saturating_add(self.ttl);
-        self.store_at = first.min(expires);
-        self.phase = Phase::Pending(Pending {
-            _held: Some(hold(&record)),
-            record,
-            replaced: 0,
-            attempts: 0,
-            failed,
-            refusals: 0,
-            expires,
+        let held = budget.count(match &record.outcome {
+            Outcome::Response(response) => response.body().len(),
+            Outcome::Tombstone(_) => 0,
         });
-        Next::Goes
+        self.store.at = first.min(now.saturating_add(self.ttl));
+        self.pend(record.clone(), u32::from(failed), now, Some(held));
+        Some(record)
     }
 
-    /// The operation is over, and gives no outcome (any more).
-    pub(super) fn left(&self) -> Left {
+    /// What the storage has of a run that ends and gives no outcome (any more). `None` if it has one that its own future did not store:
+    /// the keeper does.
+    pub(super) fn left(&self) -> Option<Claimed> {
         match self.phase {
-            Phase::Finishing(_) | Phase::GivenUp(_) | Phase::Pending(_) => Left::Outcome,
-            Phase::Held => Left::Claim,
-            Phase::InTransaction | Phase::Unclaimed | Phase::Lost => Left::Nothing,
+            Phase::Finishing(_) | Phase::GivenUp(_) | Phase::Pending(_) => None,
+            Phase::Held => Some(Claimed::Yes),
+            Phase::InTransaction | Phase::Unclaimed | Phase::Lost | Phase::Ended => {
+                Some(Claimed::No)
+            }
         }
+    }
+
+    /// The storage took the outcome, or said that the key is another's.
+    pub(super) fn end(&mut self) {
+        self.phase = Phase::Ended;
     }
 
     /// The transaction was committed up to a recovery point, and the claim that it left is renewed from `now`, until `give_up_at`.
     pub(super) fn hold(&mut self, now: Duration, give_up_at: Duration) {
         if matches!(self.phase, Phase::InTransaction) {
             self.phase = Phase::Held;
-            self.renew_at = now.saturating_add(self.lease / 3);
-            self.store_at = give_up_at;
+            self.renewal.at = now.saturating_add(self.lease / 3);
+            self.store.at = give_up_at;
         }
     }
 
@@ -587,15 +516,10 @@ impl Run {
         let is_held = self.is_held_throughout();
         if is_held {
             self.phase = Phase::InTransaction;
-            self.renew_at = Duration::MAX;
-            self.store_at = Duration::MAX;
+            self.renewal.at = Duration::MAX;
+            self.store.at = Duration::MAX;
         }
         is_held
-    }
-
-    /// The outcome will be kept for this long.
-    pub(super) fn keep_for(&mut self, ttl: Duration) {
-        self.ttl = ttl;
     }
 
     // ---- transitions by `Engine::replace` and `Engine::remove`
@@ -613,19 +537,18 @@ impl Run {
         true
     }
 
-    /// The key was removed. Over if nobody but the keeper waits for the end of this run.
-    pub(super) fn forget(&mut self) -> Next {
-        if self.is_pending() {
-            return Next::Over;
-        }
-        self.phase = Phase::Lost;
-        Next::Goes
+    /// The key was removed. The run has ended if nobody but the keeper waits for that.
+    pub(super) fn forget(&mut self) {
+        self.phase = match self.phase {
+            Phase::Pending(_) => Phase::Ended,
+            _ => Phase::Lost,
+        };
     }
 }
 
 /// 100 ms, doubling, at most a third of the lease and ten seconds.
-fn pause(attempts: u32, lease: Duration) -> Duration {
-    let pause = Duration::from_millis(100) * 2_u32.pow(attempts.min(10));
+fn pause(failures: u32, lease: Duration) -> Duration {
+    let pause = Duration::from_millis(100) * 2_u32.pow(failures.min(10));
     pause.min(lease / 3).min(LONGEST_PAUSE)
 }
 
@@ -634,7 +557,7 @@ mod tests {
     use http::{HeaderMap, StatusCode};
 
     use super::*;
-    use crate::{Budget, StoredResponse};
+    use crate::{LockPolicy, StoredResponse};
 
     const LEASE: Duration = Duration::from_secs(30);
     const MAX_HOLD: Duration = Duration::from_secs(600);
@@ -643,9 +566,13 @@ mod tests {
 
     fn run() -> (Run, Progress) {
         let progress = Progress::new();
-        let key = EncodedKey::from_bytes([1; 32]);
-        let zero = Duration::ZERO;
-        let run = Run::held(key, None, zero, TTL, LEASE, MAX_HOLD, progress.clone());
+        let encoded = Encoded {
+            key: EncodedKey::from_bytes([1; 32]),
+            fingerprint: None,
+        };
+        let lock = LockPolicy::default().ttl(LEASE).max_hold(MAX_HOLD);
+        let config = Config::default().ttl(TTL).lock(lock);
+        let run = Run::new(Phase::Held, &encoded, Duration::ZERO, &config, &progress);
         (run, progress)
     }
 
@@ -659,13 +586,21 @@ mod tests {
 
     fn pending(now: Duration) -> Run {
         let (mut run, _) = run();
-        assert_eq!(run.finish(&record(), Duration::ZERO), Finish::Store(TTL));
-        assert_eq!(run.defer(now, true, hold), Next::Goes);
+        assert_eq!(run.finish(&record()), Some(TTL));
+        assert_eq!(run.defer(now, true, &Budget::new(0)), Some(record()));
         run
     }
 
-    fn hold(_: &Record) -> Reservation {
-        Budget::new(0).count(6)
+    fn late_record(run: &mut Run) -> Option<Record> {
+        run.late(Duration::ZERO).map(|late| late.record)
+    }
+
+    fn is_last(run: &mut Run) -> bool {
+        run.late(Duration::ZERO).is_some_and(|late| late.is_last)
+    }
+
+    fn late_stored(run: &mut Run, replaced: u32) -> bool {
+        run.late_stored(Held::Yes, replaced, Duration::ZERO)
     }
 
     #[test]
@@ -687,46 +622,57 @@ mod tests {
     fn a_run_that_is_given_up_keeps_its_tombstone_alive() {
         let (mut run, progress) = run();
         assert_eq!(run.take_store(MAX_HOLD - SECOND), None);
-        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Tombstone));
+        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Store));
         assert!(progress.is_given_up() && !run.has_place);
         assert!(
-            matches!(run.answer(MAX_HOLD), Answer::GivenUp(record) if record == run.tombstone())
+            matches!(run.answer(MAX_HOLD), Some(Answer::GivenUp(record)) if record == run.tombstone())
         );
-        assert_eq!(run.tombstone_stored(MAX_HOLD), Some(true));
+        assert_eq!(late_record(&mut run), Some(run.tombstone()));
+        assert!(run.late_stored(Held::Yes, 0, MAX_HOLD));
         assert_eq!(run.due().claim, MAX_HOLD + LEASE / 3);
         assert_eq!(
             run.take_store(MAX_HOLD + LEASE / 3),
-            Some(Job::Tombstone),
+            Some(Job::Store),
             "the TTL may be over before the operation is"
         );
-        assert_eq!(run.tombstone_stored(MAX_HOLD + LEASE / 3), Some(false));
-        assert_eq!(run.finish(&record(), Duration::ZERO), Finish::Expired);
-        assert_eq!(run.defer(MAX_HOLD + LEASE, false, hold), Next::Over);
+        assert!(
+            !run.late_stored(Held::Yes, 0, MAX_HOLD + LEASE / 3),
+            "told once"
+        );
+        assert_eq!(run.finish(&record()), None);
+        let budget = Budget::new(0);
+        assert_eq!(run.defer(MAX_HOLD + LEASE, false, &budget), None);
+        assert!(run.has_ended());
     }
 
     #[test]
     fn a_tombstone_that_was_not_stored_is_left_to_the_keeper() {
         let (mut run, _) = run();
-        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Tombstone));
-        run.tombstone_failed(MAX_HOLD);
-        assert_eq!(run.finish(&record(), Duration::ZERO), Finish::Expired);
-        assert_eq!(run.defer(MAX_HOLD, false, hold), Next::Goes);
-        assert_eq!(run.late_record(), Some(run.tombstone()));
-        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Outcome));
-        assert_eq!(run.late_stored(0), Next::Over);
+        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Store));
+        run.late_failed(Operation::Complete, MAX_HOLD);
+        assert_eq!(run.finish(&record()), None);
+        let tombstone = run.tombstone();
+        assert_eq!(
+            run.defer(MAX_HOLD, false, &Budget::new(0)),
+            Some(tombstone.clone())
+        );
+        assert_eq!(late_record(&mut run), Some(tombstone));
+        assert_eq!(run.take_store(MAX_HOLD), Some(Job::Store));
+        assert!(late_stored(&mut run, 0) && run.has_ended());
     }
 
     #[test]
     fn an_outcome_whose_future_stands_still_is_stored_by_the_keeper() {
         let (mut run, _) = run();
-        assert_eq!(run.finish(&record(), SECOND), Finish::Store(TTL));
-        assert_eq!(run.take_store(LEASE), None);
-        assert_eq!(run.take_store(SECOND + LEASE), Some(Job::Outcome));
-        assert_eq!(run.late_record(), Some(record()));
+        assert_eq!(run.finish(&record()), Some(TTL));
+        assert_eq!(run.take_store(SECOND + LEASE), None);
+        let late = LEASE / 3 + LEASE;
+        assert_eq!(run.take_store(late), Some(Job::Store));
+        assert_eq!(late_record(&mut run), Some(record()));
         // The future goes on, and is dropped or fails.
-        assert_eq!(run.left(), Left::Outcome);
-        assert_eq!(run.defer(SECOND + LEASE, true, hold), Next::Goes);
-        assert_eq!(run.late_stored(0), Next::Over);
+        assert_eq!(run.left(), None);
+        assert_eq!(run.defer(late, true, &Budget::new(0)), Some(record()));
+        assert!(late_stored(&mut run, 0) && run.has_ended());
     }
 
     #[test]
@@ -739,57 +685,62 @@ mod tests {
         assert_eq!(run.take_store(MAX_HOLD), None);
         assert!(progress.is_given_up() && !run.has_place);
         assert_eq!(run.due().claim, Duration::MAX);
-        assert_eq!(run.finish(&record(), Duration::ZERO), Finish::Offer(TTL));
+        assert_eq!(run.finish(&record()), Some(TTL));
+        assert_eq!(
+            run.defer(MAX_HOLD, true, &Budget::new(0)),
+            None,
+            "it is offered once"
+        );
     }
 
     #[test]
     fn the_third_refusal_of_a_record_is_the_last() {
         let mut run = pending(Duration::ZERO);
         // The first one was that of the operation's own future.
-        assert!(!run.answered());
-        run.late_failed(SECOND, Failure::Refused);
-        assert!(run.answered());
-        run.late_failed(SECOND, Failure::Refused);
-        assert!(!run.answered(), "not even a tombstone was stored");
+        assert!(!is_last(&mut run));
+        run.late_failed(Operation::Complete, SECOND);
+        assert!(is_last(&mut run));
+        run.late_failed(Operation::Complete, SECOND);
+        assert!(!is_last(&mut run), "not even a tombstone was stored");
     }
 
     #[test]
     fn an_outcome_answers_until_its_ttl_is_over() {
         let run = pending(Duration::ZERO);
         let at = |now| run.answer(now);
-        assert!(matches!(at(TTL - SECOND), Answer::Outcome(found) if found == record()));
-        assert!(matches!(at(TTL), Answer::Nothing));
+        assert!(matches!(at(TTL - SECOND), Some(Answer::Outcome(found)) if found == record()));
+        assert!(at(TTL).is_none());
     }
 
     #[test]
     fn an_outage_is_no_refusal() {
         let mut run = pending(Duration::ZERO);
         for _ in 0..100 {
-            assert!(!run.answered());
-            run.late_failed(SECOND, Failure::Unanswered);
+            assert!(!is_last(&mut run));
+            run.late_failed(Operation::Renew, SECOND);
         }
-        assert!(run.late().is_some());
+        assert!(run.late(SECOND).is_some());
     }
 
     #[test]
     fn a_replacement_is_stored_after_what_it_replaced() {
         let mut run = pending(Duration::ZERO);
-        assert_eq!(run.take_store(SECOND), Some(Job::Outcome));
-        assert_eq!(run.late().map(|late| late.replaced), Some(0));
+        assert_eq!(run.take_store(SECOND), Some(Job::Store));
+        assert_eq!(run.late(SECOND).map(|late| late.replaced), Some(0));
         assert!(run.replace(&record(), TTL));
-        assert_eq!(run.late_stored(0), Next::Goes);
+        assert!(!late_stored(&mut run, 0) && !run.has_ended());
         assert_eq!(run.due().outcome, Duration::ZERO);
-        assert_eq!(run.late().map(|late| late.replaced), Some(1));
-        assert_eq!(run.late_stored(1), Next::Over);
+        assert_eq!(run.late(SECOND).map(|late| late.replaced), Some(1));
+        assert!(late_stored(&mut run, 1) && run.has_ended());
     }
 
     #[test]
     fn a_keeper_that_was_dropped_leaves_its_work_to_the_next() {
         let mut run = pending(Duration::ZERO);
         assert_eq!(run.take_renewal(LEASE), Some(Job::Renew));
-        assert_eq!(run.take_store(SECOND), Some(Job::Outcome));
+        assert_eq!(run.take_store(SECOND), Some(Job::Store));
         run.start_over();
         assert_eq!(run.take_renewal(LEASE), Some(Job::Renew));
-        assert_eq!(run.take_store(SECOND), Some(Job::Outcome));
+        assert_eq!(run.take_store(SECOND), Some(Job::Store));
     }
 }

@@ -13,11 +13,11 @@ use std::{
 use tokio::sync::Notify;
 
 use super::{
-    releases::{Release, Releases},
-    run::{Answer, Due, Job, Left, Next, Run},
+    releases::{Claimed, Release, Releases},
+    run::{Answer, Due, Job, Run},
     waiters::{Waiter, Waiters},
 };
-use crate::{EncodedKey, Fingerprint, Record, Token, key::HashKeys};
+use crate::{EncodedKey, Record, Token, key::HashKeys};
 
 /// The runs of an engine by token, and what its keeper has to do.
 #[derive(Debug)]
@@ -108,19 +108,6 @@ fn is_current(
     move |at, token| runs.get(&token).is_some_and(|run| due(run.due()) == at)
 }
 
-/// What the runs know of a key.
-pub(super) enum Found {
-    Nothing,
-    Running {
-        fingerprint: Option<Fingerprint>,
-        waiter: Waiter,
-    },
-    /// What is still to be stored.
-    Outcome(Record),
-    /// The tombstone of an operation that still runs. Another may stand in its place at the storage.
-    GivenUp(Record),
-}
-
 impl Table {
     /// Changes a run, and what follows from it. `None` if there is no such run (any more).
     fn change<T>(&mut self, token: Token, change: impl FnOnce(&mut Run) -> T) -> Option<T> {
@@ -137,6 +124,10 @@ impl Table {
         } else if run.is_pending() {
             // An outcome that is still to be stored answers for its key, whether it was claimed or not.
             self.by_key.entry(run.key).or_insert(token);
+        }
+        if run.has_ended() {
+            self.remove(token);
+            return Some(result);
         }
         let due = run.due();
         self.queue(token, before, due);
@@ -181,20 +172,8 @@ impl Table {
         self.runs.get(token)
     }
 
-    fn find(&self, key: &EncodedKey, now: Duration, waiters: &Waiters) -> Found {
-        let Some(run) = self.of_key(key) else {
-            return Found::Nothing;
-        };
-        match run.answer(now) {
-            Answer::Running => Found::Running {
-                fingerprint: run.fingerprint,
-                // Under the lock, so that an end of this run is not missed.
-                waiter: waiters.subscribe(key, true),
-            },
-            Answer::Outcome(record) => Found::Outcome(record),
-            Answer::GivenUp(record) => Found::GivenUp(record),
-            Answer::Nothing => Found::Nothing,
-        }
+    fn find(&self, key: &EncodedKey, now: Duration) -> Option<Answer> {
+        self.of_key(key)?.answer(now)
     }
 
     /// Takes a place among those that run, if there is one.
@@ -238,43 +217,34 @@ impl Runs {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn find(&self, key: &EncodedKey, now: Duration) -> Found {
-        self.lock().find(key, now, &self.waiters)
+    pub(super) fn find(&self, key: &EncodedKey, now: Duration) -> Option<Answer> {
+        self.lock().find(key, now)
     }
 
-    /// [`find`](Self::find); if nothing is known of the key, [`enter`](Self::enter), in the same step.
+    /// [`find`](Self::find); if nothing is known of the key, takes a place among those that run, if there is one, in the same step. Give it
+    /// back with [`leave`](Self::leave), or turn it into a run with [`add`](Self::add).
     pub(super) fn find_or_enter(
         &self,
         key: &EncodedKey,
         now: Duration,
-    ) -> ControlFlow<Found, bool> {
+    ) -> ControlFlow<Answer, bool> {
         let mut table = self.lock();
-        match table.find(key, now, &self.waiters) {
-            Found::Nothing => ControlFlow::Continue(table.enter(self.max_running)),
-            found => ControlFlow::Break(found),
+        match table.find(key, now) {
+            None => ControlFlow::Continue(table.enter(self.max_running)),
+            Some(answer) => ControlFlow::Break(answer),
         }
     }
 
     /// A waiter that is woken by whatever happens to `key` here from now on, or the outcome that is here already.
     pub(super) fn subscribe(&self, key: &EncodedKey, now: Duration) -> Result<Waiter, Record> {
         let table = self.lock();
-        let run = table.of_key(key);
-        if let Some(Answer::Outcome(record) | Answer::GivenUp(record)) =
-            run.map(|run| run.answer(now))
-        {
-            return Err(record);
+        match table.find(key, now) {
+            Some(Answer::Outcome(record) | Answer::GivenUp(record)) => Err(record),
+            _ => Ok(self.waiters.subscribe(key, table.by_key.contains_key(key))),
         }
-        Ok(self.waiters.subscribe(key, run.is_some()))
     }
 
     // ---- runs
-
-    /// Takes a place among those that run, if there is one. Give it back with [`leave`](Self::leave), or turn it into a run
-    /// with [`add`](Self::add).
-    #[must_use]
-    pub(super) fn enter(&self) -> bool {
-        self.lock().enter(self.max_running)
-    }
 
     pub(super) fn leave(&self) {
         let mut table = self.lock();
@@ -298,11 +268,10 @@ impl Runs {
         now: Duration,
         token: Token,
         run: Run,
-    ) -> ControlFlow<Found, bool> {
+    ) -> ControlFlow<Answer, bool> {
         let mut table = self.lock();
-        match table.find(&run.key, now, &self.waiters) {
-            Found::Nothing => {}
-            found => return ControlFlow::Break(found),
+        if let Some(answer) = table.find(&run.key, now) {
+            return ControlFlow::Break(answer);
         }
         let has_place = table.enter(self.max_running);
         if has_place {
@@ -311,34 +280,12 @@ impl Runs {
         ControlFlow::Continue(has_place)
     }
 
-    /// Changes a run. `None` if there is no such run (any more).
+    /// Changes a run, and drops it if it has ended. `None` if there is no such run (any more).
     pub(super) fn change<T>(&self, token: Token, change: impl FnOnce(&mut Run) -> T) -> Option<T> {
-        self.lock().change(token, change)
-    }
-
-    /// Changes a run, and ends it where that says so.
-    pub(super) fn advance(
-        &self,
-        token: Token,
-        change: impl FnOnce(&mut Run) -> Next,
-    ) -> Option<Next> {
         let mut table = self.lock();
-        let next = table.change(token, change)?;
-        if next == Next::Over {
-            table.remove(token);
-            self.check_drained(&table);
-        }
-        Some(next)
-    }
-
-    /// Ends a run.
-    pub(super) fn end(&self, token: Token) -> Telling<'_> {
-        let mut table = self.lock();
-        table.telling += 1;
-        Telling {
-            runs: self,
-            _run: table.remove(token),
-        }
+        let result = table.change(token, change);
+        self.check_drained(&table);
+        result
     }
 
     /// Ends a run of whose outcome the observers were told, and hands the record to those who wait. It is one step, so nobody begins to
@@ -357,20 +304,14 @@ impl Runs {
     /// Holds `drain` up until observers and waiters are told of a run that may have ended.
     pub(super) fn telling(&self) -> Telling<'_> {
         self.lock().telling += 1;
-        Telling {
-            runs: self,
-            _run: None,
-        }
+        Telling { runs: self }
     }
 
-    /// Ends a run that has no outcome, and says what is left to do. If that is to tell the storage, or those who wait, it counts as entered
-    /// until [`leave`](Self::leave). `None` if there is no such run.
-    pub(super) fn withdraw(&self, token: Token) -> Option<Left> {
+    /// Ends a run that has no outcome, and says what the storage has of it. The run counts as entered until [`leave`](Self::leave).
+    /// `None` if it has an outcome, or if there is no such run.
+    pub(super) fn withdraw(&self, token: Token) -> Option<Claimed> {
         let mut table = self.lock();
-        let left = table.runs.get(&token)?.left();
-        if left == Left::Outcome {
-            return Some(left);
-        }
+        let left = table.runs.get(&token)?.left()?;
         let _run = table.remove(token)?;
         table.entered += 1;
         drop(table);
@@ -397,9 +338,7 @@ impl Runs {
         let mut table = self.lock();
         let forgotten = holder.filter(|token| table.by_key.get(key) == Some(token));
         if let Some(token) = forgotten {
-            if table.change(token, Run::forget) == Some(Next::Over) {
-                table.remove(token);
-            }
+            table.change(token, Run::forget);
             self.check_drained(&table);
         }
         drop(table);
@@ -586,8 +525,6 @@ impl Runs {
 #[must_use]
 pub(super) struct Telling<'a> {
     runs: &'a Runs,
-    /// Not to be dropped under the lock.
-    _run: Option<Run>,
 }
 
 impl Drop for Telling<'_> {

@@ -7,7 +7,6 @@ use std::{
     any::Any,
     fmt,
     ops::{ControlFlow, Deref, DerefMut},
-    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -16,23 +15,19 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::{Either, select};
-use http::{HeaderMap, StatusCode};
-use serde::{Serialize, de::DeserializeOwned};
+use futures_util::future::select;
 use tokio::sync::Notify;
 
 use super::{
     Claim, Decision, Engine, Progress, Shared,
-    call::{Ran, not_run, replayed},
-    decide::{Means, in_flight, refused, replay},
+    decide::{Attempt, Means, Request},
     keeper,
-    runs::Found,
-    waiters::Waiter,
+    run::Answer,
 };
 use crate::{
-    BeginTransaction, Committed, Encoded, EncodedKey, Event, Held, NewTransaction, Operation,
-    Outcome, PhaseError, Record, Refusal, RolledBack, Storage, StorageError, StoredResponse, Token,
-    TombstoneReason, Transaction, TransactionDatabase, Transactions, Writes,
+    BeginTransaction, Committed, Encoded, EncodedKey, Event, NewTransaction, Operation, Outcome,
+    PhaseError, RolledBack, StorageError, Token, TombstoneReason, Transaction, TransactionDatabase,
+    Transactions, Writes,
 };
 
 /// By a transaction of the storage's database.
@@ -66,200 +61,59 @@ impl Engine {
         };
         let means = ByTransaction {
             transactions,
-            ttl: ttl.unwrap_or(shared.options.ttl),
+            ttl: ttl.unwrap_or(shared.config.ttl),
         };
-        let limit = shared.options.lock.wait_timeout();
-        let decision = self.decide(&means, encoded, progress, limit).await;
-        shared.announce_new(&encoded.key, &decision);
+        let request = self.request(encoded, progress);
+        let decision = request.decide(&means, self.wait_limit()).await;
+        shared.announce(&encoded.key, &decision);
         decision
-    }
-
-    /// Runs `operation` exactly once per key, if all that it does is written through the transaction that it is given: its writes and the
-    /// record of its value are committed together, or not at all.
-    ///
-    /// An `Ok` value is recorded as JSON, for [`Config::ttl`](crate::Config::ttl). An `Err` rolls back, and the next call runs the
-    /// operation again. So does an operation that meets another transaction (`40001`, `40P01`), or is open for longer than
-    /// [`Transactions::max_duration`]: [`Ran::StorageFailed`]. Dropping the future, or a panic, rolls back too. What an operation does
-    /// elsewhere is not rolled back.
-    ///
-    #[cfg_attr(feature = "sqlite", doc = "```")]
-    #[cfg_attr(not(feature = "sqlite"), doc = "```ignore")]
-    /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let path = std::env::temp_dir().join(format!("run-in-{}.db", std::process::id()));
-    /// use idempotency_core::{
-    ///     Config, Encoded, EncodedKey, Engine, Ran, SqliteStorage,
-    ///     sqlx::{self, Sqlite},
-    /// };
-    ///
-    /// let storage = SqliteStorage::open(&path).await?;
-    /// storage.migrate().await?;
-    /// sqlx::query("CREATE TABLE parcels (id INTEGER PRIMARY KEY)").execute(storage.pool()).await?;
-    ///
-    /// let engine = Engine::new(storage.clone(), Config::default());
-    /// let message = Encoded { key: EncodedKey::from_bytes([7; 32]), fingerprint: None };
-    /// for _ in 0..2 {
-    ///     let ran: Ran<i64, sqlx::Error> = engine
-    ///         .run_in::<Sqlite, _, _>(&message, async |transaction| {
-    ///             let statement = "INSERT INTO parcels DEFAULT VALUES RETURNING id";
-    ///             sqlx::query_scalar(statement).fetch_one(&mut **transaction).await
-    ///         })
-    ///         .await;
-    ///     assert!(matches!(ran, Ran::Executed(1) | Ran::Replayed(1)), "{ran:?}");
-    /// }
-    /// # drop((engine, storage));
-    /// # std::fs::remove_file(path)?;
-    /// # Ok(())
-    /// # }
-    /// ```
-    pub async fn run_in<DB, T, E>(
-        &self,
-        encoded: &Encoded,
-        operation: impl AsyncFnOnce(&mut KeyTransaction<DB>) -> Result<T, E>,
-    ) -> Ran<T, E>
-    where
-        DB: TransactionDatabase,
-        T: Serialize + DeserializeOwned,
-    {
-        let progress = Progress::new();
-        let claim = match self.begin_in_transaction(encoded, &progress, None).await {
-            Decision::Execute(claim) => claim,
-            Decision::Replay(replay) => return replayed(&replay.record.outcome),
-            Decision::Refuse(refused) => return not_run(refused.refusal, refused.error),
-            Decision::Unprotected => return not_run(Refusal::StorageUnavailable, None),
-        };
-        let mut transaction = match claim.slot().take::<DB>() {
-            Ok(transaction) => transaction,
-            Err(error) => {
-                let _ = claim.roll_back().await;
-                return Ran::StorageFailed(StorageError::unavailable(error));
-            }
-        };
-        let ran = {
-            let ran = pin!(operation(&mut transaction));
-            let expired = pin!(claim.expired());
-            match select(ran, expired).await {
-                Either::Left((ran, _)) => Some(ran),
-                Either::Right(_) => None,
-            }
-        };
-        drop(transaction);
-        let value = match ran {
-            Some(Ok(value)) => value,
-            Some(Err(error)) => {
-                return match claim.roll_back().await {
-                    RolledBack::Yes => Ran::Failed(error),
-                    RolledBack::EndedByHand => Ran::NotReplayable(TombstoneReason::HandlerFailed),
-                };
-            }
-            None => {
-                let _ = claim.roll_back().await;
-                return Ran::StorageFailed(StorageError::timeout());
-            }
-        };
-        let written = catch_unwind(AssertUnwindSafe(|| serde_json::to_vec(&value)));
-        let json = match written {
-            Ok(Ok(json)) => json,
-            Ok(Err(error)) => {
-                let _ = claim.roll_back().await;
-                return Ran::StorageFailed(StorageError::unavailable(error));
-            }
-            Err(panic) => {
-                let _ = claim.roll_back().await;
-                resume_unwind(panic);
-            }
-        };
-        let response = StoredResponse::new(StatusCode::OK, &HeaderMap::new(), json);
-        let outcome = Outcome::Response(response);
-        match claim.commit(outcome, Writes::Keep).await {
-            TransactionEnd::Committed => Ran::Executed(value),
-            TransactionEnd::RolledBack(error)
-            | TransactionEnd::Failed(error)
-            | TransactionEnd::Unknown(error) => Ran::StorageFailed(error),
-            TransactionEnd::EndedByHand | TransactionEnd::NotGivenBack => {
-                Ran::NotReplayable(TombstoneReason::HandlerFailed)
-            }
-        }
     }
 }
 
 impl Means for ByTransaction {
     type Claim = TransactionClaim;
 
-    async fn attempt(
-        &self,
-        engine: &Engine,
-        encoded: &Encoded,
-        progress: &Progress,
-        waited: Duration,
-    ) -> ControlFlow<Decision<TransactionClaim>, Waiter> {
-        let shared = &engine.shared;
-        let claim = match Claim::find_or_list(shared, encoded, progress) {
-            ControlFlow::Continue(Some(claim)) => claim,
-            ControlFlow::Continue(None) => {
-                return ControlFlow::Break(engine.replay_only(encoded, waited).await);
-            }
-            ControlFlow::Break(Found::Outcome(record) | Found::GivenUp(record)) => {
-                return ControlFlow::Break(replay(encoded, record, waited));
-            }
-            ControlFlow::Break(Found::Running {
-                fingerprint,
-                waiter,
-            }) => return in_flight(encoded, fingerprint, waiter),
-            ControlFlow::Break(Found::Nothing) => {
-                return ControlFlow::Break(refused(Refusal::InFlight));
-            }
-        };
-        progress.set(true);
-        let attempt = self.ask(engine, encoded, claim, waited).await;
-        if !matches!(attempt, ControlFlow::Break(Decision::Execute(_))) {
-            progress.set(false);
-        }
-        attempt
+    fn enter(&self, request: Request<'_>, now: Duration) -> ControlFlow<Answer, Option<Claim>> {
+        Claim::list(request, now, self.ttl)
     }
-}
 
-impl ByTransaction {
-    /// Asks the storage for a transaction that holds the key.
     async fn ask(
         &self,
-        engine: &Engine,
-        encoded: &Encoded,
-        claim: Claim,
-        waited: Duration,
-    ) -> ControlFlow<Decision<TransactionClaim>, Waiter> {
-        let shared = &engine.shared;
+        request: Request<'_>,
+        mut claim: Claim,
+        since: Duration,
+    ) -> Attempt<TransactionClaim> {
+        let (shared, encoded) = (request.shared, request.encoded);
         let new = NewTransaction {
             token: claim.token(),
             fingerprint: encoded.fingerprint,
             ttl: self.ttl,
         };
-        let since = shared.options.now();
         let begun = self.transactions.begin(&encoded.key, &new);
         match shared.limited(begun).await {
             Ok(BeginTransaction::Acquired(transaction)) => {
                 let deadline = since.saturating_add(self.transactions.max_duration());
-                ControlFlow::Break(Decision::Execute(TransactionClaim {
+                Attempt::Decided(Decision::Execute(TransactionClaim {
                     slot: TransactionSlot::new(&claim, transaction, deadline),
-                    claim: Some(claim),
+                    claim,
                     transactions: self.transactions.clone(),
-                    new,
+                    ttl: self.ttl,
                     since,
                 }))
             }
             Ok(BeginTransaction::Completed(record)) => {
                 claim.end_with(&record);
-                ControlFlow::Break(replay(encoded, record, waited))
+                Attempt::Found(record)
             }
             Ok(BeginTransaction::InFlight { fingerprint }) => {
                 // Wakes one of those who wait for this run, who then waits for the one elsewhere too.
                 drop(claim);
-                engine.subscribe(encoded, fingerprint, waited)
+                request.subscribe(fingerprint, Duration::ZERO)
             }
             Err(error) => {
                 drop(claim);
                 let refused = shared.unavailable(&encoded.key, Operation::Begin, error);
-                ControlFlow::Break(Decision::Refuse(refused))
+                Attempt::Decided(Decision::Refuse(refused))
             }
         }
     }
@@ -270,11 +124,10 @@ impl ByTransaction {
 /// Dropped before, the transaction is rolled back, as far as the database notices that its connection is closed.
 #[must_use = "a claim that is dropped is rolled back, and the operation may run again"]
 pub struct TransactionClaim {
-    /// `None` once it has ended.
-    claim: Option<Claim>,
+    claim: Claim,
     slot: TransactionSlot,
     transactions: Arc<dyn Transactions>,
-    new: NewTransaction,
+    ttl: Duration,
     since: Duration,
 }
 
@@ -319,34 +172,33 @@ impl TransactionClaim {
 
     /// Writes the record, and commits it with the operation's writes or without them.
     pub async fn commit(mut self, outcome: Outcome, writes: Writes) -> TransactionEnd {
-        let record = Record {
-            fingerprint: self.new.fingerprint,
-            outcome,
-        };
+        let record = self.claim.record(outcome);
         let Some(transaction) = self.take_back() else {
             self.terminate().await;
             return TransactionEnd::NotGivenBack;
         };
-        let (key, ttl) = (self.slot.0.key, self.new.ttl);
-        let shared = self.slot.0.shared.clone();
-        let committed = transaction.commit(record.clone(), ttl, writes).await;
-        let end = match committed {
+        let committed = transaction.commit(record.clone(), self.ttl, writes).await;
+        match committed {
             Committed::Yes => {
-                self.end_with(&record);
-                return TransactionEnd::Committed;
+                let key = self.claim.key();
+                self.claim.shared.announce_stored(&key, self.since, &record);
+                self.claim.end_with(&record);
+                TransactionEnd::Committed
             }
             Committed::EndedByHand => {
                 self.leave_tombstone().await;
-                return TransactionEnd::EndedByHand;
+                TransactionEnd::EndedByHand
             }
-            Committed::RolledBack(error) => TransactionEnd::RolledBack(error),
+            Committed::RolledBack(error) => {
+                self.failed(&error);
+                TransactionEnd::RolledBack(error)
+            }
             Committed::Failed(error) => TransactionEnd::Failed(error),
-            Committed::Unknown(error) => TransactionEnd::Unknown(error),
-        };
-        if let TransactionEnd::RolledBack(error) | TransactionEnd::Unknown(error) = &end {
-            shared.failed(&key, Operation::Complete, error);
+            Committed::Unknown(error) => {
+                self.failed(&error);
+                TransactionEnd::Unknown(error)
+            }
         }
-        end
     }
 
     /// Ends it without a trace: a retry runs. Says whether that could be done: an operation that has ended its transaction itself leaves a
@@ -362,8 +214,8 @@ impl TransactionClaim {
         match rolled_back {
             RolledBack::EndedByHand => self.leave_tombstone().await,
             RolledBack::Yes => {
-                let slot = &self.slot.0;
-                slot.shared.options.emit(&Event::Released { key: slot.key });
+                let key = self.claim.key();
+                self.claim.shared.emit(&Event::Released { key });
             }
         }
         rolled_back
@@ -371,24 +223,13 @@ impl TransactionClaim {
 
     /// What the operation has committed by hand can't be undone, so it must not run again.
     async fn leave_tombstone(&mut self) {
-        let tombstone = self.new.committed_by_hand();
-        let NewTransaction { token, ttl, .. } = self.new;
-        let (shared, key) = (self.slot.0.shared.clone(), self.slot.0.key);
-        let stored = shared.storage.complete(&key, token, &tombstone, ttl);
-        match shared.limited(stored).await {
-            Ok(Held::Yes) => self.end_with(&tombstone),
-            Ok(Held::Lost) => {}
-            Err(error) => shared.failed(&key, Operation::Complete, &error),
-        }
+        let tombstone = Outcome::Tombstone(TombstoneReason::HandlerFailed);
+        let _ = self.claim.finish(tombstone).await;
     }
 
-    fn end_with(&mut self, record: &Record) {
-        let Some(claim) = self.claim.take() else {
-            return;
-        };
-        let slot = &self.slot.0;
-        keeper::tell_observers(&slot.shared, &slot.key, self.since, record, Held::Yes);
-        claim.end_with(record);
+    fn failed(&self, error: &StorageError) {
+        let Claim { shared, .. } = &self.claim;
+        shared.failed(&self.claim.key(), Operation::Complete, error);
     }
 
     /// Closes the slot. `None`: the operation has not given the transaction back.
@@ -507,26 +348,23 @@ impl TransactionSlot {
     /// If it is lent already, or is one of another database.
     pub fn take<DB: TransactionDatabase>(&self) -> Result<KeyTransaction<DB>, NotLent> {
         let mut state = self.state();
-        match std::mem::replace(&mut state.place, Place::Lent) {
-            Place::Here(transaction) => {
-                if !(&*transaction as &dyn Any).is::<DB::Transaction>() {
-                    state.place = Place::Here(transaction);
-                    return Err(NotLent::OtherDatabase);
-                }
-                let any: Box<dyn Any> = transaction;
-                match any.downcast() {
-                    Ok(transaction) => Ok(KeyTransaction {
-                        transaction: Some(transaction),
-                        slot: self.clone(),
-                    }),
-                    Err(_) => Err(NotLent::OtherDatabase),
-                }
-            }
+        let lent = match std::mem::replace(&mut state.place, Place::Lent) {
+            Place::Here(lent) if (&*lent as &dyn Any).is::<DB::Transaction>() => lent,
             other => {
+                let not_lent = match &other {
+                    Place::Here(_) => NotLent::OtherDatabase,
+                    Place::Lent | Place::Closed => NotLent::Taken,
+                };
                 state.place = other;
-                Err(NotLent::Taken)
+                return Err(not_lent);
             }
-        }
+        };
+        let lent: Box<dyn Any> = lent;
+        let transaction = lent.downcast().map_err(|_| NotLent::OtherDatabase)?;
+        Ok(KeyTransaction {
+            transaction: Some(transaction),
+            slot: self.clone(),
+        })
     }
 
     fn give_back(&self, transaction: Box<dyn Transaction>) {
@@ -541,14 +379,14 @@ impl TransactionSlot {
     }
 
     async fn expired(&self) {
-        let options = &self.0.shared.options;
+        let shared = &self.0.shared;
         loop {
             let changed = self.0.changed.notified();
             let deadline = self.state().deadline;
-            match deadline.map(|deadline| deadline.saturating_sub(options.now())) {
+            match deadline.map(|deadline| deadline.saturating_sub(shared.now())) {
                 Some(Duration::ZERO) => return,
                 Some(left) => {
-                    select(pin!(options.env.sleep(left)), pin!(changed)).await;
+                    select(pin!(shared.config.env.sleep(left)), pin!(changed)).await;
                 }
                 None => changed.await,
             }
@@ -594,7 +432,7 @@ impl<DB: TransactionDatabase> KeyTransaction<DB> {
     /// The last recovery point that this operation has reached, in this attempt or in one before; `None` if it is at its start.
     #[must_use]
     pub fn recovery_point(&self) -> Option<&str> {
-        self.shared().recovery_point()
+        self.transaction.as_ref()?.recovery_point()
     }
 
     /// Commits what was written so far, together with `point`, and opens the next phase.
@@ -628,12 +466,12 @@ impl<DB: TransactionDatabase> KeyTransaction<DB> {
             number,
             ..
         } = &*slot.0;
-        let options = &shared.options;
-        let transaction = self.exclusive();
-        transaction.end_phase(point, options.lease()).await?;
+        // There is one until this is dropped.
+        let transaction = self.transaction.as_mut().ok_or(PhaseError::Lost)?;
+        transaction.end_phase(point, shared.lease()).await?;
         slot.set_deadline(None);
-        let now = options.now();
-        let hold_limit = options.lock.longest_hold();
+        let now = shared.now();
+        let hold_limit = shared.config.lock.longest_hold();
         let _ = shared.runs.change(*token, |run| {
             run.hold(now, run.since.saturating_add(hold_limit));
         });
@@ -644,7 +482,7 @@ impl<DB: TransactionDatabase> KeyTransaction<DB> {
             return Err(PhaseError::Lost);
         }
         if let Some(transactions) = &shared.transactions {
-            let deadline = options.now().saturating_add(transactions.max_duration());
+            let deadline = shared.now().saturating_add(transactions.max_duration());
             slot.set_deadline(Some(deadline));
         }
         transaction.begin_phase().await?;
@@ -657,33 +495,25 @@ impl<DB: TransactionDatabase> KeyTransaction<DB> {
     pub fn keep_writes(&mut self) {
         self.slot.0.keeps_writes.store(true, Ordering::Relaxed);
     }
-
-    #[expect(clippy::expect_used, reason = "it is taken by `drop` alone")]
-    fn shared(&self) -> &DB::Transaction {
-        self.transaction
-            .as_ref()
-            .expect("a transaction until it is dropped")
-    }
-
-    #[expect(clippy::expect_used, reason = "it is taken by `drop` alone")]
-    fn exclusive(&mut self) -> &mut DB::Transaction {
-        self.transaction
-            .as_mut()
-            .expect("a transaction until it is dropped")
-    }
 }
 
 impl<DB: TransactionDatabase> Deref for KeyTransaction<DB> {
     type Target = DB::Connection;
 
+    #[expect(clippy::expect_used, reason = "it is taken by `drop` alone")]
     fn deref(&self) -> &DB::Connection {
-        self.shared()
+        self.transaction
+            .as_ref()
+            .expect("a transaction until it is dropped")
     }
 }
 
 impl<DB: TransactionDatabase> DerefMut for KeyTransaction<DB> {
+    #[expect(clippy::expect_used, reason = "it is taken by `drop` alone")]
     fn deref_mut(&mut self) -> &mut DB::Connection {
-        self.exclusive()
+        self.transaction
+            .as_mut()
+            .expect("a transaction until it is dropped")
     }
 }
 

@@ -22,7 +22,7 @@ const WAIT_FAILED_PAUSE: Duration = Duration::from_millis(50);
 impl Shared {
     /// Takes a place under `max_waiting`, if there is one.
     pub(super) fn start_waiting(&self, key: &EncodedKey) -> Option<Waiting<'_>> {
-        let since = self.options.now();
+        let since = self.now();
         if !self.runs.start_waiting() {
             return None;
         }
@@ -30,7 +30,7 @@ impl Shared {
             shared: self,
             since,
         };
-        self.options.emit(&Event::Waiting { key: *key });
+        self.emit(&Event::Waiting { key: *key });
         Some(waiting)
     }
 
@@ -43,7 +43,7 @@ impl Shared {
     ) -> Option<Record> {
         let is_local = waiter.is_local();
         let woken = pin!(waiter.woken());
-        let over = pin!(self.options.env.sleep(limit));
+        let over = pin!(self.config.env.sleep(limit));
         if is_local {
             return outcome_of(select(woken, over).await);
         }
@@ -52,7 +52,7 @@ impl Shared {
             if let Err(error) = self.storage.wait(key, limit).await {
                 self.failed(key, Operation::Wait, &error);
                 // The caller asks the storage again, but not in a tight loop.
-                self.options.env.sleep(WAIT_FAILED_PAUSE).await;
+                self.config.env.sleep(WAIT_FAILED_PAUSE).await;
             }
         });
         outcome_of(select(woken, select(elsewhere, over)).await)
@@ -90,7 +90,7 @@ pub(super) struct Waiting<'a> {
 
 impl Waiting<'_> {
     pub(super) fn waited(&self) -> Duration {
-        self.shared.options.now().saturating_sub(self.since)
+        self.shared.now().saturating_sub(self.since)
     }
 }
 

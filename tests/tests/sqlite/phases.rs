@@ -9,11 +9,12 @@ use std::{
 
 use idempotency_axum::{
     Begin, BeginTransaction, Committed, Config, Decision, Encoded, Engine, Entry, Env, Fingerprint,
-    Held, KeyTransaction, LockPolicy, NewTransaction, PhaseError, Progress, Ran, Refusal,
-    SqliteStorage, SqliteTransaction, Storage, StorageErrorKind, Token, Transaction, Writes,
+    Held, KeyTransaction, LockPolicy, NewTransaction, Operation, PhaseError, Progress, Ran,
+    Refusal, SqliteStorage, SqliteTransaction, Storage, StorageErrorKind, Token, Transaction,
+    Writes,
     sqlx::{self, Executor as _, Sqlite, SqliteConnection},
 };
-use idempotency_tests::{PATIENCE, sqlite::SqliteFile};
+use idempotency_tests::{FaultyStorage, PATIENCE, sqlite::SqliteFile};
 use tokio::time::timeout;
 
 use super::{KEY, LONG, answer, claim, key, record_of};
@@ -283,6 +284,28 @@ async fn a_recovery_point_outlives_its_lease() {
     assert!(matches!(committed, Committed::Yes), "{committed:?}");
     assert_eq!(record_of(&storage, &KEY).await, Some(answer("done")));
     assert_eq!(file.number(POINTS).await, 0);
+}
+
+#[tokio::test]
+async fn a_plain_begin_at_an_abandoned_point_asks_at_a_bounded_pace() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    let (_file, storage) = shop().await;
+    let (env, clock) = Env::simulated(7);
+    let storage = storage.env(env);
+    let mut transaction = begin(&storage, &new_transaction(PRINT)).await;
+    transaction.end_phase("ordered", LEASE).await.unwrap();
+    drop(transaction);
+    clock.advance(LEASE);
+
+    let storage = FaultyStorage::new(storage);
+    let config = Config::default().lock(LockPolicy::default().timeout(LIMIT));
+    let engine = Engine::new(storage.clone(), config);
+    let Decision::Refuse(refused) = timeout(PATIENCE, engine.begin(&ENCODED)).await.unwrap() else {
+        panic!("the key is left to an operation in a transaction");
+    };
+    assert_eq!(refused.refusal, Refusal::InFlight);
+    let begins = storage.calls(Operation::Begin);
+    assert!((2..10).contains(&begins), "{begins}");
 }
 
 #[tokio::test]
