@@ -1,32 +1,42 @@
 //! Claims and records in Redis, for any number of processes.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use redis::aio::ConnectionLike;
+use futures_util::FutureExt as _;
+use redis::{Client, Cmd, aio::ConnectionLike};
 
 use self::{
-    commands::{Mode, milliseconds},
+    commands::{
+        Commands, Mode, bytes_of, command, milliseconds, refuses_writes, storage_error, unexpected,
+    },
     connect::{RedisConnect, Replicas},
+    connector::{Sentinels, with_tcp},
+    layout::Stored,
     prefix::Prefix,
-    server::Server,
+    reconnecting::Reconnecting,
+    scripts::Script,
+    source::NotifySource,
+    waits::Waits,
 };
 use crate::{
-    Begin, EncodedKey, Entry, Held, NewClaim, Record, Storage, StorageError, StorageErrorKind,
+    Begin, EncodedKey, Entry, Env, Held, NewClaim, Record, Storage, StorageError, StorageErrorKind,
     Token,
 };
 
 mod cluster;
 pub(crate) mod commands;
 pub(crate) mod connect;
+mod connector;
 mod layout;
-mod maker;
 pub(crate) mod prefix;
 mod reconnecting;
 mod scripts;
-pub(crate) mod server;
 mod source;
 mod waits;
+
+/// How long a command may take.
+const DEFAULT_LIMIT: Duration = Duration::from_secs(1);
 
 /// Keeps claims and records in Redis 7 or newer, or Valkey: any number of processes, one execution. Clones share the connection.
 ///
@@ -46,7 +56,9 @@ mod waits;
 #[derive(Clone)]
 #[must_use]
 pub struct RedisStorage {
-    server: Server,
+    pub(crate) commands: Commands,
+    waits: Arc<Waits>,
+    prefix: Prefix,
     replicas: Option<Replicas>,
 }
 
@@ -93,7 +105,7 @@ impl RedisStorage {
     ///
     /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
     pub fn connect(location: impl AsRef<str>) -> RedisConnect<Self> {
-        RedisConnect::new(location.as_ref(), prefix(), Self::of)
+        RedisConnect::new(location.as_ref(), prefix(), |storage| storage)
     }
 
     /// A storage that sends its commands through `connection`: a `ConnectionManager`, a `ClusterConnection`, or anything else of the crate
@@ -122,7 +134,8 @@ impl RedisStorage {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self::of(Server::through(connection, prefix()), None)
+        let commands = Commands::new(connection.clone(), connection, DEFAULT_LIMIT);
+        Self::over(commands, NotifySource::none())
     }
 
     /// A storage in the master that sentinels name. They are asked when the first command is sent, and again when the connection
@@ -144,11 +157,22 @@ impl RedisStorage {
     ///
     /// A failover can lose claims and records that the replica has not received yet: see [`wait_replicas`](Self::wait_replicas).
     pub fn sentinel(client: redis::sentinel::SentinelClient) -> Self {
-        Self::of(Server::behind_sentinels(client, prefix()), None)
+        let sentinels = Sentinels::new(client);
+        let source = NotifySource::Master(sentinels.clone());
+        let connect = move || sentinels.clone().connect().boxed();
+        let connection = Reconnecting::new(Arc::new(connect), Env::system());
+        let background = connection.apart();
+        let commands = Commands::new(connection, background, DEFAULT_LIMIT);
+        Self::over(commands, source)
     }
 
-    fn of(server: Server, replicas: Option<Replicas>) -> Self {
-        Self { server, replicas }
+    fn over(commands: Commands, source: NotifySource) -> Self {
+        Self {
+            waits: Arc::new(Waits::new(commands.clone(), source)),
+            commands,
+            prefix: prefix(),
+            replicas: None,
+        }
     }
 
     /// The prefix of all keys: the name of the key is `prefix`, a colon, and the encoded key in hex. Default: `idempotency`, of
@@ -157,16 +181,22 @@ impl RedisStorage {
     /// Storages of different prefixes share nothing. Two services that share a Redis need different ones: with the same prefix a key
     /// that a client sent to one may be answered by the other.
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.server = self.server.prefixed(prefix.as_ref());
+        self.prefix = self.prefix.chosen(prefix.as_ref());
         self
+    }
+
+    /// The same, with keys of another kind.
+    pub(crate) fn with_prefix(self, prefix: Prefix) -> Self {
+        Self { prefix, ..self }
     }
 
     /// The server that notifies waiting requests of the end of a claim, for a storage made by [`new`](Self::new). It gets one
     /// connection while a request waits. In a Cluster any node will do. Default: none; waiting requests then poll, first after 20 ms,
     /// at last every 500 ms. [`connect`](Self::connect) sets it.
-    pub fn subscriber(mut self, client: redis::Client) -> Self {
-        self.server = self.server.told_by(client);
-        self
+    pub fn subscriber(self, client: Client) -> Self {
+        // It was opened before, so it can be opened again.
+        let client = Client::open(with_tcp(client.get_connection_info())).unwrap_or(client);
+        self.notified_by(NotifySource::Any(vec![client]))
     }
 
     /// How long a command may take; then it fails with [`StorageErrorKind::Timeout`]. Default: 1 s.
@@ -174,7 +204,13 @@ impl RedisStorage {
     /// The engine has a limit of its own, [`Config::storage_timeout`](crate::Config::storage_timeout), and so may a connection that was
     /// given to [`new`](Self::new): the shortest one counts.
     pub fn time_limit(mut self, limit: Duration) -> Self {
-        self.server = self.server.limited(limit);
+        self.commands.limit = limit;
+        let source = self.waits.source().clone();
+        self.notified_by(source)
+    }
+
+    fn notified_by(mut self, source: NotifySource) -> Self {
+        self.waits = Arc::new(Waits::new(self.commands.clone(), source));
         self
     }
 
@@ -191,39 +227,72 @@ impl RedisStorage {
         self
     }
 
-    /// Reads kind and token: the version that compare-and-delete checks.
-    async fn first_bytes(&self, key: &EncodedKey) -> Result<Bytes, StorageError> {
-        let mut range = self.server.command("GETRANGE", key, 3);
-        range.arg(0).arg(17);
-        match self.server.bytes(&range).await {
-            Err(error) if error.kind() == StorageErrorKind::Unreadable => {
-                Ok(Bytes::from_static(scripts::NOT_BYTES.as_bytes()))
-            }
-            bytes => Ok(bytes?.unwrap_or_default()),
+    /// A command on `key`, with room for what else it is about.
+    pub(crate) fn command(&self, name: &str, key: &EncodedKey, bytes: usize) -> Cmd {
+        let key = self.prefix.name(key);
+        let mut command = command(name, 8, key.len() + bytes);
+        command.arg(key);
+        command
+    }
+
+    /// The bytes that a command returns, if there are any.
+    pub(crate) async fn bytes(&self, command: &Cmd) -> Result<Option<Bytes>, StorageError> {
+        let answer = self.commands.ask(command, Mode::Repeatable).await;
+        bytes_of(answer.map_err(storage_error)?)
+    }
+
+    /// Runs a script that returns whether the token held the key.
+    async fn held(
+        &self,
+        script: &Script,
+        key: &EncodedKey,
+        arguments: &[&[u8]],
+        mode: Mode,
+    ) -> Result<Held, StorageError> {
+        let key = self.prefix.name(key);
+        match self.commands.run(script, &key, arguments, mode).await? {
+            scripts::DONE => Ok(Held::Yes),
+            scripts::NOT_HELD => Ok(Held::Lost),
+            scripts::FOREIGN => Err(layout::foreign()),
+            _ => Err(unexpected()),
         }
     }
 
-    /// Waits until `count` replicas have the claim that was made over the connection of this age. If they do not have it in time, the
-    /// claim is released.
+    /// Sets `key` to `claim` if it does not exist, and returns the existing value otherwise. One command, or two if Redis refuses
+    /// to write.
+    async fn claim(
+        &self,
+        key: &EncodedKey,
+        claim: &NewClaim,
+    ) -> Result<Option<Stored>, StorageError> {
+        let mut set = self.command("SET", key, 96);
+        set.arg(layout::claim(claim)).arg("NX").arg("GET");
+        set.arg("PX").arg(milliseconds(claim.lease));
+        let found = match self.commands.ask(&set, Mode::Repeatable).await {
+            // On OOM, MISCONF (its disk) and NOREPLICAS, `SET` fails before it checks existence.
+            Err(refused) if refuses_writes(&refused) => {
+                let get = self.command("GET", key, 0);
+                let found = Box::pin(self.bytes(&get)).await?;
+                Some(found.ok_or_else(|| storage_error(refused))?)
+            }
+            answer => bytes_of(answer.map_err(storage_error)?)?,
+        };
+        found.map(layout::read).transpose()
+    }
+
+    /// Waits until `count` replicas have the claim of `token`. If they do not have it in time, the claim is released.
     async fn wait_for_replicas(
         &self,
         key: &EncodedKey,
         token: Token,
-        age: u64,
-        count: u32,
-        timeout: Duration,
-    ) -> Result<Replicated, StorageError> {
+        (count, timeout): Replicas,
+    ) -> Result<(), StorageError> {
         let mut wait = redis::cmd("WAIT");
         wait.arg(count).arg(milliseconds(timeout));
-        let failed = match self.server.commands.ask(&wait, Mode::Once).await {
-            Ok(redis::Value::Int(reached)) if reached >= i64::from(count) => {
-                return Ok(match self.server.commands.age() == age {
-                    true => Replicated::Yes,
-                    false => Replicated::OverAnotherConnection,
-                });
-            }
+        let failed = match self.commands.ask(&wait, Mode::Once).await {
+            Ok(redis::Value::Int(reached)) if reached >= i64::from(count) => return Ok(()),
             Ok(_) => StorageError::unavailable("too few replicas have the claim"),
-            Err(error) => error.into(),
+            Err(error) => storage_error(error),
         };
         // Where this fails too, the claim ends with its lease.
         let _ = Box::pin(self.release(key, token)).await;
@@ -231,20 +300,12 @@ impl RedisStorage {
     }
 }
 
-/// Whether a claim has reached the replicas.
-#[must_use]
-enum Replicated {
-    Yes,
-    /// The connection that sent the claim is gone. `WAIT` on a new one, which has written nothing, returns at once.
-    OverAnotherConnection,
-}
-
 impl Storage for RedisStorage {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
         // The claim of this token, or the connection, may end between the steps, so there is a second try.
         for _ in 0..2 {
-            let age = self.server.commands.age();
-            if let Some(found) = self.server.claim(key, claim).await? {
+            let age = self.replicas.map(|_| self.commands.age());
+            if let Some(found) = self.claim(key, claim).await? {
                 match found.entry {
                     Entry::Completed(record) => return Ok(Begin::Completed(record)),
                     Entry::Claimed { .. } if found.token == claim.token => {
@@ -265,13 +326,13 @@ impl Storage for RedisStorage {
                     }
                 }
             }
-            let Some((count, timeout)) = self.replicas else {
+            let Some(replicas) = self.replicas else {
                 return Ok(Begin::Acquired);
             };
-            let replicated = self.wait_for_replicas(key, claim.token, age, count, timeout);
-            match Box::pin(replicated).await? {
-                Replicated::Yes => return Ok(Begin::Acquired),
-                Replicated::OverAnotherConnection => {}
+            Box::pin(self.wait_for_replicas(key, claim.token, replicas)).await?;
+            // A new connection has written nothing, so `WAIT` on it returns at once.
+            if age == Some(self.commands.age()) {
+                return Ok(Begin::Acquired);
             }
         }
         Err(StorageError::unavailable(
@@ -290,7 +351,7 @@ impl Storage for RedisStorage {
         let completed = async |script, record| {
             let value = layout::record(token, record);
             let arguments = [&token.as_bytes()[..], &value, ttl.as_bytes()];
-            let completed = self.server.held(script, key, &arguments, Mode::Repeatable);
+            let completed = self.held(script, key, &arguments, Mode::Repeatable);
             completed.await
         };
         let error = match completed(&scripts::COMPLETE, record).await {
@@ -308,16 +369,21 @@ impl Storage for RedisStorage {
         token: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
-        self.server.renew(key, token, lease).await
+        let lease = milliseconds(lease).to_string();
+        let arguments = [&token.as_bytes()[..], lease.as_bytes()];
+        self.held(&scripts::RENEW, key, &arguments, Mode::Repeatable)
+            .await
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        self.server.release(key, token).await
+        let arguments = [&token.as_bytes()[..]];
+        self.held(&scripts::RELEASE, key, &arguments, Mode::Once)
+            .await
     }
 
     async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        let get = self.server.command("GET", key, 0);
-        let found = self.server.bytes(&get).await?.map(layout::read);
+        let get = self.command("GET", key, 0);
+        let found = self.bytes(&get).await?.map(layout::read);
         Ok(found.transpose()?.map(|found| found.entry))
     }
 
@@ -329,9 +395,7 @@ impl Storage for RedisStorage {
     ) -> Result<(), StorageError> {
         let ttl = milliseconds(ttl).to_string();
         let arguments = [&record.encode()[..], ttl.as_bytes()];
-        let replaced = self
-            .server
-            .held(&scripts::REPLACE, key, &arguments, Mode::Repeatable);
+        let replaced = self.held(&scripts::REPLACE, key, &arguments, Mode::Repeatable);
         // It makes no difference whether there was a record.
         let _ = replaced.await?;
         Ok(())
@@ -340,13 +404,22 @@ impl Storage for RedisStorage {
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
         const TRIES: usize = 3;
 
+        let name = self.prefix.name(key);
+        // Kind and token: the version that compare-and-delete checks.
+        let mut range = self.command("GETRANGE", key, 3);
+        range.arg(0).arg(17);
         for _ in 0..TRIES {
-            let seen = self.first_bytes(key).await?;
+            let seen = match self.bytes(&range).await {
+                Err(error) if error.kind() == StorageErrorKind::Unreadable => {
+                    scripts::NOT_BYTES.into()
+                }
+                seen => seen?.unwrap_or_default(),
+            };
+            let arguments = [&seen[..]];
             let removed = self
-                .server
-                .run(&scripts::REMOVE, key, &[&seen], Mode::Repeatable)
-                .await?;
-            match removed {
+                .commands
+                .run(&scripts::REMOVE, &name, &arguments, Mode::Repeatable);
+            match removed.await? {
                 scripts::DONE => return Ok(true),
                 scripts::CHANGED => {}
                 // Removed meanwhile, perhaps by an earlier attempt of this call.
@@ -358,8 +431,9 @@ impl Storage for RedisStorage {
         ))
     }
 
+    /// Returns when `key` has no claim, or after `timeout`. A release wakes one waiter, and soon more if the key stays free.
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.server.wait(key, timeout).await
+        self.waits.wait(&self.prefix.name(key), timeout).await
     }
 }
 
@@ -370,8 +444,8 @@ fn prefix() -> Prefix {
 impl fmt::Debug for RedisStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisStorage")
-            .field("prefix", &self.server.prefix)
-            .field("time_limit", &self.server.commands.limit)
+            .field("prefix", &self.prefix)
+            .field("time_limit", &self.commands.limit)
             .field("wait_replicas", &self.replicas)
             .finish_non_exhaustive()
     }
@@ -383,13 +457,13 @@ mod tests {
 
     use std::{
         collections::VecDeque,
-        sync::{Arc, Mutex, atomic::AtomicU64, atomic::Ordering::SeqCst},
+        sync::{Mutex, atomic::AtomicU64, atomic::Ordering::SeqCst},
     };
 
     use futures_util::future::{BoxFuture, ready};
     use redis::{Cmd, RedisResult, Value};
 
-    use super::{commands::Commands, reconnecting::Connection, source::NotifySource, *};
+    use super::{reconnecting::Connection, *};
 
     /// Gives these answers, and counts as another connection after the command of this name.
     #[derive(Clone)]
@@ -449,9 +523,8 @@ mod tests {
                 ends_after,
                 age: Arc::new(AtomicU64::new(1)),
             };
-            let commands = Commands::new(script.clone(), Server::DEFAULT_LIMIT);
-            let server = Server::new(commands, NotifySource::none(), prefix());
-            let storage = RedisStorage::of(server, None);
+            let commands = Commands::new(script.clone(), script.clone(), DEFAULT_LIMIT);
+            let storage = RedisStorage::over(commands, NotifySource::none());
             let storage = storage.wait_replicas(1, Duration::from_millis(100));
             let key = EncodedKey::from_bytes([7; 32]);
             let begun = storage.begin(&key, &claim).await;

@@ -4,26 +4,21 @@
 //! node is silent. Here a silent node delays only its own commands. That is simple because each of our commands has one key.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
+    future::ready,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use futures_util::{
-    FutureExt as _, StreamExt as _,
-    future::{BoxFuture, Shared, join_all},
-    stream::FuturesUnordered,
-};
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use redis::{
-    Arg, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, RedisError, RedisResult,
-    ServerErrorKind, Value,
+    Arg, Client, Cmd, ConnectionAddr, ConnectionInfo, ErrorKind, FromRedisValue as _, RedisError,
+    RedisResult, ServerErrorKind, Value, cluster::NodeAddress,
 };
-use tokio::sync::oneshot;
 
 use super::{
-    commands::{pairs, text},
-    maker::One,
-    reconnecting::{Connection, Reconnecting, gone},
+    connector::gone,
+    reconnecting::{Connection, Question, Reconnecting},
 };
 use crate::Env;
 
@@ -44,107 +39,78 @@ const MOMENT: Duration = Duration::from_millis(50);
 
 /// A connection to each node. Clones share the connections.
 #[derive(Clone)]
-pub(super) struct Cluster(Arc<Inner>);
-
-struct Inner {
+pub(super) struct Cluster {
     /// User, password and TLS of all nodes.
-    settings: ConnectionInfo,
+    settings: Arc<ConnectionInfo>,
     /// The nodes that `connect` was given.
-    named: Vec<Address>,
+    named: Arc<[NodeAddress]>,
     /// Time limit of connecting, and of asking one node for the slots.
     limit: Duration,
     env: Env,
     /// `std`'s lock, because sections are short and never await.
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
+    /// When the owners were refreshed. The caller that refreshes them has the lock, and the others wait for it.
+    refreshed_at: Arc<tokio::sync::Mutex<Option<Duration>>>,
 }
-
-/// Host and port.
-type Address = (String, u16);
-
-type Node = Arc<Reconnecting<One>>;
 
 #[derive(Default)]
 struct State {
     owners: Owners,
-    nodes: HashMap<Address, Node>,
-    refresh: Option<Refresh>,
+    nodes: HashMap<NodeAddress, Node>,
 }
 
-/// A refresh of the slots' owners, which all commands that need it share.
-struct Refresh {
-    since: Duration,
-    done: Shared<BoxFuture<'static, ()>>,
-}
+/// Which node owns which slot. Empty as long as no node has told.
+type Owners = Vec<Option<NodeAddress>>;
 
-/// Which node owns which slot.
-#[derive(Clone)]
-struct Owners {
-    addresses: Vec<Address>,
-    /// For each slot an index into `addresses`; out of range if the owner is not known.
-    slots: Vec<usize>,
-}
+type Node = Arc<Reconnecting>;
 
 impl Cluster {
-    /// The Cluster of these nodes, at least one. Other nodes get the settings of the first.
+    /// The Cluster of these nodes. Other nodes get the settings of the first.
     pub(super) fn new(named: &[ConnectionInfo], limit: Duration, env: Env) -> RedisResult<Self> {
         let Some(settings) = named.first().cloned() else {
-            return Err(invalid("no node of the Cluster is named"));
+            return Err(gone("no node of the Cluster is named"));
         };
-        let named = named
-            .iter()
-            .filter_map(|info| match info.addr() {
-                ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } => {
-                    Some((host.clone(), *port))
-                }
-                _ => None,
-            })
-            .collect::<Vec<_>>();
-        if named.is_empty() {
-            return Err(invalid(
-                "the nodes of a Cluster are reached by host and port, not by a unix socket",
-            ));
-        }
-        Ok(Self(Arc::new(Inner {
-            settings,
-            named,
+        // A node is reached by host and port, not by a unix socket.
+        let named = named.iter().map(|info| NodeAddress::try_from(info.addr()));
+        Ok(Self {
+            settings: Arc::new(settings),
+            named: named.collect::<RedisResult<_>>()?,
             limit,
             env,
-            state: Mutex::default(),
-        })))
+            state: Arc::default(),
+            refreshed_at: Arc::default(),
+        })
     }
 
     /// The same Cluster with connections of its own, for another runtime.
     pub(super) fn apart(&self) -> Self {
-        let inner = &*self.0;
         let state = State {
-            owners: inner.state().owners.clone(),
-            ..State::default()
+            owners: self.state().owners.clone(),
+            nodes: HashMap::new(),
         };
-        Self(Arc::new(Inner {
-            settings: inner.settings.clone(),
-            named: inner.named.clone(),
-            limit: inner.limit,
-            env: inner.env.clone(),
-            state: Mutex::new(state),
-        }))
+        Self {
+            state: Arc::new(Mutex::new(state)),
+            refreshed_at: Arc::default(),
+            ..self.clone()
+        }
     }
 
     /// The masters, after a refresh.
-    pub(super) async fn masters(&self) -> RedisResult<Vec<Client>> {
+    pub(super) async fn masters(&self) -> RedisResult<Vec<Node>> {
         let owners = self.find_owners().await?;
-        let masters = owners.masters();
-        self.0.state().replace(owners, &self.0.named);
-        masters.iter().map(|master| self.0.client(master)).collect()
+        let masters = masters(&owners);
+        self.replace(owners);
+        masters.iter().map(|master| self.node(master)).collect()
     }
 
-    /// Sends `command` to the node that owns the slot of its key.
-    async fn ask(&self, command: &Cmd, patience: Duration) -> RedisResult<Value> {
+    /// Sends `command` to the node that owns the slot of its key, and follows redirections.
+    async fn follow(&self, command: &Cmd, patience: Duration) -> RedisResult<Value> {
         let Some(key) = key_of(command) else {
-            return self.ask_masters(command, patience).await;
+            // `WAIT` says nothing without the connection of the claim.
+            let what = "`wait_replicas` is for one server with replicas, not for a Cluster";
+            return Err((ErrorKind::InvalidClientConfig, what).into());
         };
         let slot = slot_of(key);
-        // If the call is dropped, its node may be gone.
-        let mut doubt = Doubt(Some(self));
         let mut to = match self.owner(slot) {
             Some(owner) => owner,
             None => {
@@ -155,157 +121,142 @@ impl Cluster {
         };
         let mut is_asking = false;
         for _ in 0..REDIRECTIONS {
-            let node = self.0.node(&to)?;
-            let answer = node.answer(command, is_asking, patience).await;
+            let answer = self.node(&to)?.answer(command, is_asking, patience).await;
             let Err(error) = answer else {
-                doubt.0 = None;
                 return answer;
             };
             match error.kind() {
                 ErrorKind::Server(kind @ (ServerErrorKind::Moved | ServerErrorKind::Ask)) => {
                     is_asking = kind == ServerErrorKind::Ask;
-                    let Some(other) = redirection(&error, &to) else {
-                        self.refreshed().await;
-                        match self.owner(slot) {
-                            Some(owner) if !is_asking && owner != to => to = owner,
-                            _ => return Err(error),
-                        }
-                        continue;
-                    };
-                    if !is_asking {
-                        self.0.state().owners.set(slot, &other);
-                        self.refresh();
-                    }
-                    to = other;
                 }
                 // The slot may have a new owner. The caller sends the command again.
                 ErrorKind::Io | ErrorKind::Server(ServerErrorKind::ClusterDown) => {
                     self.refreshed().await;
-                    doubt.0 = None;
                     return Err(error);
                 }
-                _ => {
-                    doubt.0 = None;
-                    return Err(error);
-                }
+                _ => return Err(error),
             }
+            to = match redirection(&error, &to) {
+                Some(other) => {
+                    if !is_asking {
+                        if let Some(owner) = self.state().owners.get_mut(slot) {
+                            *owner = Some(other.clone());
+                        }
+                        self.refresh();
+                    }
+                    other
+                }
+                None => {
+                    self.refreshed().await;
+                    let owner = self.owner(slot).filter(|owner| !is_asking && *owner != to);
+                    owner.ok_or(error)?
+                }
+            };
         }
         Err(gone("the slot of the key moves faster than it is followed"))
     }
 
-    /// Sends `command` to all masters, and fails if one of them fails.
-    async fn ask_masters(&self, command: &Cmd, patience: Duration) -> RedisResult<Value> {
-        if word(command, 0) != Some(b"SCRIPT") {
-            // `WAIT` says nothing without the connection of the claim.
-            return Err(invalid(
-                "`wait_replicas` is for one server with replicas, not for a Cluster",
-            ));
-        }
-        let masters = self.0.state().owners.masters();
-        let answers = masters.iter().map(|master| async {
-            let node = self.0.node(master)?;
-            node.send(command, patience).await
-        });
-        let answers: RedisResult<Vec<Value>> = join_all(answers).await.into_iter().collect();
-        Ok(answers?.pop().unwrap_or(Value::Nil))
+    fn owner(&self, slot: usize) -> Option<NodeAddress> {
+        self.state().owners.get(slot)?.clone()
     }
 
-    fn owner(&self, slot: usize) -> Option<Address> {
-        self.0.state().owners.of(slot).cloned()
-    }
-
-    /// Begins to refresh the owners of the slots, unless a refresh is fresh or under way. Returns a future of its end.
-    fn refresh(&self) -> Option<Shared<BoxFuture<'static, ()>>> {
-        let inner = &*self.0;
-        let now = inner.env.now();
-        let mut state = inner.state();
-        if let Some(refresh) = &state.refresh {
-            let age = now.saturating_sub(refresh.since);
-            // `peek` would not see an end that no caller has polled.
-            let is_over = refresh.done.clone().now_or_never().is_some();
-            // The runtime of a late one may stand still.
-            let lasts = if is_over {
-                FRESH
-            } else {
-                inner.limit.saturating_mul(3)
-            };
-            if age < lasts {
-                return Some(refresh.done.clone());
-            }
-        }
-        let spawner = inner.env.spawner()?;
-        let (tell, told) = oneshot::channel::<()>();
-        let done = told.map(drop).boxed().shared();
-        state.refresh = Some(Refresh {
-            since: now,
-            done: done.clone(),
-        });
-        // A runtime that shuts down drops the task at once.
-        drop(state);
-        let cluster = Self(self.0.clone());
-        spawner.spawn(async move {
-            if let Ok(owners) = cluster.find_owners().await {
-                cluster.0.state().replace(owners, &cluster.0.named);
-            }
-            // Perhaps nobody waits for it.
-            let _ = tell.send(());
-        });
-        Some(done)
-    }
-
+    /// Refreshes the owners of the slots, unless that was done just now.
     async fn refreshed(&self) {
-        if let Some(done) = self.refresh() {
-            done.await;
+        // The runtime of the caller that has the lock may stand still.
+        let patience = self.limit.saturating_mul(3);
+        let mut last = self.env.within(patience, self.refreshed_at.lock()).await;
+        let since = last.as_ref().and_then(|last| **last);
+        if since.is_some_and(|since| self.env.now().saturating_sub(since) < FRESH) {
+            return;
+        }
+        if let Ok(owners) = self.find_owners().await {
+            self.replace(owners);
+        }
+        if let Some(last) = &mut last {
+            **last = Some(self.env.now());
+        }
+    }
+
+    /// Refreshes the owners of the slots in a task.
+    fn refresh(&self) {
+        if let Some(spawner) = self.env.spawner() {
+            let cluster = self.clone();
+            spawner.spawn(async move { cluster.refreshed().await });
         }
     }
 
     async fn find_owners(&self) -> RedisResult<Owners> {
         // Whether connected to or not. Under the names that were given some may be there twice, and would have two votes.
-        let known = self.0.state().owners.masters();
+        let known = masters(&self.state().owners);
         match self.owners_from(known).await {
             Ok(owners) => Ok(owners),
-            Err(_) => self.owners_from(self.0.named.clone()).await,
+            Err(_) => self.owners_from(self.named.iter().cloned().collect()).await,
         }
     }
 
     /// Asks all these nodes at once. The majority of the first answers decides, because a node that is cut off from the others returns
     /// former owners.
-    async fn owners_from(&self, nodes: Vec<Address>) -> RedisResult<Owners> {
-        let inner = &*self.0;
+    async fn owners_from(&self, nodes: HashSet<NodeAddress>) -> RedisResult<Owners> {
         let mut question = redis::cmd("CLUSTER");
         question.arg("SLOTS");
         let question = &question;
         let answers = nodes.into_iter().map(|address| async move {
-            let node = inner.node(&address)?;
-            let asked = node.send(question, inner.limit);
-            let answer = inner.env.within(inner.limit, asked).await;
+            let node = self.node(&address)?;
+            let asked = node.send(question, self.limit);
+            let answer = self.env.within(self.limit, asked).await;
             let answer = answer.unwrap_or_else(|| Err(gone("a node of the Cluster is silent")))?;
-            Owners::read(answer, &address.0)
+            read_owners(answer, address.host())
                 .ok_or_else(|| gone("a node of the Cluster knows of no slot"))
         });
         let mut answers: FuturesUnordered<_> = answers.collect();
-        let mut told = Vec::new();
-        let mut failure = None;
-        while told.is_empty() {
+        let mut failure = gone("no node of the Cluster is known");
+        let first = loop {
             match answers.next().await {
-                Some(Ok(owners)) => told.push(owners),
-                Some(Err(error)) => failure = Some(error),
-                None => {
-                    let nobody = || gone("no node of the Cluster is known");
-                    return Err(failure.unwrap_or_else(nobody));
-                }
-            }
-        }
-        let others = async {
-            while told.len() < VOTES
-                && let Some(answer) = answers.next().await
-            {
-                told.extend(answer);
+                Some(Ok(owners)) => break owners,
+                Some(Err(error)) => failure = error,
+                None => return Err(failure),
             }
         };
+        let mut told = vec![first];
+        let others = answers.filter_map(|answer| ready(answer.ok()));
+        let others = others.take(VOTES - 1).for_each(|owners| {
+            told.push(owners);
+            ready(())
+        });
         // Those that are not heard by then have no vote.
-        let _ = inner.env.within(MOMENT, others).await;
-        Ok(Owners::agreed(told))
+        let _ = self.env.within(MOMENT, others).await;
+        Ok(agreed(&told))
+    }
+
+    fn replace(&self, owners: Owners) {
+        let masters = masters(&owners);
+        let mut state = self.state();
+        state.owners = owners;
+        // The other nodes have left the Cluster.
+        state
+            .nodes
+            .retain(|address, _| masters.contains(address) || self.named.contains(address));
+    }
+
+    fn node(&self, address: &NodeAddress) -> RedisResult<Node> {
+        let mut state = self.state();
+        if let Some(node) = state.nodes.get(address) {
+            return Ok(node.clone());
+        }
+        let mut to = self.settings.addr().clone();
+        if let ConnectionAddr::Tcp(host, port) | ConnectionAddr::TcpTls { host, port, .. } = &mut to
+        {
+            (*host, *port) = (address.host().to_owned(), address.port());
+        }
+        let client = Client::open((*self.settings).clone().set_addr(to))?;
+        let node = Arc::new(Reconnecting::to(client, self.limit, self.env.clone()));
+        state.nodes.insert(address.clone(), node.clone());
+        Ok(node)
+    }
+
+    /// Nothing under this lock panics, so a poisoned one is whole.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -315,172 +266,89 @@ impl Connection for Cluster {
         command: &'a Cmd,
         patience: Duration,
     ) -> BoxFuture<'a, RedisResult<Value>> {
-        self.ask(command, patience).boxed()
-    }
-}
-
-impl Inner {
-    /// Nothing under this lock panics, so a poisoned one is whole.
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn client(&self, (host, port): &Address) -> RedisResult<Client> {
-        let mut address = self.settings.addr().clone();
-        if let ConnectionAddr::Tcp(h, p)
-        | ConnectionAddr::TcpTls {
-            host: h, port: p, ..
-        } = &mut address
-        {
-            (*h, *p) = (host.clone(), *port);
+        async move {
+            // If the call is dropped, its node may be gone.
+            let question = Question::new(|| self.refresh());
+            let answer = self.follow(command, patience).await;
+            question.answered();
+            answer
         }
-        Client::open(self.settings.clone().set_addr(address))
-    }
-
-    fn node(&self, address: &Address) -> RedisResult<Node> {
-        let mut state = self.state();
-        if let Some(node) = state.nodes.get(address) {
-            return Ok(node.clone());
-        }
-        let one = One(self.client(address)?, self.limit);
-        let node = Arc::new(Reconnecting::new(one, self.env.clone()));
-        state.nodes.insert(address.clone(), node.clone());
-        Ok(node)
+        .boxed()
     }
 }
 
-impl State {
-    fn replace(&mut self, owners: Owners, named: &[Address]) {
-        self.owners = owners;
-        // The other nodes have left the Cluster.
-        let owners = &self.owners.addresses;
-        self.nodes
-            .retain(|address, _| owners.contains(address) || named.contains(address));
-    }
+fn masters(owners: &Owners) -> HashSet<NodeAddress> {
+    let runs = owners.chunk_by(|owner, next| owner == next);
+    runs.filter_map(|run| run.first()?.clone()).collect()
 }
 
-impl Default for Owners {
-    fn default() -> Self {
-        Self {
-            addresses: Vec::new(),
-            slots: vec![usize::MAX; SLOTS],
-        }
-    }
-}
-
-impl Owners {
-    /// Reads the answer to `CLUSTER SLOTS`; `None` if it has no slot. An empty host means the node that was asked.
-    fn read(answer: Value, asked: &str) -> Option<Self> {
-        let mut owners = Self::default();
-        let Value::Array(ranges) = answer else {
+/// Reads the answer to `CLUSTER SLOTS`; `None` if it has no slot. An empty host means the node that was asked.
+fn read_owners(answer: Value, asked: &str) -> Option<Owners> {
+    let text = |value: &Value| String::from_redis_value_ref(value).ok();
+    let mut owners = vec![None; SLOTS];
+    for range in Vec::<Vec<Value>>::from_redis_value(answer).ok()? {
+        let [
+            Value::Int(first),
+            Value::Int(last),
+            Value::Array(master),
+            ..,
+        ] = &range[..]
+        else {
             return None;
         };
-        for range in ranges {
-            let Value::Array(range) = range else {
-                return None;
-            };
-            let [
-                Value::Int(first),
-                Value::Int(last),
-                Value::Array(master),
-                ..,
-            ] = &range[..]
-            else {
-                return None;
-            };
-            let [host, Value::Int(port), ..] = &master[..] else {
-                return None;
-            };
+        let [host, Value::Int(port), ..] = &master[..] else {
+            return None;
+        };
+        let host = match text(host) {
             // A node whose name is not known tells its address, unless it does not know that either.
-            let ip = || pairs(master.get(3)?).remove("ip");
-            let host = match text(host) {
-                Some(NAMELESS) => ip(),
-                host => host.map(str::to_owned),
-            };
-            let host = host.filter(|host| !host.is_empty());
-            let host = host.unwrap_or_else(|| asked.to_owned());
-            let master = (host, u16::try_from(*port).ok()?);
-            let [first, last] = [first, last].map(|slot| usize::try_from(*slot).ok());
-            for slot in first?..=last?.min(SLOTS - 1) {
-                owners.set(slot, &master);
+            Some(host) if host == NAMELESS => {
+                let more = HashMap::<String, String>::from_redis_value_ref(master.get(3)?);
+                more.ok()?.remove("ip")
             }
-        }
-        (!owners.addresses.is_empty()).then_some(owners)
+            host => host,
+        };
+        let host = host.filter(|host| !host.is_empty());
+        let port = u16::try_from(*port).ok()?;
+        let master = NodeAddress::new(host.as_deref().unwrap_or(asked), port);
+        let [first, last] = [first, last].map(|slot| usize::try_from(*slot).ok());
+        let slots = first?..=last?.min(SLOTS - 1);
+        owners.get_mut(slots)?.fill(Some(master));
     }
-
-    /// For each slot the owner that most answers name; in a tie the one named first.
-    fn agreed(mut told: Vec<Self>) -> Self {
-        if told.len() == 1 {
-            return told.remove(0);
-        }
-        let mut agreed = Self::default();
-        for slot in 0..SLOTS {
-            let named = || told.iter().filter_map(|owners| owners.of(slot));
-            let votes = |owner: &Address| named().filter(|other| *other == owner).count();
-            // In a tie `max_by_key` returns the last.
-            if let Some(owner) = named().rev().max_by_key(|owner| votes(owner)) {
-                agreed.set(slot, owner);
-            }
-        }
-        agreed
-    }
-
-    fn of(&self, slot: usize) -> Option<&Address> {
-        self.addresses.get(*self.slots.get(slot)?)
-    }
-
-    fn set(&mut self, slot: usize, owner: &Address) {
-        let known = self.addresses.iter().position(|address| address == owner);
-        let place = known.unwrap_or_else(|| {
-            self.addresses.push(owner.clone());
-            self.addresses.len() - 1
-        });
-        if let Some(slot) = self.slots.get_mut(slot) {
-            *slot = place;
-        }
-    }
-
-    fn masters(&self) -> Vec<Address> {
-        self.addresses.clone()
-    }
+    owners.iter().any(Option::is_some).then_some(owners)
 }
 
-/// A command without an answer yet. If it is dropped, the owners are refreshed.
-struct Doubt<'a>(Option<&'a Cluster>);
-
-impl Drop for Doubt<'_> {
-    fn drop(&mut self) {
-        if let Some(cluster) = self.0.take() {
-            cluster.refresh();
-        }
-    }
+/// For each slot the owner that most answers name; in a tie the one named first.
+fn agreed(told: &[Owners]) -> Owners {
+    let agreed = (0..SLOTS).map(|slot| {
+        let named = || told.iter().filter_map(|owners| owners[slot].as_ref());
+        let votes = |owner: &NodeAddress| named().filter(|other| *other == owner).count();
+        // In a tie `max_by_key` returns the last.
+        named().rev().max_by_key(|owner| votes(owner)).cloned()
+    });
+    agreed.collect()
 }
 
 /// The node that a `MOVED` or `ASK` error names.
-fn redirection(error: &RedisError, from: &Address) -> Option<Address> {
+fn redirection(error: &RedisError, from: &NodeAddress) -> Option<NodeAddress> {
     let (to, _) = error.redirect_node()?;
     let (host, port) = to.rsplit_once(':')?;
     let host = match host {
-        "" => &from.0,
+        "" => from.host(),
         NAMELESS => return None,
         host => host,
     };
-    Some((host.to_owned(), port.parse().ok()?))
+    Some(NodeAddress::new(host, port.parse().ok()?))
 }
 
 fn key_of(command: &Cmd) -> Option<&[u8]> {
-    let at = match word(command, 0)? {
-        b"EVAL" | b"EVALSHA" => 3,
-        b"SCRIPT" | b"WAIT" => return None,
-        _ => 1,
-    };
-    word(command, at)
-}
-
-fn word(command: &Cmd, at: usize) -> Option<&[u8]> {
-    match command.args_iter().nth(at)? {
+    let word = |at| match command.args_iter().nth(at)? {
         Arg::Simple(word) => Some(word),
         _ => None,
+    };
+    match word(0)? {
+        b"EVAL" | b"EVALSHA" => word(3),
+        b"WAIT" => None,
+        _ => word(1),
     }
 }
 
@@ -507,10 +375,6 @@ fn tag_of(key: &[u8]) -> Option<&[u8]> {
     tail.get(..close).filter(|tag| !tag.is_empty())
 }
 
-fn invalid(what: &'static str) -> RedisError {
-    (ErrorKind::InvalidClientConfig, what).into()
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
@@ -534,7 +398,7 @@ mod tests {
     /// A node that tells of owners, and of nothing else.
     struct Teller {
         listener: TcpListener,
-        address: Address,
+        address: NodeAddress,
         asked: Arc<AtomicU32>,
     }
 
@@ -544,14 +408,18 @@ mod tests {
             let port = listener.local_addr().unwrap().port();
             Self {
                 listener,
-                address: ("127.0.0.1".to_owned(), port),
+                address: NodeAddress::new("127.0.0.1", port),
                 asked: Arc::default(),
             }
         }
 
         /// Says that `owner` has all slots, once `is_its_turn`. Says when it has said so.
-        fn tell(self, owner: &Address, mut is_its_turn: watch::Receiver<bool>) -> Arc<AtomicU32> {
-            let (host, port) = owner;
+        fn tell(
+            self,
+            owner: &NodeAddress,
+            mut is_its_turn: watch::Receiver<bool>,
+        ) -> Arc<AtomicU32> {
+            let (host, port) = (owner.host(), owner.port());
             let len = host.len();
             let owners =
                 format!("*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n${len}\r\n{host}\r\n:{port}\r\n");
@@ -577,11 +445,11 @@ mod tests {
         }
     }
 
-    fn cluster(named: &[&Address], env: Env) -> Cluster {
+    fn cluster(named: &[&NodeAddress], env: Env) -> Cluster {
         let named: Vec<ConnectionInfo> = named
             .iter()
-            .map(|(host, port)| {
-                let client = Client::open(format!("redis://{host}:{port}")).unwrap();
+            .map(|address| {
+                let client = Client::open(format!("redis://{address}")).unwrap();
                 client.get_connection_info().clone()
             })
             .collect();
@@ -600,7 +468,7 @@ mod tests {
         let address = node.address.clone();
         let asked = node.tell(&address, at_once());
         let cluster = cluster(&[&address], env);
-        drop(cluster.refresh());
+        cluster.refresh();
         while cluster.owner(0).is_none() {
             yield_now().await;
         }
@@ -681,7 +549,7 @@ mod tests {
 
     #[test]
     fn redirections_lead_to_hosts_of_all_kinds() {
-        let asked = ("asked".to_owned(), 1);
+        let asked = NodeAddress::new("asked", 1);
         for (told, host) in [
             ("MOVED 7 n1:6380", Some("n1")),
             ("ASK 7 10.0.0.1:6380", Some("10.0.0.1")),
@@ -695,7 +563,7 @@ mod tests {
         ] {
             let answer = redis::parse_redis_value(format!("-{told}\r\n").as_bytes());
             let error = answer.and_then(Value::extract_error).unwrap_err();
-            let expected = host.map(|host| (host.to_owned(), 6380));
+            let expected = host.map(|host| NodeAddress::new(host, 6380));
             assert_eq!(redirection(&error, &asked), expected, "{told}");
         }
     }
@@ -710,14 +578,14 @@ mod tests {
             range(2, 2, node(Value::Nil, 2)),
             range(3, 20_000, node(Value::BulkString(b"n1".to_vec()), 1)),
         ]);
-        let owners = Owners::read(answer, "asked").unwrap_or_default();
-        let [one, two] = [("n1".to_owned(), 1), ("asked".to_owned(), 2)];
+        let owners = read_owners(answer, "asked").unwrap_or_default();
+        let [one, two] = [("n1", 1), ("asked", 2)].map(|(host, port)| NodeAddress::new(host, port));
         assert_eq!(
-            [0, 1, 2, 3].map(|slot| owners.of(slot)),
+            [0, 1, 2, 3].map(|slot| owners[slot].as_ref()),
             [Some(&one), Some(&one), Some(&two), Some(&one)]
         );
-        assert_eq!(owners.of(SLOTS - 1), Some(&one));
-        assert_eq!(owners.of(SLOTS), None);
+        assert_eq!(owners[SLOTS - 1].as_ref(), Some(&one));
+        assert_eq!(owners.get(SLOTS), None);
         // That of which the name is not known tells its address.
         let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
         let pair = || [text("ip"), text("::1")];
@@ -729,8 +597,8 @@ mod tests {
         ] {
             let node = vec![text("?"), Value::Int(1), text("id"), told];
             let answer = Value::Array(vec![range(0, 1, Value::Array(node))]);
-            let owners = Owners::read(answer, "asked").unwrap();
-            assert_eq!(owners.of(0), Some(&(host.to_owned(), 1)));
+            let owners = read_owners(answer, "asked").unwrap();
+            assert_eq!(owners[0], Some(NodeAddress::new(host, 1)));
         }
         for odd in [
             Value::Nil,
@@ -739,7 +607,7 @@ mod tests {
             Value::Array(vec![range(0, 1, node(Value::Nil, 70_000))]),
             Value::Array(vec![range(-1, 1, node(Value::Nil, 1))]),
         ] {
-            assert!(Owners::read(odd, "asked").is_none());
+            assert!(read_owners(odd, "asked").is_none());
         }
     }
 }

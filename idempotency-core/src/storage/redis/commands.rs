@@ -1,21 +1,24 @@
 //! Sends commands, each under a time limit.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value};
 
-use super::{reconnecting::Connection, scripts::Script};
+use super::{
+    reconnecting::{Connection, is_of_a_replica},
+    scripts::Script,
+};
 use crate::{Env, StorageError, StorageErrorKind};
 
 /// The connections of a storage, and the time limit of a command; clones share them.
 #[derive(Clone)]
 pub(crate) struct Commands {
     connection: Arc<dyn Connection>,
-    /// For calls on the background runtime, because the other connection stops with the runtime that made it. `None` if the user
-    /// made the connection.
-    background: Option<Arc<dyn Connection>>,
+    /// For calls on the background runtime, because the other connection stops with the runtime that made it. A clone if the
+    /// user made the connection.
+    background: Arc<dyn Connection>,
     pub(crate) limit: Duration,
     pub(crate) env: Env,
 }
@@ -33,34 +36,29 @@ pub(crate) enum Mode {
 }
 
 impl Commands {
-    /// Through one connection, wherever it is called.
-    pub(super) fn new(connection: impl Connection, limit: Duration) -> Self {
+    pub(super) fn new(
+        connection: impl Connection,
+        background: impl Connection,
+        limit: Duration,
+    ) -> Self {
         Self {
             connection: Arc::new(connection),
-            background: None,
+            background: Arc::new(background),
             limit,
             env: Env::system(),
         }
     }
 
-    /// With a connection of its own for what is called in the background.
-    pub(super) fn with_background(self, connection: impl Connection) -> Self {
-        Self {
-            background: Some(Arc::new(connection)),
-            ..self
-        }
-    }
-
     /// The connection for calls from here.
     fn connection(&self) -> &dyn Connection {
-        match &self.background {
-            Some(background) if Env::in_background() => &**background,
-            _ => &*self.connection,
+        match Env::in_background() {
+            true => &*self.background,
+            false => &*self.connection,
         }
     }
 
     /// The answer to `command`, within the time limit.
-    pub(crate) async fn ask(&self, command: &Cmd, mode: Mode) -> Result<Value, Failure> {
+    pub(crate) async fn ask(&self, command: &Cmd, mode: Mode) -> RedisResult<Value> {
         self.within_limit(self.send(command, mode)).await
     }
 
@@ -82,20 +80,9 @@ impl Commands {
                 answer => answer,
             }
         };
-        match self.within_limit(calls).await? {
+        match self.within_limit(calls).await.map_err(storage_error)? {
             Value::Int(answer) => Ok(answer),
             _ => Err(unexpected()),
-        }
-    }
-
-    /// Loads the scripts before they are needed. If that fails they are loaded on first use.
-    pub(super) async fn load(&self, scripts: &[&Script]) {
-        for script in scripts {
-            let mut command = redis::cmd("SCRIPT");
-            command.arg("LOAD").arg(&script.code);
-            if self.ask(&command, Mode::Repeatable).await.is_err() {
-                return;
-            }
         }
     }
 
@@ -117,12 +104,13 @@ impl Commands {
         }
     }
 
-    fn within_limit<T>(
+    fn within_limit(
         &self,
-        work: impl Future<Output = RedisResult<T>>,
-    ) -> impl Future<Output = Result<T, Failure>> {
+        work: impl Future<Output = RedisResult<Value>>,
+    ) -> impl Future<Output = RedisResult<Value>> {
+        let timeout = || Err(io::Error::from(io::ErrorKind::TimedOut).into());
         let answer = self.env.within(self.limit, work);
-        answer.map(|answer| answer.ok_or(Failure::Timeout)?.map_err(Failure::Redis))
+        answer.map(move |answer| answer.unwrap_or_else(timeout))
     }
 
     /// How often the connection that serves calls from here was made.
@@ -145,47 +133,23 @@ fn script_command(name: &str, script: &str, key: &str, arguments: &[&[u8]]) -> C
         .sum::<usize>();
     let words = 4 + arguments.len();
     let mut command = command(name, words, script.len() + 1 + key.len() + bytes);
-    command.arg(script).arg(1).arg(key);
-    for argument in arguments {
-        command.arg(*argument);
-    }
+    command.arg(script).arg(1).arg(key).arg(arguments);
     command
 }
 
-/// Why there is no answer.
-pub(crate) enum Failure {
-    Timeout,
-    Redis(RedisError),
+/// Whether the server refuses writes but may still serve reads: it has no memory, no disk or too few replicas, or the user has no
+/// right to write. A replica does not count, because its answers may be stale.
+pub(super) fn refuses_writes(error: &RedisError) -> bool {
+    let is_reply = matches!(error.kind(), ErrorKind::Server(_) | ErrorKind::Extension);
+    is_reply && !is_of_a_replica(error)
 }
 
-impl Failure {
-    /// Whether the server refuses writes but may still serve reads: it has no memory, no disk or too few replicas, or the user has no
-    /// right to write. A replica does not count, because its answers may be stale.
-    pub(super) fn is_refusal(&self) -> bool {
-        use ServerErrorKind::{MasterDown, ReadOnly};
-
-        match self {
-            Self::Redis(error) => match error.kind() {
-                ErrorKind::Server(kind) => ![ReadOnly, MasterDown].contains(&kind),
-                ErrorKind::Extension => true,
-                _ => false,
-            },
-            Self::Timeout => false,
-        }
-    }
-}
-
-impl From<Failure> for StorageError {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Timeout => Self::timeout(),
-            Failure::Redis(error) => match error.code() {
-                Some("WRONGTYPE") => Self::unreadable(error),
-                Some("OOM") => Self::new(StorageErrorKind::Full, NoMemory(error)),
-                _ if error.is_timeout() => Self::new(StorageErrorKind::Timeout, error),
-                _ => Self::unavailable(error),
-            },
-        }
+pub(crate) fn storage_error(error: RedisError) -> StorageError {
+    match error.code() {
+        Some("WRONGTYPE") => StorageError::unreadable(error),
+        Some("OOM") => StorageError::new(StorageErrorKind::Full, NoMemory(error)),
+        _ if error.is_timeout() => StorageError::new(StorageErrorKind::Timeout, error),
+        _ => StorageError::unavailable(error),
     }
 }
 
@@ -209,32 +173,6 @@ pub(crate) fn bytes_of(answer: Value) -> Result<Option<Bytes>, StorageError> {
         }
         _ => Err(unexpected()),
     }
-}
-
-/// An answer that is text.
-pub(super) fn text(answer: &Value) -> Option<&str> {
-    match answer {
-        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
-        Value::SimpleString(text) | Value::VerbatimString { text, .. } => Some(text),
-        _ => None,
-    }
-}
-
-/// Names and values that are text, of a map as either protocol gives it.
-pub(super) fn pairs(answer: &Value) -> HashMap<String, String> {
-    let flat: Vec<&Value> = match answer {
-        Value::Map(pairs) => pairs
-            .iter()
-            .flat_map(|(name, value)| [name, value])
-            .collect(),
-        Value::Array(flat) => flat.iter().collect(),
-        _ => Vec::new(),
-    };
-    let pairs = flat.chunks_exact(2).filter_map(|pair| {
-        let [name, value] = [pair[0], pair[1]].map(text);
-        Some((name?.to_owned(), value?.to_owned()))
-    });
-    pairs.collect()
 }
 
 /// A duration as Redis counts: whole milliseconds, at least one, at most a hundred years, so that no sum of it and the time of

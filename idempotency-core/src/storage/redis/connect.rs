@@ -1,25 +1,22 @@
 //! From a URL to a checked connection: the server's version, its role, and whether it may evict records.
 
-use std::{fmt, future::IntoFuture, time::Duration};
+use std::{fmt, time::Duration};
 
 use futures_util::future::{BoxFuture, join_all};
-use redis::{
-    Client, ConnectionInfo, IntoConnectionInfo as _, RedisError, aio::MultiplexedConnection,
-    io::tcp::TcpSettings,
-};
+use redis::{Client, ConnectionInfo, IntoConnectionInfo as _, RedisError, io::tcp::TcpSettings};
 
 use self::about::About;
 use super::{
+    DEFAULT_LIMIT,
     cluster::Cluster,
     commands::Commands,
-    maker::{self, One, tcp},
+    connector::tcp,
     prefix::Prefix,
     reconnecting::Reconnecting,
     scripts,
-    server::Server,
     source::{NotifySource, subscribing},
 };
-use crate::{Env, RedisCache, RedisLock, RedisStorage, StorageError};
+use crate::{Env, RedisCache, RedisLock, RedisStorage};
 
 mod about;
 mod error;
@@ -34,22 +31,18 @@ pub struct RedisConnect<T> {
     limit: Duration,
     prefix: Prefix,
     replicas: Option<Replicas>,
-    make: fn(Server, Option<Replicas>) -> T,
+    make: fn(RedisStorage) -> T,
 }
 
 /// How many replicas must have a claim, and how long that may take.
 pub(crate) type Replicas = (u32, Duration);
 
 impl<T> RedisConnect<T> {
-    pub(crate) fn new(
-        location: &str,
-        prefix: Prefix,
-        make: fn(Server, Option<Replicas>) -> T,
-    ) -> Self {
+    pub(crate) fn new(location: &str, prefix: Prefix, make: fn(RedisStorage) -> T) -> Self {
         Self {
             location: location.to_owned(),
             require_noeviction: false,
-            limit: Server::DEFAULT_LIMIT,
+            limit: DEFAULT_LIMIT,
             prefix,
             replicas: None,
             make,
@@ -67,6 +60,76 @@ impl<T> RedisConnect<T> {
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
+    }
+
+    /// Opens what the location names: one server, or the nodes of a Cluster with commas between.
+    async fn open(self) -> Result<T, RedisConnectError> {
+        let patience = self.limit.max(DEFAULT_LIMIT);
+        let env = Env::system();
+        if env.spawner().is_none() {
+            let error = "there is no tokio runtime to connect on";
+            return Err(RedisConnectError::unreachable(error));
+        }
+        #[cfg(feature = "redis-tls")]
+        provide_cryptography();
+        let nodes = nodes(&self.location, self.limit)?;
+        let clients = nodes.iter().map(subscribing).collect::<Result<_, _>>();
+        let source = NotifySource::Any(clients.map_err(RedisConnectError::url)?);
+
+        let (server, about) = first_that_answers(&nodes, patience).await?;
+        let commands = if about.runs_as("cluster") {
+            if self.replicas.is_some() {
+                return Err(RedisConnectError::new(
+                    RedisConnectErrorKind::Unsupported,
+                    "`wait_replicas` is for one server with replicas, and this is a Cluster: leave it out, or use one server or sentinels",
+                ));
+            }
+            let cluster = Cluster::new(&nodes, patience, env).map_err(RedisConnectError::url)?;
+            self.check_masters(&cluster, patience).await?;
+            let background = cluster.apart();
+            Commands::new(cluster, background, self.limit)
+        } else {
+            about.check(self.require_noeviction)?;
+            if nodes.len() > 1 {
+                // Whichever answers first would have the records.
+                return Err(RedisConnectError::new(
+                    RedisConnectErrorKind::NotACluster,
+                    "the servers that are named are no Cluster; name one of them, or use `RedisStorage::sentinel` to follow a master",
+                ));
+            }
+            let background = server.apart();
+            Commands::new(server, background, self.limit)
+        };
+        let mut storage = RedisStorage::over(commands, source).with_prefix(self.prefix);
+        storage.replicas = self.replicas;
+        Ok((self.make)(storage))
+    }
+
+    /// Checks all masters that can be asked.
+    async fn check_masters(
+        &self,
+        cluster: &Cluster,
+        patience: Duration,
+    ) -> Result<(), RedisConnectError> {
+        use RedisConnectErrorKind::Refused;
+
+        let masters = within(patience.saturating_mul(2), cluster.masters()).await?;
+        let masters = masters.map_err(RedisConnectError::connecting)?;
+        let answers = masters.iter().map(|master| ask(master, patience));
+        for answer in join_all(answers).await {
+            match answer {
+                Ok(about) => about.check(self.require_noeviction)?,
+                Err(error) if self.require_noeviction || error.kind() == Refused => {
+                    return Err(error);
+                }
+                Err(error) => tracing::warn!(
+                    target: "idempotency",
+                    error = ?std::error::Error::source(&error),
+                    "not every master of the Cluster could be asked whether it evicts records"
+                ),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -118,85 +181,8 @@ impl<T: 'static> IntoFuture for RedisConnect<T> {
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(self) -> Self::IntoFuture {
-        Box::pin(async move {
-            let server = open(&self).await?;
-            Ok((self.make)(server, self.replicas))
-        })
+        Box::pin(self.open())
     }
-}
-
-/// Opens what the location names: one server, or the nodes of a Cluster with commas between.
-async fn open<T>(connect: &RedisConnect<T>) -> Result<Server, RedisConnectError> {
-    let RedisConnect {
-        location,
-        require_noeviction,
-        limit,
-        prefix,
-        replicas,
-        make: _,
-    } = connect;
-    let (require_noeviction, limit) = (*require_noeviction, *limit);
-    let nodes = nodes(location, limit)?;
-    let patience = limit.max(Server::DEFAULT_LIMIT);
-    let env = Env::system();
-    if env.spawner().is_none() {
-        let error = "there is no tokio runtime to connect on";
-        return Err(RedisConnectError::unreachable(error));
-    }
-    #[cfg(feature = "redis-tls")]
-    provide_cryptography();
-    let clients = nodes.iter().map(subscribing).collect::<Result<_, _>>();
-    let source = NotifySource::Any(clients.map_err(RedisConnectError::url)?);
-
-    let (mut connection, client) = first_that_answers(&nodes, patience).await?;
-    let about = within(patience, About::server(&mut connection)).await??;
-    let commands = if about.is_cluster() {
-        if replicas.is_some() {
-            return Err(RedisConnectError::new(
-                RedisConnectErrorKind::Unsupported,
-                "`wait_replicas` is for one server with replicas, and this is a Cluster: leave it out, or use one server or sentinels",
-            ));
-        }
-        let cluster = Cluster::new(&nodes, patience, env).map_err(RedisConnectError::url)?;
-        let masters = within(patience.saturating_mul(2), cluster.masters()).await?;
-        let masters = masters.map_err(RedisConnectError::connecting)?;
-        for told in join_all(masters.iter().map(|master| ask(master, patience))).await {
-            match told {
-                Ok(about) => about.check(require_noeviction)?,
-                Err(error)
-                    if require_noeviction || error.kind() == RedisConnectErrorKind::Refused =>
-                {
-                    return Err(error);
-                }
-                Err(error) => tracing::warn!(
-                    target: "idempotency",
-                    error = ?std::error::Error::source(&error),
-                    "not every master of the Cluster could be asked whether it evicts records"
-                ),
-            }
-        }
-        Commands::new(cluster.clone(), limit).with_background(cluster.apart())
-    } else {
-        about.check(require_noeviction)?;
-        if nodes.len() > 1 {
-            // Whichever answers first would have the records.
-            return Err(RedisConnectError::new(
-                RedisConnectErrorKind::NotACluster,
-                "the servers that are named are no Cluster; name one of them, or use `RedisStorage::sentinel` to follow a master",
-            ));
-        }
-        let one = || Reconnecting::new(One(client.clone(), patience), env.clone());
-        Commands::new(one(), limit).with_background(one())
-    };
-    commands.load(&scripts::all()).await;
-    Ok(Server::new(commands, source, prefix.clone()))
-}
-
-/// Version and configuration of one server.
-async fn ask(client: &Client, limit: Duration) -> Result<About, RedisConnectError> {
-    let connected = maker::connect(client, limit).await;
-    let mut connection = connected.map_err(RedisConnectError::connecting)?;
-    within(limit, About::server(&mut connection)).await?
 }
 
 /// rustls panics on first use if a program depends on several providers and has installed none.
@@ -237,23 +223,32 @@ fn nodes(location: &str, limit: Duration) -> Result<Vec<ConnectionInfo>, RedisCo
 async fn first_that_answers(
     nodes: &[ConnectionInfo],
     limit: Duration,
-) -> Result<(MultiplexedConnection, Client), RedisConnectError> {
-    let mut failure: Option<RedisConnectError> = None;
+) -> Result<(Reconnecting, About), RedisConnectError> {
+    let mut failure = RedisConnectError::unreachable("no server is named");
     for node in nodes {
         let client = Client::open(node.clone()).map_err(RedisConnectError::url)?;
-        match maker::connect(&client, limit).await {
-            Ok(connection) => return Ok((connection, client)),
+        let server = Reconnecting::to(client, limit, Env::system());
+        match ask(&server, limit).await {
+            Ok(about) => return Ok((server, about)),
             // A refusal says more than a server that can't be reached.
-            Err(error) => {
-                let known = failure.filter(|error| error.kind() == RedisConnectErrorKind::Refused);
-                failure = known.or_else(|| Some(RedisConnectError::connecting(error)));
-            }
+            Err(_) if failure.kind() == RedisConnectErrorKind::Refused => {}
+            Err(error) => failure = error,
         }
     }
-    Err(failure.unwrap_or_else(|| RedisConnectError::unreachable("no server is named")))
+    Err(failure)
+}
+
+/// Version and configuration of a server, which also gets the scripts.
+async fn ask(server: &Reconnecting, limit: Duration) -> Result<About, RedisConnectError> {
+    let connected = within(limit, server.connection()).await?;
+    let mut connection = connected.map_err(RedisConnectError::connecting)?;
+    let about = within(limit, About::server(&mut connection)).await??;
+    // The first request is to take no longer than the others. A script that could not be loaded is loaded on first use.
+    let _ = within(limit, scripts::load(&mut connection)).await;
+    Ok(about)
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, RedisConnectError> {
     let done = Env::system().within(limit, work).await;
-    done.ok_or_else(|| RedisConnectError::unreachable(StorageError::timeout()))
+    done.ok_or_else(|| RedisConnectError::unreachable("it did not answer in time"))
 }

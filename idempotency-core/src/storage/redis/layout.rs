@@ -51,46 +51,43 @@ fn head(kind: [u8; 2], token: Token, rest: &[u8]) -> [u8; HEAD] {
 /// What [`claim`] or [`record`] made; a record is a part of `bytes`, not a copy.
 pub(super) fn read(bytes: Bytes) -> Result<Stored, StorageError> {
     let Some((&head, rest)) = bytes.split_first_chunk::<HEAD>() else {
-        return Err(unreadable("it is cut off within its first bytes"));
+        let cut = "it is cut off within its first bytes";
+        return Err(StorageError::unreadable(cut));
     };
     let [k0, k1, token @ .., c0, c1, c2, c3] = head;
-    let token = Token::from_bytes(token);
-    let sum = u32::from_be_bytes([c0, c1, c2, c3]);
-    let damaged = || unreadable("its checksum does not match, so it is damaged or cut");
-    let entry = match [k0, k1] {
-        CLAIM => {
-            if checksum(&head[..NAME], rest) != sum {
-                return Err(damaged());
-            }
-            let fingerprint = match (rest.len(), rest.first_chunk::<32>()) {
-                (0, _) => None,
-                (32, Some(print)) => Some(Fingerprint::from_bytes(*print)),
-                _ => return Err(unreadable("it is a claim of a wrong length")),
-            };
-            Entry::Claimed {
-                fingerprint,
-                lease_left: None,
-            }
-        }
-        RECORD => {
-            if checksum(&head[..NAME], &[]) != sum {
-                return Err(damaged());
-            }
-            Entry::Completed(Record::decode(bytes.slice(HEAD..))?)
-        }
+    let kind = [k0, k1];
+    let covered = match kind {
+        CLAIM => rest,
+        RECORD => &[],
         _ => return Err(foreign()),
     };
-    Ok(Stored { token, entry })
+    if checksum(&head[..NAME], covered) != u32::from_be_bytes([c0, c1, c2, c3]) {
+        let damaged = "its checksum does not match, so it is damaged or cut";
+        return Err(StorageError::unreadable(damaged));
+    }
+    let entry = if kind == RECORD {
+        Entry::Completed(Record::decode(bytes.slice(HEAD..))?)
+    } else {
+        let fingerprint = match (rest.len(), rest.first_chunk()) {
+            (0, _) => None,
+            (32, Some(print)) => Some(Fingerprint::from_bytes(*print)),
+            _ => return Err(StorageError::unreadable("it is a claim of a wrong length")),
+        };
+        Entry::Claimed {
+            fingerprint,
+            lease_left: None,
+        }
+    };
+    Ok(Stored {
+        token: Token::from_bytes(token),
+        entry,
+    })
 }
 
 pub(super) fn foreign() -> StorageError {
-    unreadable(
+    StorageError::unreadable(
         "it is neither a claim nor a record of version 1: a newer version of this library or another program uses the prefix",
     )
-}
-
-fn unreadable(reason: &'static str) -> StorageError {
-    StorageError::unreadable(reason)
 }
 
 fn checksum(name: &[u8], rest: &[u8]) -> u32 {

@@ -2,15 +2,12 @@
 
 use std::{
     fmt::{self, Write as _},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Arc, Once},
 };
 
 use crate::EncodedKey;
 
-/// What all keys of a storage, a lock or a cache begin with; clones share whether they have warned of the default.
+/// What all keys of a storage, a lock or a cache begin with.
 #[derive(Clone)]
 pub(crate) struct Prefix {
     text: Arc<str>,
@@ -18,52 +15,46 @@ pub(crate) struct Prefix {
     infix: &'static str,
     /// The method that chooses the prefix.
     setter: &'static str,
-    /// Whether the log has the warning. `None` where the prefix was chosen.
-    is_warned_of: Option<Arc<AtomicBool>>,
+    /// The warning of the default, which clones share. `None` where the prefix was chosen.
+    warning: Option<Arc<Once>>,
 }
 
 impl Prefix {
-    pub(crate) const DEFAULT: &str = "idempotency";
-
     /// The default, for keys with this infix. `setter` chooses another.
     pub(crate) fn new(infix: &'static str, setter: &'static str) -> Self {
         Self {
-            text: Self::DEFAULT.into(),
+            text: "idempotency".into(),
             infix,
             setter,
-            is_warned_of: Some(Arc::default()),
+            warning: Some(Arc::new(Once::new())),
         }
     }
 
     pub(crate) fn chosen(self, text: &str) -> Self {
         Self {
             text: text.into(),
-            is_warned_of: None,
+            warning: None,
             ..self
         }
     }
 
     /// The name of `key`. The first call warns if this is the default.
     pub(super) fn name(&self, key: &EncodedKey) -> String {
-        self.warn_if_default();
+        if let Some(warning) = &self.warning {
+            warning.call_once(|| {
+                tracing::warn!(
+                    target: "idempotency",
+                    prefix = &*self.text,
+                    setter = self.setter,
+                    "the keys in Redis begin with the default prefix: two services that share a Redis and keep it share their keys; choose one for each"
+                );
+            });
+        }
         let Self { text, infix, .. } = self;
         let mut name = String::with_capacity(text.len() + infix.len() + 64);
         // A `String` takes it all.
         let _ = write!(name, "{text}{infix}{key}");
         name
-    }
-
-    fn warn_if_default(&self) {
-        let is_new =
-            |warned: &Arc<AtomicBool>| !warned.load(Relaxed) && !warned.swap(true, Relaxed);
-        if self.is_warned_of.as_ref().is_some_and(is_new) {
-            tracing::warn!(
-                target: "idempotency",
-                prefix = &*self.text,
-                setter = self.setter,
-                "the keys in Redis begin with the default prefix: two services that share a Redis and keep it share their keys; choose one for each"
-            );
-        }
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::Duration,
@@ -16,14 +16,17 @@ use futures_util::{
     FutureExt as _,
     future::{BoxFuture, Shared},
 };
-use redis::{Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value, aio::ConnectionLike};
+use redis::{
+    Client, Cmd, ErrorKind, RedisError, RedisResult, ServerErrorKind, Value,
+    aio::{ConnectionLike, MultiplexedConnection},
+};
 use tokio::sync::{Semaphore, oneshot};
 
-use super::maker::Maker;
+use super::connector::{self, gone, outcome_of};
 use crate::Env;
 
-/// Time limit of a reconnect. Its maker has shorter limits of its own.
-const MAKING: Duration = Duration::from_secs(30);
+/// Time limit of a reconnect. A single attempt has shorter limits of its own.
+const CONNECTING: Duration = Duration::from_secs(30);
 
 /// The pauses after failed attempts to connect. The one after the last attempt keeps callers from retrying in a tight loop.
 const PAUSES: [Duration; 3] = [
@@ -63,14 +66,12 @@ pub(super) trait Connection: Send + Sync + 'static {
 }
 
 /// A connection of the user's, whose clones share it. It reconnects by itself, or not at all.
-pub(super) struct Own<C>(pub(super) C);
-
-impl<C> Connection for Own<C>
+impl<C> Connection for C
 where
     C: ConnectionLike + Clone + Send + Sync + 'static,
 {
     fn send<'a>(&'a self, command: &'a Cmd, _: Duration) -> BoxFuture<'a, RedisResult<Value>> {
-        let mut connection = self.0.clone();
+        let mut connection = self.clone();
         Box::pin(async move {
             let answer = connection.req_packed_command(command).await;
             answer.and_then(Value::extract_error)
@@ -78,28 +79,28 @@ where
     }
 }
 
-/// A connection that is made for the first command, and again when it is lost.
-pub(super) struct Reconnecting<M: Maker> {
-    maker: Arc<M>,
+/// A connection that is made for the first command, and again when it is lost. Clones of `C` share one connection.
+pub(super) struct Reconnecting<C = MultiplexedConnection> {
+    /// Opens a connection that leads to the same records as every other.
+    connect: Arc<Connect<C>>,
     env: Env,
     /// `std`'s lock, because sections are short and never await.
-    state: Mutex<State<M::Connection>>,
+    state: Mutex<State<C>>,
     /// A permit for each connection that was given up and stays open until its commands are answered.
     given_up: Arc<Semaphore>,
 }
 
+type Connect<C> = dyn Fn() -> BoxFuture<'static, RedisResult<C>> + Send + Sync;
+
 struct State<C> {
     /// How many attempts to connect there were.
     age: u64,
-    attempt: Option<Attempt<C>>,
-}
-
-/// One attempt to connect, which all callers share. It goes on when the callers that began it have run out of time.
-struct Attempt<C> {
+    /// When the last one began.
     since: Duration,
-    outcome: Outcome<C>,
+    outcome: Option<Outcome<C>>,
 }
 
+/// An attempt to connect, which all callers share. It goes on when the callers that began it have run out of time.
 type Outcome<C> = Shared<BoxFuture<'static, RedisResult<Arc<Live<C>>>>>;
 
 struct Live<C> {
@@ -108,88 +109,94 @@ struct Live<C> {
     since: Duration,
     /// How many commands in a row got no answer.
     unanswered: AtomicU32,
-    /// Closed when the runtime that drives the connection has ended.
-    runtime: Weak<()>,
-    /// Dropped when the connection is given up, which is what its task waits for.
-    _end: oneshot::Sender<()>,
+    /// A task on the runtime that drives the connection waits for its drop. It is closed when that runtime has ended.
+    end: oneshot::Sender<()>,
 }
 
-impl<M: Maker> Reconnecting<M> {
-    pub(super) fn new(maker: M, env: Env) -> Self {
+impl Reconnecting {
+    /// A connection to one server. An attempt to connect may take as long as `limit`.
+    pub(super) fn to(server: Client, limit: Duration, env: Env) -> Self {
+        let connect = move || connector::connect(server.clone(), limit).boxed();
+        Self::new(Arc::new(connect), env)
+    }
+}
+
+impl<C: ConnectionLike + Clone + Send + Sync + 'static> Reconnecting<C> {
+    /// A connection that `connect` opens.
+    pub(super) fn new(connect: Arc<Connect<C>>, env: Env) -> Self {
         Self {
-            maker: Arc::new(maker),
+            connect,
             env,
             state: Mutex::new(State {
                 age: 0,
-                attempt: None,
+                since: Duration::ZERO,
+                outcome: None,
             }),
             given_up: Arc::new(Semaphore::new(GIVEN_UP)),
         }
     }
 
-    async fn connected(&self) -> RedisResult<Arc<Live<M::Connection>>> {
+    /// Another connection to the same server, for another runtime.
+    pub(super) fn apart(&self) -> Self {
+        Self::new(self.connect.clone(), self.env.clone())
+    }
+
+    /// The connection itself, which may be given up later.
+    pub(super) async fn connection(&self) -> RedisResult<C> {
+        Ok(self.connected().await?.connection.clone())
+    }
+
+    async fn connected(&self) -> RedisResult<Arc<Live<C>>> {
         let outcome = {
             let mut state = self.state();
-            let outcome = state.attempt.as_ref().map(|attempt| &attempt.outcome);
-            match outcome.and_then(Shared::peek) {
-                Some(Ok(live)) if live.runtime.strong_count() > 0 => return Ok(live.clone()),
-                Some(_) => state.attempt = None,
+            match state.outcome.as_ref().and_then(Shared::peek) {
+                Some(Ok(live)) if !live.end.is_closed() => return Ok(live.clone()),
+                Some(_) => state.outcome = None,
                 None => {}
             }
-            self.connect(&mut state)?
+            self.connect(&mut state)
         };
         outcome.await
     }
 
     /// Joins the attempt that is under way, or begins one in a task, which goes on without callers.
-    fn connect(&self, state: &mut State<M::Connection>) -> RedisResult<Outcome<M::Connection>> {
+    fn connect(&self, state: &mut State<C>) -> Outcome<C> {
         let now = self.env.now();
-        if let Some(attempt) = &state.attempt
+        if let Some(outcome) = &state.outcome
             // Older ones don't count: their runtime may stand still.
-            && now.saturating_sub(attempt.since) < MAKING
+            && now.saturating_sub(state.since) < CONNECTING
         {
-            return Ok(attempt.outcome.clone());
+            return outcome.clone();
         }
-        let Some(spawner) = self.env.spawner() else {
-            return Err(gone("there is no tokio runtime to connect on"));
-        };
-        let (tell, told) = oneshot::channel();
-        let told = told.map(|told| told.unwrap_or_else(|_| Err(gone("the tokio runtime ended"))));
-        let outcome = told.boxed().shared();
-        state.age += 1;
-        state.attempt = Some(Attempt {
-            since: now,
-            outcome: outcome.clone(),
-        });
-        let age = state.age;
-        let (maker, env) = (self.maker.clone(), self.env.clone());
+        let (connect, env) = (self.connect.clone(), self.env.clone());
         let given_up = self.given_up.clone();
-        // A runtime that shuts down drops the task at once.
-        spawner.spawn(async move {
-            let made = env.within(MAKING, attempts(&*maker, &env)).await;
-            let made = made.unwrap_or_else(|| Err(gone("it takes too long to connect")));
-            drop(maker);
-            let kept = made.as_ref().ok().cloned();
-            let runtime = Arc::new(());
+        let age = state.age + 1;
+        let connects = async move {
+            let connected = env.within(CONNECTING, attempts(&*connect, &env)).await;
+            let connection = connected.ok_or_else(|| gone("it takes too long to connect"))??;
             let (end, ended) = oneshot::channel();
-            // Perhaps nobody waits for it any more.
-            let _ = tell.send(made.map(|connection| {
-                Arc::new(Live {
-                    connection,
-                    age,
-                    since: env.now(),
-                    unanswered: AtomicU32::new(0),
-                    runtime: Arc::downgrade(&runtime),
-                    _end: end,
-                })
-            }));
-            if let Some(connection) = kept {
-                let _ = ended.await;
-                last_answer(connection, &given_up, &env).await;
+            let live = Live {
+                connection: connection.clone(),
+                age,
+                since: env.now(),
+                unanswered: AtomicU32::new(0),
+                end,
+            };
+            if let Some(spawner) = env.spawner() {
+                spawner.spawn(async move {
+                    let _ = ended.await;
+                    last_answer(connection, &given_up, &env).await;
+                });
             }
-            drop(runtime);
-        });
-        Ok(outcome)
+            Ok(Arc::new(live))
+        };
+        let outcome = outcome_of(connects, self.env.spawner()).boxed().shared();
+        *state = State {
+            age,
+            since: now,
+            outcome: Some(outcome.clone()),
+        };
+        outcome
     }
 
     /// The answer to `command`, with `ASKING` before it from a node to which its slot is just being moved.
@@ -199,79 +206,64 @@ impl<M: Maker> Reconnecting<M> {
         is_asking: bool,
         patience: Duration,
     ) -> RedisResult<Value> {
-        let mut may_be_replica = true;
         loop {
             let live = self.connected().await?;
-            let mut question = Question {
-                connection: self,
-                live: &live,
+            let counts_from = match patience {
                 // Most calls have no patience, and need no clock.
-                until: (!patience.is_zero()).then(|| self.env.now().saturating_add(patience)),
-                is_answered: false,
+                Duration::ZERO => Duration::ZERO,
+                patience => self.env.now().saturating_add(patience),
             };
+            let question = Question::new(|| {
+                if self.env.now() >= counts_from
+                    && live.unanswered.fetch_add(1, Relaxed) + 1 >= UNANSWERED
+                {
+                    self.discard(&live, Duration::ZERO);
+                }
+            });
             let mut connection = live.connection.clone();
             let answer = match is_asking {
                 false => connection.req_packed_command(command).await,
                 true => Box::pin(ask(connection, command)).await,
             };
             let answer = answer.and_then(Value::extract_error);
-            question.is_answered = true;
-            let error = match answer {
-                Err(error) => error,
-                answer => {
-                    live.answered();
-                    return answer;
-                }
-            };
-            if !error.is_io_error() {
-                live.answered();
+            question.answered();
+            if let Err(error) = &answer
+                // The driver keeps a connection that the kernel has given up (`TimedOut`, `HostUnreachable`).
+                && (error.is_io_error() || error.is_unrecoverable_error())
+            {
+                self.discard(&live, Duration::ZERO);
+                return answer;
             }
-            if may_be_replica && is_of_a_replica(&error) && self.discard_replica(&live) {
-                // The replica refused the command, so it can be sent to the new master.
-                may_be_replica = false;
-                continue;
+            // Mostly it is zero, and reading shares its cache line.
+            if live.unanswered.load(Relaxed) > 0 {
+                live.unanswered.store(0, Relaxed);
             }
-            // The driver keeps a connection that the kernel has given up (`TimedOut`, `HostUnreachable`).
-            if error.is_io_error() || error.is_unrecoverable_error() {
-                self.discard(&live);
+            match answer {
+                // The replica refused the command, so it can be sent to the new master. If that one refuses it too, its connection
+                // is younger.
+                Err(error) if is_of_a_replica(&error) && self.discard(&live, REPLICA) => {}
+                answer => return answer,
             }
-            return Err(error);
         }
     }
 
-    /// Gives up a connection: the next command gets another one.
-    fn discard(&self, live: &Live<M::Connection>) {
+    /// Gives up a connection of at least this age. Returns whether the next command gets another one.
+    fn discard(&self, live: &Live<C>, age: Duration) -> bool {
         let mut state = self.state();
-        if state.age == live.age {
-            state.attempt = None;
+        let is_current = state.age == live.age;
+        if is_current && self.env.now().saturating_sub(live.since) >= age {
+            state.outcome = None;
         }
-    }
-
-    /// Gives up a connection to a replica if it is old enough. Returns whether the next command gets another one.
-    fn discard_replica(&self, live: &Live<M::Connection>) -> bool {
-        if self.env.now().saturating_sub(live.since) >= REPLICA {
-            self.discard(live);
-        }
-        let state = self.state();
-        state.age != live.age || state.attempt.is_none()
+        !is_current || state.outcome.is_none()
     }
 
     /// Nothing under this lock panics, so a poisoned one is whole.
-    fn state(&self) -> MutexGuard<'_, State<M::Connection>> {
+    fn state(&self) -> MutexGuard<'_, State<C>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<C> Live<C> {
-    fn answered(&self) {
-        // Mostly it is zero, and reading shares its cache line.
-        if self.unanswered.load(Relaxed) > 0 {
-            self.unanswered.store(0, Relaxed);
-        }
-    }
-}
-
-impl<M: Maker> Connection for Reconnecting<M> {
+impl<C: ConnectionLike + Clone + Send + Sync + 'static> Connection for Reconnecting<C> {
     fn send<'a>(
         &'a self,
         command: &'a Cmd,
@@ -285,25 +277,23 @@ impl<M: Maker> Connection for Reconnecting<M> {
     }
 }
 
-/// A command that was sent. Dropped without an answer, it counts as unanswered.
-struct Question<'a, M: Maker> {
-    connection: &'a Reconnecting<M>,
-    live: &'a Live<M::Connection>,
-    /// A command that is dropped earlier does not count.
-    until: Option<Duration>,
-    is_answered: bool,
+/// A command that was sent. If it is dropped without an answer, it calls a function.
+pub(super) struct Question<F: Fn()>(Option<F>);
+
+impl<F: Fn()> Question<F> {
+    pub(super) fn new(unanswered: F) -> Self {
+        Self(Some(unanswered))
+    }
+
+    pub(super) fn answered(mut self) {
+        self.0 = None;
+    }
 }
 
-impl<M: Maker> Drop for Question<'_, M> {
+impl<F: Fn()> Drop for Question<F> {
     fn drop(&mut self) {
-        let Self {
-            connection, live, ..
-        } = self;
-        if self.is_answered || self.until.is_some_and(|until| connection.env.now() < until) {
-            return;
-        }
-        if live.unanswered.fetch_add(1, Relaxed) + 1 >= UNANSWERED {
-            connection.discard(live);
+        if let Some(unanswered) = &self.0 {
+            unanswered();
         }
     }
 }
@@ -333,56 +323,50 @@ async fn last_answer(mut connection: impl ConnectionLike, given_up: &Semaphore, 
         .await;
 }
 
-async fn attempts<M: Maker>(maker: &M, env: &Env) -> RedisResult<M::Connection> {
-    let mut failure = None;
+async fn attempts<C>(connect: &Connect<C>, env: &Env) -> RedisResult<C> {
+    let mut failure = gone("there was no attempt to connect");
     for pause in PAUSES {
-        match maker.make().await {
+        match connect().await {
             Ok(connection) => return Ok(connection),
             // A refused password, for example: another attempt would not help.
             Err(error) if !error.is_io_error() => {
                 env.sleep(PAUSES[2]).await;
                 return Err(error);
             }
-            Err(error) => failure = Some(error),
+            Err(error) => failure = error,
         }
         env.sleep(pause).await;
     }
-    Err(failure.unwrap_or_else(|| gone("there was no attempt to connect")))
+    Err(failure)
 }
 
 /// A master that has become a replica keeps its connections and refuses writes.
-fn is_of_a_replica(error: &RedisError) -> bool {
+pub(super) fn is_of_a_replica(error: &RedisError) -> bool {
     use ServerErrorKind::{MasterDown, ReadOnly};
 
-    [ReadOnly, MasterDown]
-        .map(ErrorKind::Server)
-        .contains(&error.kind())
-}
-
-/// The error of a command that was not sent.
-pub(super) fn gone(what: &'static str) -> RedisError {
-    std::io::Error::new(std::io::ErrorKind::ConnectionRefused, what).into()
+    matches!(error.kind(), ErrorKind::Server(MasterDown | ReadOnly))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::future::pending;
+    use std::future::{pending, ready};
 
     use redis::{Pipeline, RedisFuture};
 
     use super::*;
 
-    /// Makes connections that never answer, and counts those that are open: each has a clone.
+    /// Every connection is a clone of `connection`.
+    fn over<C>(connection: C, env: Env) -> Reconnecting<C>
+    where
+        C: ConnectionLike + Clone + Send + Sync + 'static,
+    {
+        let connect = move || ready(Ok(connection.clone())).boxed();
+        Reconnecting::new(Arc::new(connect), env)
+    }
+
+    /// Connections that never answer, which count those that are open: each has a clone.
     #[derive(Clone)]
     struct Silent(#[expect(dead_code, reason = "its clones are counted")] Arc<()>);
-
-    impl Maker for Silent {
-        type Connection = Self;
-
-        async fn make(&self) -> RedisResult<Self> {
-            Ok(self.clone())
-        }
-    }
 
     impl ConnectionLike for Silent {
         fn req_packed_command<'a>(&'a mut self, _: &'a Cmd) -> RedisFuture<'a, Value> {
@@ -407,8 +391,8 @@ mod tests {
     async fn few_connections_that_were_given_up_stay_open_and_not_for_long() {
         let open = Arc::new(());
         let env = Env::system();
-        let connection = Reconnecting::new(Silent(open.clone()), env.clone());
-        // Without the maker's and this one.
+        let connection = over(Silent(open.clone()), env.clone());
+        // Without the one that is cloned and this one.
         let count = || Arc::strong_count(&open) - 2;
         let ping = redis::cmd("PING");
         let given_up = async |times: u32| {
@@ -432,17 +416,9 @@ mod tests {
         assert_eq!(count(), 0);
     }
 
-    /// Makes connections that the kernel gives up when something is sent.
+    /// Connections that the kernel gives up when something is sent.
     #[derive(Clone)]
     struct Cut;
-
-    impl Maker for Cut {
-        type Connection = Self;
-
-        async fn make(&self) -> RedisResult<Self> {
-            Ok(Self)
-        }
-    }
 
     impl ConnectionLike for Cut {
         fn req_packed_command<'a>(&'a mut self, _: &'a Cmd) -> RedisFuture<'a, Value> {
@@ -465,7 +441,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_that_the_kernel_gave_up_is_replaced() {
-        let connection = Reconnecting::new(Cut, Env::system());
+        let connection = over(Cut, Env::system());
         let ping = redis::cmd("PING");
         for age in 1..=2 {
             let sent = connection.send(&ping, Duration::ZERO).await;
@@ -478,7 +454,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_call_that_is_dropped_early_is_not_unanswered() {
         let env = Env::system();
-        let connection = Reconnecting::new(Silent(Arc::default()), env.clone());
+        let connection = over(Silent(Arc::default()), env.clone());
         let ping = redis::cmd("PING");
         for _ in 0..10 {
             let sent = connection.send(&ping, Duration::from_secs(1));

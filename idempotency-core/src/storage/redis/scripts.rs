@@ -6,6 +6,8 @@
 
 use std::sync::LazyLock;
 
+use redis::{RedisResult, aio::ConnectionLike};
+
 /// A script and its SHA-1, by which `EVALSHA` calls it.
 pub(super) struct Script {
     pub(super) code: String,
@@ -55,32 +57,26 @@ pub(super) static COMPLETE_SMALL: LazyLock<Script> =
     LazyLock::new(|| Script::new(&format!("#!lua flags=allow-oom\n{COMPLETE_CODE}")));
 
 /// Token, lease in milliseconds.
-pub(super) static RENEW: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
-        "\
+const RENEW_CODE: &str = "\
 if redis.call('GETRANGE', KEYS[1], 0, 17) ~= 'c1' .. ARGV[1] then return 0 end
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return 1
-",
-    )
-});
+";
+
+pub(super) static RENEW: LazyLock<Script> = LazyLock::new(|| Script::new(RENEW_CODE));
 
 /// Token.
-pub(super) static RELEASE: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
-        "\
+const RELEASE_CODE: &str = "\
 if redis.call('GETRANGE', KEYS[1], 0, 17) ~= 'c1' .. ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
 redis.pcall('PUBLISH', KEYS[1], 'one')
 return 1
-",
-    )
-});
+";
+
+pub(super) static RELEASE: LazyLock<Script> = LazyLock::new(|| Script::new(RELEASE_CODE));
 
 /// The encoded record, TTL in milliseconds. Keeps the token that completed the key, and the checksum of that.
-pub(super) static REPLACE: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
-        "\
+const REPLACE_CODE: &str = "\
 local head = redis.call('GETRANGE', KEYS[1], 0, 21)
 local kind = string.sub(head, 1, 2)
 if kind == 'r1' then
@@ -89,9 +85,9 @@ if kind == 'r1' then
 end
 if kind == 'c1' or (head == '' and redis.call('EXISTS', KEYS[1]) == 0) then return 0 end
 return -1
-",
-    )
-});
+";
+
+pub(super) static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(REPLACE_CODE));
 
 /// The first bytes that were read, or [`NOT_BYTES`]. Compares and deletes, so that it removes no newer claim or record.
 pub(super) static REMOVE: LazyLock<Script> = LazyLock::new(|| {
@@ -112,22 +108,21 @@ pub(super) const NOT_BYTES: &str = "not bytes";
 
 /// The rest of the claim's lease in milliseconds; [`FREE`]; or less if there is a record. A claim without an expiry, which somebody
 /// has persisted, has a minute left.
-pub(super) static LEASE_LEFT: LazyLock<Script> = LazyLock::new(|| {
-    Script::new(
-        "\
+const LEASE_LEFT_CODE: &str = "\
 local kind = redis.call('GETRANGE', KEYS[1], 0, 1)
 if kind == '' then return -1 end
 if kind ~= 'c1' then return -2 end
 local left = redis.call('PTTL', KEYS[1])
 if left < 0 then return 60000 end
 return left
-",
-    )
-});
+";
 
-/// All scripts, loaded by `connect`, so that the first request takes no longer than the others.
-pub(super) fn all() -> [&'static Script; 7] {
-    [
+pub(super) static LEASE_LEFT: LazyLock<Script> = LazyLock::new(|| Script::new(LEASE_LEFT_CODE));
+
+/// Loads all scripts.
+pub(super) async fn load(connection: &mut impl ConnectionLike) -> RedisResult<()> {
+    let mut load = redis::pipe();
+    for script in [
         &COMPLETE,
         &COMPLETE_SMALL,
         &RENEW,
@@ -135,7 +130,10 @@ pub(super) fn all() -> [&'static Script; 7] {
         &REPLACE,
         &REMOVE,
         &LEASE_LEFT,
-    ]
+    ] {
+        load.cmd("SCRIPT").arg("LOAD").arg(&script.code);
+    }
+    load.exec_async(connection).await
 }
 
 /// The message that wakes all waiters.

@@ -5,7 +5,7 @@ use redis::{
     aio::{PubSubSink, PubSubStream},
 };
 
-use super::{commands::Commands, maker::Sentinels};
+use super::{commands::Commands, connector::Sentinels};
 
 /// Where notifications of ended claims come from.
 #[derive(Clone)]

@@ -1,17 +1,16 @@
 //! Redis as a plain cache.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
 
 use bytes::Bytes;
-use redis::aio::ConnectionLike;
+use redis::{Cmd, aio::ConnectionLike};
 
 use crate::{
-    Cache, EncodedKey, StorageError,
+    Cache, EncodedKey, RedisStorage, StorageError,
     storage::redis::{
-        commands::{Mode, milliseconds},
+        commands::{Mode, milliseconds, storage_error},
         connect::RedisConnect,
         prefix::Prefix,
-        server::Server,
     },
 };
 
@@ -19,9 +18,9 @@ use crate::{
 ///
 /// With a [`RedisLock`](crate::RedisLock) it is what the original composes. A [`RedisStorage`](crate::RedisStorage) does the
 /// same in fewer round trips and promises more.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 #[must_use]
-pub struct RedisCache(Server);
+pub struct RedisCache(RedisStorage);
 
 impl RedisCache {
     /// Connects to the server or Cluster at `location`, as [`RedisStorage::connect`](crate::RedisStorage::connect) does.
@@ -30,7 +29,7 @@ impl RedisCache {
     ///
     /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
     pub fn connect(location: impl AsRef<str>) -> RedisConnect<Self> {
-        RedisConnect::new(location.as_ref(), prefix(), |server, _| Self(server))
+        RedisConnect::new(location.as_ref(), prefix(), Self)
     }
 
     /// A cache that asks through `connection`, of which clones share one connection. Claims are renewed and records stored
@@ -39,18 +38,23 @@ impl RedisCache {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self(Server::through(connection, prefix()))
+        Self(RedisStorage::new(connection).with_prefix(prefix()))
     }
 
     /// What the keys begin with: the name of the key is `prefix`, `:cache:` and the encoded key in hex. Default: `idempotency`, of
     /// which the log warns at the first look: two services that share a Redis need different ones.
     pub fn prefix(self, prefix: impl AsRef<str>) -> Self {
-        Self(self.0.prefixed(prefix.as_ref()))
+        Self(self.0.prefix(prefix))
     }
 
     /// How long a command may take. Default: 1 s.
     pub fn time_limit(self, limit: Duration) -> Self {
-        Self(self.0.limited(limit))
+        Self(self.0.time_limit(limit))
+    }
+
+    async fn ask(&self, command: &Cmd) -> Result<(), StorageError> {
+        let answer = self.0.commands.ask(command, Mode::Repeatable).await;
+        answer.map(drop).map_err(storage_error)
     }
 }
 
@@ -66,22 +70,10 @@ impl Cache for RedisCache {
     async fn set(&self, key: &EncodedKey, value: Bytes, ttl: Duration) -> Result<(), StorageError> {
         let mut set = self.0.command("SET", key, value.len() + 16);
         set.arg(&value[..]).arg("PX").arg(milliseconds(ttl));
-        self.0.commands.ask(&set, Mode::Repeatable).await?;
-        Ok(())
+        self.ask(&set).await
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<(), StorageError> {
-        let delete = self.0.command("DEL", key, 0);
-        self.0.commands.ask(&delete, Mode::Repeatable).await?;
-        Ok(())
-    }
-}
-
-impl fmt::Debug for RedisCache {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisCache")
-            .field("prefix", &self.0.prefix)
-            .field("time_limit", &self.0.commands.limit)
-            .finish_non_exhaustive()
+        self.ask(&self.0.command("DEL", key, 0)).await
     }
 }

@@ -1,12 +1,12 @@
 //! Locks that all processes of one Redis see.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
 
 use redis::aio::ConnectionLike;
 
 use crate::{
-    EncodedKey, Entry, Held, Lock, NewClaim, StorageError, Token,
-    storage::redis::{connect::RedisConnect, prefix::Prefix, server::Server},
+    Begin, EncodedKey, Held, Lock, NewClaim, RedisStorage, Storage as _, StorageError, Token,
+    storage::redis::{connect::RedisConnect, prefix::Prefix},
 };
 
 /// Locks keys in Redis, for all processes that use it. Clones share the connection.
@@ -29,9 +29,9 @@ use crate::{
 /// ```
 ///
 /// A failover to a replica that has not heard of a lock yet, and a restart without data, lose locks.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 #[must_use]
-pub struct RedisLock(Server);
+pub struct RedisLock(RedisStorage);
 
 impl RedisLock {
     /// Connects to the server or Cluster at `location`, as [`RedisStorage::connect`](crate::RedisStorage::connect) does.
@@ -40,7 +40,7 @@ impl RedisLock {
     ///
     /// [`RedisConnectError`](crate::RedisConnectError), when it is awaited.
     pub fn connect(location: impl AsRef<str>) -> RedisConnect<Self> {
-        RedisConnect::new(location.as_ref(), prefix(), |server, _| Self(server))
+        RedisConnect::new(location.as_ref(), prefix(), Self)
     }
 
     /// A lock that asks through `connection`, of which clones share one connection. Claims are renewed and records stored
@@ -49,18 +49,18 @@ impl RedisLock {
     where
         C: ConnectionLike + Clone + Send + Sync + 'static,
     {
-        Self(Server::through(connection, prefix()))
+        Self(RedisStorage::new(connection).with_prefix(prefix()))
     }
 
     /// What the keys begin with: the name of the key is `name`, `:lock:` and the encoded key in hex. Default: `idempotency`, of
     /// which the log warns at the first lock: two services that share a Redis need different names.
     pub fn name(self, name: impl AsRef<str>) -> Self {
-        Self(self.0.prefixed(name.as_ref()))
+        Self(self.0.prefix(name))
     }
 
     /// How long a command may take. Default: 1 s.
     pub fn time_limit(self, limit: Duration) -> Self {
-        Self(self.0.limited(limit))
+        Self(self.0.time_limit(limit))
     }
 }
 
@@ -79,15 +79,8 @@ impl Lock for RedisLock {
             fingerprint: None,
             lease: ttl,
         };
-        let found = self.0.claim(key, &claim).await?;
-        let is_ours = match found {
-            None => true,
-            // Set, but the connection was lost before it could be said.
-            Some(found) => {
-                matches!(found.entry, Entry::Claimed { .. }) && found.token == claim.token
-            }
-        };
-        Ok(is_ours.then_some(claim.token))
+        let begun = self.0.begin(key, &claim).await?;
+        Ok((begun == Begin::Acquired).then_some(claim.token))
     }
 
     async fn renew(
@@ -106,14 +99,5 @@ impl Lock for RedisLock {
     /// Returns when the key is free: first for one of those who wait, and soon for the others if that one leaves it free.
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
         self.0.wait(key, timeout).await
-    }
-}
-
-impl fmt::Debug for RedisLock {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisLock")
-            .field("name", &self.0.prefix)
-            .field("time_limit", &self.0.commands.limit)
-            .finish_non_exhaustive()
     }
 }

@@ -2,16 +2,15 @@
 
 use std::collections::HashMap;
 
-use redis::{RedisError, Value, aio::MultiplexedConnection};
+use redis::{FromRedisValue as _, InfoDict, RedisResult, Value, aio::MultiplexedConnection};
 
 use super::error::{RedisConnectError, RedisConnectErrorKind as Kind};
-use crate::storage::redis::commands::{pairs, text};
 
 /// The oldest version that has `SET … NX GET` and flags of scripts.
 const OLDEST: u32 = 7;
 
 /// What a server says in HELLO, INFO and CONFIG, as far as the user may read them.
-pub(super) struct About(HashMap<String, String>);
+pub(super) struct About(HashMap<String, Value>);
 
 impl About {
     /// Asks the server behind `connection`.
@@ -19,49 +18,44 @@ impl About {
         connection: &mut MultiplexedConnection,
     ) -> Result<Self, RedisConnectError> {
         // Everybody may say hello. What INFO and CONFIG tell is often not for every user.
-        let hello = redis::cmd("HELLO").query_async(connection).await;
-        let info = redis::cmd("INFO").query_async(connection).await;
-        for answer in [&hello, &info] {
-            if let Err(error) = answer
-                && error.code() == Some("NOAUTH")
-            {
-                return Err(RedisConnectError::connecting(error.clone()));
-            }
+        let hello: RedisResult<HashMap<_, _>> = redis::cmd("HELLO").query_async(connection).await;
+        let info: RedisResult<InfoDict> = redis::cmd("INFO").query_async(connection).await;
+        if let Err(error) = &info
+            && error.code() == Some("NOAUTH")
+        {
+            return Err(RedisConnectError::connecting(error.clone()));
         }
-        let mut facts = lines(info);
-        facts.extend(hello.as_ref().map(pairs).unwrap_or_default());
+        let mut facts = info.map(|info| (*info).clone()).unwrap_or_default();
+        facts.extend(hello.unwrap_or_default());
         if !facts.contains_key("maxmemory_policy") {
             let mut config = redis::cmd("CONFIG");
             config.arg("GET").arg("maxmemory*");
-            let config = config.query_async(connection).await;
-            facts.extend(config.as_ref().map(pairs).unwrap_or_default());
+            let config: RedisResult<HashMap<_, _>> = config.query_async(connection).await;
+            facts.extend(config.unwrap_or_default());
         }
         Ok(Self(facts))
     }
 
     /// The first of these facts that is known: what is one name in HELLO may be another in INFO or CONFIG.
-    fn fact(&self, names: [&str; 2]) -> Option<&str> {
-        let mut found = names.into_iter().filter_map(|name| self.0.get(name));
-        found.next().map(String::as_str)
+    fn fact(&self, names: &[&str]) -> Option<String> {
+        let text = |name: &&str| String::from_redis_value_ref(self.0.get(*name)?).ok();
+        names.iter().find_map(text)
     }
 
-    fn mode(&self) -> Option<&str> {
-        self.fact(["mode", "redis_mode"])
-    }
-
-    pub(super) fn is_cluster(&self) -> bool {
-        self.mode() == Some("cluster")
+    /// Whether the server is `standalone`, `cluster` or `sentinel`.
+    pub(super) fn runs_as(&self, mode: &str) -> bool {
+        self.fact(&["mode", "redis_mode"]).as_deref() == Some(mode)
     }
 
     /// Checks that it can keep records, and warns of what may lose them.
     pub(super) fn check(self, require_noeviction: bool) -> Result<(), RedisConnectError> {
-        if self.mode() == Some("sentinel") {
+        if self.runs_as("sentinel") {
             return Err(RedisConnectError::new(
                 Kind::NotAMaster,
                 "a sentinel answers there, which keeps no records; give it to `RedisStorage::sentinel`",
             ));
         }
-        match self.fact(["version", "redis_version"]) {
+        match self.fact(&["version", "redis_version"]) {
             Some(version) => {
                 let major = version.split('.').next().map(str::parse);
                 // Who says something else is no Redis, and may well do what a new one does.
@@ -80,15 +74,15 @@ impl About {
             ),
         }
         // HELLO says `replica`, INFO says `slave`.
-        if let Some("replica" | "slave") = self.0.get("role").map(String::as_str) {
+        if let Some("replica" | "slave") = self.fact(&["role"]).as_deref() {
             return Err(RedisConnectError::new(
                 Kind::NotAMaster,
                 "Redis is a replica there, which keeps no records of ours; name its master, or use `RedisStorage::sentinel`",
             ));
         }
         let advice = "set `maxmemory-policy noeviction`, so that it refuses new keys instead of forgetting payments";
-        let is_bounded = self.0.get("maxmemory").is_none_or(|limit| limit != "0");
-        match self.fact(["maxmemory_policy", "maxmemory-policy"]) {
+        let is_bounded = self.fact(&["maxmemory"]).is_none_or(|limit| limit != "0");
+        match self.fact(&["maxmemory_policy", "maxmemory-policy"]) {
             Some(policy) if policy == "noeviction" || !is_bounded => {}
             Some(policy) if require_noeviction => {
                 return Err(RedisConnectError::new(
@@ -115,11 +109,4 @@ impl About {
         }
         Ok(())
     }
-}
-
-fn lines(answer: Result<Value, RedisError>) -> HashMap<String, String> {
-    let info = answer.as_ref().ok().and_then(text).unwrap_or_default();
-    let pairs = info.lines().filter_map(|line| line.split_once(':'));
-    let pairs = pairs.map(|(name, value)| (name.to_owned(), value.trim().to_owned()));
-    pairs.collect()
 }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use redis::{ErrorKind, RedisError, ServerErrorKind};
+use redis::{ErrorKind, RedisError};
 
 use crate::{BoxError, StorageError};
 
@@ -51,11 +51,9 @@ impl RedisConnectError {
         }
     }
 
-    fn caused_by(self, source: impl Into<BoxError>) -> Self {
-        Self {
-            source: Some(source.into()),
-            ..self
-        }
+    fn caused_by(mut self, source: impl Into<BoxError>) -> Self {
+        self.source = Some(source.into());
+        self
     }
 
     pub(super) fn url(error: RedisError) -> Self {
@@ -70,7 +68,8 @@ impl RedisConnectError {
                 RedisConnectErrorKind::Refused,
                 "Redis refuses this user: check the user, the password (in a URL its special characters are percent-encoded) and the rights of the user",
             )
-        } else if is_of_the_database(&error) {
+        } else if error.to_string().contains("refused to switch database") {
+            // Of a failed `SELECT` the driver keeps no more than the text.
             Self::new(
                 RedisConnectErrorKind::Unsupported,
                 "Redis has no database of the number in the URL: a Cluster has only 0, a server 16 unless `databases` says otherwise",
@@ -94,22 +93,13 @@ impl RedisConnectError {
 }
 
 /// Whether the server does not let the user in, or not do what connecting takes.
-pub(super) fn is_refusal(error: &RedisError) -> bool {
-    let kinds = [
-        ErrorKind::AuthenticationFailed,
-        ErrorKind::Server(ServerErrorKind::NoPerm),
-    ];
+fn is_refusal(error: &RedisError) -> bool {
     // Of a refused `SELECT` the driver keeps no more than the text.
     let says = |text| error.detail().is_some_and(|detail| detail.contains(text));
-    kinds.contains(&error.kind())
-        || ["WRONGPASS", "NOAUTH"].map(Some).contains(&error.code())
+    error.kind() == ErrorKind::AuthenticationFailed
+        || matches!(error.code(), Some("NOPERM" | "WRONGPASS" | "NOAUTH"))
         || says("has no permissions to run")
         || says("Authentication required")
-}
-
-/// Whether `SELECT` failed. The driver says so by no more than its text.
-fn is_of_the_database(error: &RedisError) -> bool {
-    error.to_string().contains("refused to switch database")
 }
 
 impl From<RedisConnectError> for StorageError {
