@@ -26,7 +26,6 @@ mod reconnecting;
 mod scripts;
 pub(crate) mod server;
 mod source;
-mod waits;
 
 /// Keeps claims and records in Redis 7 or newer, or Valkey: any number of processes, one execution. Clones share the connection.
 ///

@@ -12,15 +12,18 @@ use super::{
     prefix::Prefix,
     reconnecting::{Own, Reconnecting},
     scripts::{self, Script},
-    source::NotifySource,
-    waits::Waits,
+    source::{NotifySource, Subscriber},
 };
-use crate::{EncodedKey, Env, Held, NewClaim, StorageError, Token};
+use crate::{
+    EncodedKey, Env, Held, NewClaim, StorageError, Token,
+    storage::waits::{POLLED, Seen, Waits},
+};
 
 /// Access to the keys of a prefix; clones share the connections.
 #[derive(Clone)]
 pub(crate) struct Server {
     pub(crate) commands: Commands,
+    source: NotifySource,
     waits: Arc<Waits>,
     pub(crate) prefix: Prefix,
 }
@@ -31,10 +34,15 @@ impl Server {
 
     /// Redis behind `commands`, with notifications from `source`.
     pub(super) fn new(commands: Commands, source: NotifySource, prefix: Prefix) -> Self {
-        let waits = Arc::new(Waits::new(commands.clone(), source));
+        let subscriber = Subscriber {
+            commands: commands.clone(),
+            source: source.clone(),
+        };
+        let subscriber = (!source.is_none()).then(|| Box::new(subscriber) as _);
         Self {
+            waits: Arc::new(Waits::new(commands.env.clone(), POLLED, subscriber)),
             commands,
-            waits,
+            source,
             prefix,
         }
     }
@@ -69,7 +77,7 @@ impl Server {
     pub(crate) fn limited(self, limit: Duration) -> Self {
         let mut commands = self.commands;
         commands.limit = limit;
-        Self::new(commands, self.waits.source().clone(), self.prefix)
+        Self::new(commands, self.source, self.prefix)
     }
 
     /// The same, with keys of another prefix.
@@ -172,6 +180,16 @@ impl Server {
         key: &EncodedKey,
         timeout: Duration,
     ) -> Result<(), StorageError> {
-        self.waits.wait(&self.prefix.name(key), timeout).await
+        let name = &self.prefix.name(key);
+        let look = async |_| {
+            let look = &scripts::LEASE_LEFT;
+            let left = self.commands.run(look, name, &[], Mode::ForWaiters);
+            Ok(match left.await? {
+                left @ 0.. => Seen::Claimed(Duration::from_millis(left.unsigned_abs())),
+                scripts::FREE => Seen::Free,
+                _ => Seen::Completed,
+            })
+        };
+        self.waits.wait(name, timeout, look).await
     }
 }

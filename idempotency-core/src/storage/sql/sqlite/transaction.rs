@@ -20,14 +20,14 @@ use super::{
     SqliteStorage,
     database::{self, Patience, Statement},
     error::{self, SqliteStorageError, SqliteStorageErrorKind},
+    holds::Hold,
     rows,
     turn::{Manager, Turn, Writer},
-    waiters::{Hold, Whom},
 };
 use crate::{
     BeginTransaction, Committed, EncodedKey, Entry, Env, InvalidTableName, NewTransaction,
     PhaseError, Record, RolledBack, StorageError, Transaction, TransactionDatabase, Transactions,
-    Writes,
+    Writes, storage::waits::Whom,
 };
 
 impl TransactionDatabase for Sqlite {
@@ -95,7 +95,7 @@ impl SqliteStorage {
     ) -> Result<BeginTransaction, StorageError> {
         let statement = self.statements()?.enter(self.now(), key, claim);
         let mut patience = self.patience();
-        if let Some(fingerprint) = self.waiters.holder(key) {
+        if let Some(fingerprint) = self.holds.holder(key) {
             return Ok(BeginTransaction::InFlight { fingerprint });
         }
         // Read first: a replay waits for no writer.
@@ -128,7 +128,7 @@ impl SqliteStorage {
             is_read_only: false,
             writer: Some(writer),
             held: Some(Held {
-                hold: Hold::new(&self.waiters, key, claim.fingerprint),
+                hold: Hold::new(&self.holds, key, claim.fingerprint),
                 turn,
             }),
         };
@@ -371,7 +371,7 @@ impl SqliteTransaction {
     /// Whom its end wakes.
     fn wakes(&mut self, whom: Whom) {
         if let Some(held) = &mut self.held {
-            held.hold.whom = whom;
+            held.hold.0.whom = whom;
         }
     }
 
@@ -401,7 +401,7 @@ impl SqliteTransaction {
         let turn = storage.turn(&patience).await;
         self.held = Some(Held {
             turn: turn.map_err(|error| PhaseError::Failed(error.into()))?,
-            hold: Hold::new(&storage.waiters, &self.key, self.claim.fingerprint),
+            hold: Hold::new(&storage.holds, &self.key, self.claim.fingerprint),
         });
         let rows = self.open(&mut patience, statement).await;
         match rows.map_err(unphased)?.is_empty() {
