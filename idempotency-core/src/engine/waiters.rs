@@ -5,6 +5,7 @@
 
 use std::{
     collections::{HashMap, hash_map},
+    future::pending,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
@@ -44,26 +45,21 @@ impl Shared {
         let is_local = waiter.is_local();
         let woken = pin!(waiter.woken());
         let over = pin!(self.config.env.sleep(limit));
-        if is_local {
-            return outcome_of(select(woken, over).await);
-        }
         // The storage pushes or polls. What this process does to the key meanwhile wakes us too: it may begin to run here.
         let elsewhere = pin!(async {
+            if is_local {
+                return pending().await;
+            }
             if let Err(error) = self.storage.wait(key, limit).await {
                 self.failed(key, Operation::Wait, &error);
                 // The caller asks the storage again, but not in a tight loop.
                 self.config.env.sleep(WAIT_FAILED_PAUSE).await;
             }
         });
-        outcome_of(select(woken, select(elsewhere, over)).await)
-    }
-}
-
-/// The record that the waiter was handed, unless something else came first.
-fn outcome_of<A, B>(first: Either<(Option<Record>, A), B>) -> Option<Record> {
-    match first {
-        Either::Left((outcome, _)) => outcome,
-        Either::Right(_) => None,
+        match select(woken, select(elsewhere, over)).await {
+            Either::Left((outcome, _)) => outcome,
+            Either::Right(_) => None,
+        }
     }
 }
 
@@ -100,10 +96,10 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// The waiting duplicates of an engine by key.
+/// The waiting duplicates of an engine by key. Clones share them.
 ///
 /// A `std` mutex guards them: every section is a few map operations, and none spans an await or runs code that is not ours.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Waiters {
     by_key: Arc<Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>>,
 }
@@ -162,7 +158,7 @@ impl Waiters {
             // Made under the lock: it is told of everything that happens from here on, polled or not.
             woken: notify.clone().notified_owned(),
             place: Place {
-                by_key: self.by_key.clone(),
+                waiters: self.clone(),
                 wakes: queue.wakes.clone(),
                 key: *key,
                 is_local,
@@ -207,16 +203,10 @@ impl Waiters {
         }))
     }
 
+    /// The map stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.
     fn lock(&self) -> MutexGuard<'_, HashMap<EncodedKey, KeyWaiters, HashKeys>> {
-        lock(&self.by_key)
+        self.by_key.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// The map stays whole whatever panics while it is locked, so a poisoned lock is taken as it is.
-fn lock(
-    by_key: &Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>,
-) -> MutexGuard<'_, HashMap<EncodedKey, KeyWaiters, HashKeys>> {
-    by_key.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waiters that have a record and are still to be woken.
@@ -254,7 +244,7 @@ impl Waiter {
 
 /// A waiter's place; the last one to leave takes the key's queue with it.
 struct Place {
-    by_key: Arc<Mutex<HashMap<EncodedKey, KeyWaiters, HashKeys>>>,
+    waiters: Waiters,
     wakes: Arc<Wakes>,
     key: EncodedKey,
     is_local: bool,
@@ -262,7 +252,7 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut by_key = lock(&self.by_key);
+        let mut by_key = self.waiters.lock();
         if let hash_map::Entry::Occupied(mut queue) = by_key.entry(self.key)
             && Arc::ptr_eq(&queue.get().wakes, &self.wakes)
         {

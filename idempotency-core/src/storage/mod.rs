@@ -24,6 +24,15 @@ pub(crate) mod redis;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) mod sql;
 pub(crate) mod transaction;
+#[cfg(any(feature = "postgres", feature = "redis", feature = "sqlite"))]
+#[cfg_attr(
+    not(any(feature = "postgres", all(feature = "redis", feature = "sqlite"))),
+    expect(
+        dead_code,
+        reason = "some is only for PostgreSQL, or only for two of them"
+    )
+)]
+mod waits;
 
 pub use self::{
     any::AnyStorage,

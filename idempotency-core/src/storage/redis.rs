@@ -17,11 +17,11 @@ use self::{
     reconnecting::Reconnecting,
     scripts::Script,
     source::NotifySource,
-    waits::Waits,
 };
 use crate::{
     Begin, EncodedKey, Entry, Env, Held, NewClaim, Record, Storage, StorageError, StorageErrorKind,
     Token,
+    storage::waits::{Seen, Waits},
 };
 
 mod cluster;
@@ -33,7 +33,6 @@ pub(crate) mod prefix;
 mod reconnecting;
 mod scripts;
 mod source;
-mod waits;
 
 /// How long a command may take.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(1);
@@ -57,6 +56,7 @@ const DEFAULT_LIMIT: Duration = Duration::from_secs(1);
 #[must_use]
 pub struct RedisStorage {
     pub(crate) commands: Commands,
+    source: NotifySource,
     waits: Arc<Waits>,
     prefix: Prefix,
     replicas: Option<Replicas>,
@@ -168,7 +168,8 @@ impl RedisStorage {
 
     fn over(commands: Commands, source: NotifySource) -> Self {
         Self {
-            waits: Arc::new(Waits::new(commands.clone(), source)),
+            waits: source.waits(&commands),
+            source,
             commands,
             prefix: prefix(),
             replicas: None,
@@ -205,12 +206,13 @@ impl RedisStorage {
     /// given to [`new`](Self::new): the shortest one counts.
     pub fn time_limit(mut self, limit: Duration) -> Self {
         self.commands.limit = limit;
-        let source = self.waits.source().clone();
+        let source = self.source.clone();
         self.notified_by(source)
     }
 
     fn notified_by(mut self, source: NotifySource) -> Self {
-        self.waits = Arc::new(Waits::new(self.commands.clone(), source));
+        self.waits = source.waits(&self.commands);
+        self.source = source;
         self
     }
 
@@ -433,7 +435,17 @@ impl Storage for RedisStorage {
 
     /// Returns when `key` has no claim, or after `timeout`. A release wakes one waiter, and soon more if the key stays free.
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.waits.wait(&self.prefix.name(key), timeout).await
+        let name = &self.prefix.name(key);
+        let look = async |_| {
+            let look = &scripts::LEASE_LEFT;
+            let left = self.commands.run(look, name, &[], Mode::ForWaiters);
+            Ok(match left.await? {
+                left @ 0.. => Seen::Claimed(Duration::from_millis(left.unsigned_abs())),
+                scripts::FREE => Seen::Free,
+                _ => Seen::Completed,
+            })
+        };
+        self.waits.wait(name, timeout, look).await
     }
 }
 

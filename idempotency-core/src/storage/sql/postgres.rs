@@ -7,23 +7,24 @@ use sqlx::PgPool;
 use self::{
     connect::PostgresConnect,
     link::{Link, Protocol, Value},
+    notifications::Notifications,
     statements::Statements,
     transaction::{IsolationLevel, TransactionOptions},
-    waiting::Waiting,
 };
 use super::{purge_timer::Purger, table::TableName};
 use crate::{
     Begin, EncodedKey, Entry, Fingerprint, Held, NewClaim, Record, Storage, StorageError,
     StorageErrorKind, Token, Transactions,
+    storage::waits::{POLLED, Waits},
 };
 
 pub(crate) mod connect;
 mod error;
 mod link;
+mod notifications;
 mod row;
 mod statements;
 pub(crate) mod transaction;
-mod waiting;
 
 /// How many rows a purge removes in one transaction. A `begin` of one of these keys waits for that transaction.
 const BATCH: i64 = 500;
@@ -53,7 +54,7 @@ const LOOKS: u32 = 16;
 pub struct PostgresStorage {
     link: Link,
     table: TableName,
-    waiting: Arc<Waiting>,
+    waits: Arc<Waits>,
     transactions: TransactionOptions,
     /// For a storage of settings, whose purger nobody else holds.
     _purger: Option<Arc<Purger>>,
@@ -126,7 +127,7 @@ impl PostgresStorage {
 
     fn over(link: Link, table: TableName) -> Self {
         Self {
-            waiting: Arc::new(Waiting::new(link.clone())),
+            waits: waits(&link),
             link,
             table,
             transactions: TransactionOptions::default(),
@@ -136,7 +137,7 @@ impl PostgresStorage {
 
     fn relinked(self, link: Link) -> Self {
         Self {
-            waiting: Arc::new(Waiting::new(link.clone())),
+            waits: waits(&link),
             link,
             ..self
         }
@@ -319,6 +320,13 @@ impl PostgresStorage {
     }
 }
 
+fn waits(link: &Link) -> Arc<Waits> {
+    // A proxy that pools transactions passes no notifications on.
+    let source =
+        (link.protocol == Protocol::Prepared).then(|| Box::new(Notifications(link.clone())) as _);
+    Arc::new(Waits::new(link.env.clone(), POLLED, source))
+}
+
 impl Storage for PostgresStorage {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
         let statements = self.link.statements()?;
@@ -436,7 +444,8 @@ impl Storage for PostgresStorage {
     }
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        self.waiting.wait(key, timeout).await
+        let look = |is_notified| notifications::look(&self.link, key, is_notified);
+        self.waits.wait(&key.to_string(), timeout, look).await
     }
 
     fn transactions(&self) -> Option<Arc<dyn Transactions>> {

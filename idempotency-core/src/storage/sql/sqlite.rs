@@ -12,9 +12,9 @@ use sqlx::{
 use self::{
     database::{Database, Statement},
     error::{SqliteStorageError, SqliteStorageErrorKind},
+    holds::{Holds, Wake},
     rows::Found,
     statements::{COLUMNS, Now, Statements},
-    waiters::{Seen, Waiters, Wake, Whom},
 };
 use super::{
     purge_timer::Purger,
@@ -23,15 +23,16 @@ use super::{
 use crate::{
     Begin, EncodedKey, Entry, Env, Held, NewClaim, Record, Storage, StorageError, StorageErrorKind,
     Token, Transactions,
+    storage::waits::{Seen, Whom},
 };
 
 mod database;
 pub(crate) mod error;
+mod holds;
 mod rows;
 mod statements;
 pub(crate) mod transaction;
 mod turn;
-mod waiters;
 
 /// Keeps claims and records in one SQLite file: through restarts and crashes, for the processes of one machine. Clones share the
 /// connections.
@@ -71,7 +72,7 @@ pub struct SqliteStorage {
     table: TableName,
     /// An invalid name of the table is reported by every use.
     statements: Result<Arc<Statements>, InvalidTableName>,
-    waiters: Arc<Waiters>,
+    holds: Arc<Holds>,
     env: Env,
     max_transaction: Duration,
     /// For a storage of settings, whose purger nobody else holds.
@@ -171,7 +172,7 @@ impl SqliteStorage {
             database: Database::new(options, Self::DEFAULT_LIMIT),
             statements: Statements::new(&table).map(Arc::new),
             table,
-            waiters: Arc::default(),
+            holds: Arc::new(Holds::new(Env::system())),
             env: Env::system(),
             max_transaction: Self::DEFAULT_MAX_TRANSACTION,
             _purger: None,
@@ -185,7 +186,7 @@ impl SqliteStorage {
     pub fn table(mut self, name: impl AsRef<str>) -> Self {
         self.table = TableName::new(name.as_ref());
         self.statements = Statements::new(&self.table).map(Arc::new);
-        self.waiters = Arc::default();
+        self.holds = Arc::new(Holds::new(self.env.clone()));
         self
     }
 
@@ -211,6 +212,7 @@ impl SqliteStorage {
     /// If its time is not the wall clock's (`Env::simulated`), leases and TTLs follow it too, and all storages of the file need the same
     /// one.
     pub fn env(mut self, env: Env) -> Self {
+        self.holds = Arc::new(Holds::new(env.clone()));
         self.env = env;
         self
     }
@@ -413,7 +415,7 @@ impl SqliteStorage {
         whom: Whom,
     ) -> Result<Vec<SqliteRow>, StorageError> {
         let wake = Wake {
-            waiters: self.waiters.clone(),
+            holds: self.holds.clone(),
             key: *key,
             whom,
         };
@@ -504,7 +506,7 @@ impl Storage for SqliteStorage {
                 }
             }
             // The row of an open transaction is not seen.
-            if let Some(fingerprint) = self.waiters.holder(key) {
+            if let Some(fingerprint) = self.holds.holder(key) {
                 return Ok(Begin::InFlight {
                     fingerprint,
                     lease_left: None,
@@ -586,9 +588,9 @@ impl Storage for SqliteStorage {
     }
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        let look = || async {
-            if self.waiters.holder(key).is_some() {
-                return Ok(Seen::Claimed(Duration::MAX));
+        let look = async |_| {
+            if self.holds.holder(key).is_some() {
+                return Ok(Seen::Unnotified);
             }
             Ok(match self.look(key).await?.map(|found| found.entry) {
                 None => Seen::Free,
@@ -600,7 +602,8 @@ impl Storage for SqliteStorage {
                 },
             })
         };
-        self.waiters.wait(key, &self.env, timeout, look).await
+        let waits = &self.holds.waits;
+        waits.wait(&key.to_string(), timeout, look).await
     }
 
     fn transactions(&self) -> Option<Arc<dyn Transactions>> {

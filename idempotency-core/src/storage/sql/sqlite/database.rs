@@ -27,8 +27,8 @@ use tokio::sync::{
 
 use super::{
     error::{self, SqliteStorageError, SqliteStorageErrorKind},
+    holds::Wake,
     turn::{Turn, Turns},
-    waiters::Wake,
 };
 use crate::Env;
 

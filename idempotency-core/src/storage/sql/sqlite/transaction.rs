@@ -21,14 +21,14 @@ use super::{
     SqliteStorage,
     database::{self, Patience, Statement},
     error::{self, SqliteStorageError, SqliteStorageErrorKind},
+    holds::Hold,
     statements::Statements,
     turn::{Manager, Turn, Writer},
-    waiters::{Hold, Whom},
 };
 use crate::{
     BeginTransaction, Committed, EncodedKey, Entry, Env, NewTransaction, PhaseError, Record,
     RolledBack, StorageError, Transaction, TransactionDatabase, Transactions, Writes,
-    storage::sql::not_acquired,
+    storage::{sql::not_acquired, waits::Whom},
 };
 
 impl TransactionDatabase for Sqlite {
@@ -98,7 +98,7 @@ impl SqliteStorage {
         let statements = self.statements.clone()?;
         let enter = statements.enter(self.now(), key, claim);
         let mut patience = self.patience();
-        if let Some(fingerprint) = self.waiters.holder(key) {
+        if let Some(fingerprint) = self.holds.holder(key) {
             return Ok(BeginTransaction::InFlight { fingerprint });
         }
         // Read first: a replay waits for no writer.
@@ -130,7 +130,7 @@ impl SqliteStorage {
             is_read_only: false,
             writer: Some(writer),
             held: Some(Held {
-                hold: Hold::new(&self.waiters, key, claim.fingerprint),
+                hold: Hold::new(&self.holds, key, claim.fingerprint),
                 turn,
             }),
         };
@@ -354,7 +354,7 @@ impl SqliteTransaction {
     /// Whom its end wakes.
     fn wakes(&mut self, whom: Whom) {
         if let Some(held) = &mut self.held {
-            held.hold.whom = whom;
+            held.hold.0.whom = whom;
         }
     }
 
@@ -386,7 +386,7 @@ impl SqliteTransaction {
         let mut patience = storage.patience();
         self.held = Some(Held {
             turn: storage.turn(&patience).await?,
-            hold: Hold::new(&storage.waiters, &self.key, self.claim.fingerprint),
+            hold: Hold::new(&storage.holds, &self.key, self.claim.fingerprint),
         });
         let row = self.open(&mut patience, statement).await;
         Ok(row.map_err(SqliteStorageError::of)?.is_some())
