@@ -92,6 +92,23 @@ async fn a_run_longer_than_max_hold_and_ttl_stays_alone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_ttl_of_a_tombstone_begins_when_its_operation_ends() {
+    let node = Node::new();
+    let claim = claim_of(node.engine.begin(&operation(1)).await);
+    node.pass(MAX_HOLD).await;
+    assert_eq!(node.events.count("tombstoned"), 1);
+    node.storage.set(Operation::Complete, Fault::FailBefore);
+    node.pass(2 * LEASE).await;
+    node.storage.heal(Operation::Complete);
+    assert_eq!(claim.complete(answer("late")).await, Completion::Expired);
+    node.pass(LEASE / 2).await;
+    node.clock.advance(TTL - LEASE);
+    let reason = tombstone_of(node.peer().begin(&operation(1)).await);
+    assert_eq!(reason, TombstoneReason::MaxHold);
+    node.assert_quiet().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_run_that_is_given_up_is_answered_here_in_an_outage() {
     let node = Node::new();
     let waits = node.engine.clone();

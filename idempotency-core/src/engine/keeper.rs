@@ -297,7 +297,7 @@ async fn store(shared: &Shared, token: Token) {
 
 /// Tries to store a record. Returns the one that the storage has now, and whether the key is ours.
 ///
-/// The storage is asked first what it has: the record may have arrived though its answer did not, and sending it again can take
+/// The storage is asked first what it has of an answer: that may have arrived though nobody said so, and sending it again can take
 /// longer than any time limit.
 async fn try_to_store(
     shared: &Shared,
@@ -308,12 +308,15 @@ async fn try_to_store(
     let storage = &shared.storage;
     let renew = || limited(shared, storage.renew(key, token, shared.lease()));
     let complete = |record| limited(shared, storage.complete(key, token, record, late.ttl));
-    let failed = |operation| move |error| (operation, error);
-    if late.still_runs {
-        let held = complete(record).await;
-        return held
-            .map(|held| (record.clone(), held))
-            .map_err(failed(Operation::Complete));
+    let unanswered = |error| (Operation::Renew, error);
+    if let Outcome::Tombstone(_) = record.outcome
+        && late.replaced == 0
+    {
+        // It is small, and may be there for a while: its TTL is to begin anew.
+        return match complete(record).await {
+            Ok(held) => Ok((record.clone(), held)),
+            Err(error) => Err((Operation::Complete, error)),
+        };
     }
 
     let tombstone = Record {
@@ -321,7 +324,7 @@ async fn try_to_store(
         outcome: Outcome::Tombstone(TombstoneReason::Unstorable),
     };
     let mut offered = record;
-    match renew().await.map_err(failed(Operation::Renew))? {
+    match renew().await.map_err(unanswered)? {
         Held::Yes => {
             let now = shared.now();
             shared.runs.change(token, |run| run.renewed(now));
@@ -336,7 +339,7 @@ async fn try_to_store(
             Ok(Some(Begin::Completed(_) | Begin::InFlight { .. })) => offered = &tombstone,
             // What is there may be too large to arrive in time.
             Err(error) if error.kind() == StorageErrorKind::Timeout => {
-                if renew().await.map_err(failed(Operation::Renew))? == Held::Lost {
+                if renew().await.map_err(unanswered)? == Held::Lost {
                     offered = &tombstone;
                 }
             }

@@ -155,8 +155,6 @@ pub(super) struct Late {
     pub(super) ttl: Duration,
     /// If the storage refuses the record this time, a tombstone is to be stored in its place.
     pub(super) is_last: bool,
-    /// It is the tombstone of an operation that still runs.
-    pub(super) still_runs: bool,
 }
 
 impl Run {
@@ -380,7 +378,6 @@ impl Run {
             replaced,
             ttl: expires.saturating_sub(now),
             is_last,
-            still_runs: !self.is_pending(),
         })
     }
 
