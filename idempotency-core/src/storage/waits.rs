@@ -2,8 +2,8 @@
 //!
 //! All waiters of a key share one wait. A notification wakes one of them if the key is free, and all if it has a record. A
 //! notification can get lost, and a holder that died sends none, so waiters also poll: at a growing, jittered pace, and when the lease
-//! is over. One waiter at a time polls for all; when it leaves, the next one continues. No task polls: what is not driven by a waiter
-//! does not happen.
+//! is over. One waiter at a time polls for all; when it leaves, the next one continues. No task polls, so a key without waiters is left
+//! alone.
 //!
 //! Notifications come from a [`Source`]. While somebody waits, one task of the storage listens to it. A waiter joins *first*, the task
 //! subscribes *then*, and the key is looked at *after that*, so no end in between is missed. Without a source, and while it is broken,
@@ -136,7 +136,7 @@ struct Signals {
     ended: Arc<Notify>,
     /// Why the wait ended, if a poll failed.
     failure: OnceLock<StorageErrorKind>,
-    /// Who holds it polls. `tokio`'s lock is fair, and passes from a waiter that is dropped to the next.
+    /// Its holder polls. `tokio`'s lock is fair, and passes from a waiter that is dropped to the next.
     turn: tokio::sync::Mutex<()>,
     /// The next poll is due earlier.
     sooner: Notify,
@@ -328,7 +328,7 @@ impl WaitTable {
         }
     }
 
-    /// Ends a wait for all its waiters. Who comes later begins another one, without the permits of this one.
+    /// Ends a wait for all its waiters. A waiter that comes later begins another one, and gets no permit of this one.
     fn end(&self, state: &mut State, name: &str, failure: Option<StorageErrorKind>) {
         let Some(wait) = state.waits.remove(name) else {
             return;
@@ -604,6 +604,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_waiter_that_is_dropped_while_it_looks_is_replaced() {
+        for is_woken in [false, true] {
+            drop_while_it_looks(is_woken).await;
+        }
+    }
+
+    /// If it was woken too, it passes the wake on.
+    async fn drop_while_it_looks(is_woken: bool) {
         let (env, _clock) = Env::simulated(7);
         let (storage, claim) = (waits(&env), Claim::default());
         let looks = AtomicUsize::new(0);
@@ -618,8 +625,12 @@ mod tests {
         assert!(is_pending(&mut first).await);
         assert!(is_pending(&mut second).await);
         assert_eq!((looks.load(SeqCst), claim.looks.load(SeqCst)), (1, 0));
+        if is_woken {
+            storage.table.notified(KEY, Whom::One);
+        }
         drop(first);
         second.await.unwrap();
+        assert_eq!(claim.looks.load(SeqCst), usize::from(!is_woken));
     }
 
     #[tokio::test]
@@ -711,5 +722,47 @@ mod tests {
         }
         tokio::task::yield_now().await;
         assert_eq!(storage.table.state().listener.strong_count(), 0);
+    }
+
+    /// Subscribes, and then sends nothing.
+    #[derive(Clone, Default)]
+    struct Mute(Arc<AtomicUsize>);
+
+    impl Source for Mute {
+        fn listen<'a>(&'a self, waits: &'a WaitTable) -> BoxFuture<'a, Silence> {
+            Box::pin(async {
+                self.0.fetch_add(1, SeqCst);
+                while let Some((joined, _)) = waits.changes(IDLE).await {
+                    waits.subscribed(&joined);
+                }
+                Silence::Deserted
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_source_that_missed_an_end_is_replaced() {
+        let (env, clock) = Env::simulated(7);
+        clock.advance(LONG);
+        let (source, is_completed) = (Mute::default(), AtomicBool::new(false));
+        let storage = Waits::new(env, POLLED, Some(Box::new(source.clone())));
+        let look = async |_| match is_completed.load(SeqCst) {
+            true => Ok(Seen::Completed),
+            false => Ok(Seen::Claimed(LONG)),
+        };
+        let mut wait = Box::pin(storage.wait(KEY, LONG, look));
+        for _ in 0..4 {
+            assert!(is_pending(&mut wait).await);
+        }
+        is_completed.store(true, SeqCst);
+        clock.advance(NOTIFIED[1]);
+        wait.await.unwrap();
+        tokio::task::yield_now().await;
+        clock.advance(RECONNECT[0]);
+        let mut wait =
+            Box::pin(storage.wait("another key", LONG, async |_| Ok(Seen::Claimed(LONG))));
+        assert!(is_pending(&mut wait).await);
+        tokio::task::yield_now().await;
+        assert_eq!(source.0.load(SeqCst), 2);
     }
 }
