@@ -8,7 +8,7 @@ use std::{any::Any, ops::DerefMut, time::Duration};
 
 use futures_util::future::BoxFuture;
 
-use crate::{EncodedKey, Fingerprint, Outcome, Record, StorageError, Token, TombstoneReason};
+use crate::{EncodedKey, Fingerprint, Record, StorageError, Token};
 
 /// Lends the transactions of a storage.
 ///
@@ -64,16 +64,6 @@ pub struct NewTransaction {
     /// How long the tombstone lives that an operation leaves which commits by itself, and how long a retry may go on at a recovery
     /// point.
     pub ttl: Duration,
-}
-
-impl NewTransaction {
-    /// What an operation leaves that commits by itself.
-    pub(crate) fn committed_by_hand(&self) -> Record {
-        Record {
-            fingerprint: self.fingerprint,
-            outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
-        }
-    }
 }
 
 // Not `#[non_exhaustive]`: storages build it, and a caller that ignores a case runs an operation twice.

@@ -1,6 +1,6 @@
 //! Claims and records in a table of a database.
 
-use crate::{BeginTransaction, Entry};
+use crate::{BeginTransaction, Entry, NewTransaction, Outcome, Record, TombstoneReason};
 
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
@@ -8,6 +8,14 @@ pub(crate) mod purge_timer;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;
 pub(crate) mod table;
+
+/// The tombstone that an operation leaves which commits by itself.
+fn committed_by_hand(claim: &NewTransaction) -> Record {
+    Record {
+        fingerprint: claim.fingerprint,
+        outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
+    }
+}
 
 /// What a key has that a transaction could not take. Where nothing can be seen, another transaction has it, or it was free a moment
 /// later.

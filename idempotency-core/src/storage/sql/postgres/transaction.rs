@@ -33,7 +33,7 @@ use super::{
 use crate::{
     BeginTransaction, Committed, EncodedKey, NewTransaction, PhaseError, Record, RolledBack,
     StorageError, StorageErrorKind, Token, Transaction, TransactionDatabase, Transactions, Writes,
-    storage::sql::not_acquired,
+    storage::sql::{committed_by_hand, not_acquired},
 };
 
 /// How often a claim is begun again that met another transaction.
@@ -232,7 +232,7 @@ impl PostgresStorage {
 
 /// The statement `enter` or `resume`, which claims a key by what an operation leaves that commits by itself.
 fn claiming(statement: &str, key: &EncodedKey, claim: &NewTransaction) -> String {
-    let tombstone = claim.committed_by_hand().encode();
+    let tombstone = committed_by_hand(claim).encode();
     let print = claim.fingerprint.as_ref();
     let values = [
         Value::Bytes(key.as_bytes()),

@@ -8,7 +8,10 @@ use super::{
 };
 use crate::{
     EncodedKey, Fingerprint, NewClaim, NewTransaction, Record, Token,
-    storage::sql::table::{InvalidTableName, TableName},
+    storage::sql::{
+        committed_by_hand,
+        table::{InvalidTableName, TableName},
+    },
 };
 
 /// The time in milliseconds since 1970: the first value, or the machine's time of day. SQLite reads that once for a statement, and
@@ -246,7 +249,7 @@ impl Statements {
         on(&self.enter, now, key)
             .text(COMPLETED)
             .bytes(*claim.token.as_bytes())
-            .bytes(claim.committed_by_hand().encode())
+            .bytes(committed_by_hand(claim).encode())
             .number(rows::record_checksum(key, claim.token))
             .number(milliseconds(claim.ttl))
             .bytes(claimed_value(claim.fingerprint.as_ref()))
@@ -291,7 +294,7 @@ impl Statements {
     pub(super) fn resume(&self, now: Now, key: &EncodedKey, claim: &NewTransaction) -> Statement {
         on(&self.resume, now, key)
             .bytes(*claim.token.as_bytes())
-            .bytes(claim.committed_by_hand().encode())
+            .bytes(committed_by_hand(claim).encode())
             .number(rows::record_checksum(key, claim.token))
             .number(milliseconds(claim.ttl))
     }
