@@ -27,10 +27,7 @@ pub(crate) mod transaction;
 #[cfg(any(feature = "postgres", feature = "redis", feature = "sqlite"))]
 #[cfg_attr(
     not(any(feature = "postgres", all(feature = "redis", feature = "sqlite"))),
-    expect(
-        dead_code,
-        reason = "some is only for PostgreSQL, or only for two of them"
-    )
+    expect(dead_code, reason = "not every storage needs all of it")
 )]
 mod waits;
 
