@@ -1,4 +1,5 @@
-//! All that passes between the layer and the handler, as extensions of the request.
+//! What passes between the layer and the handler, as extensions of the request; only a handler's transaction is an extension of its own,
+//! the `TransactionSlot` of the core, put there by `exchange/transaction.rs` and taken by `extract/transaction.rs`.
 //!
 //! From the layer to the handler: that the request is protected and how ([`Protection`]), that a policy was decided on
 //! ([`Decided`]), or that there is no key ([`WithoutKey`]). From the handler to the layer: that it was entered, or that the layer

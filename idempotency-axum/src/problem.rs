@@ -10,7 +10,7 @@
 //! | <a id="body-too-large"></a>`#body-too-large` | 413 | the request's body is over the limit | no |
 //! | <a id="body-unreadable"></a>`#body-unreadable` | 400 | the request's body broke off or can't be decoded, or (408) stopped coming; nothing ran | yes: send all of it |
 //! | <a id="scope-required"></a>`#scope-required` | 403 | the request does not say whose key it is | no: authenticate |
-//! | <a id="storage-unavailable"></a>`#storage-unavailable` | 503 | the storage failed, nothing ran | yes, after `Retry-After` |
+//! | <a id="storage-unavailable"></a>`#storage-unavailable` | 503 | the storage failed, or the record can't be read; nothing ran | yes, after `Retry-After` |
 //! | <a id="rolled-back"></a>`#rolled-back` | 503 | the operation ran in a transaction that met another one, failed or took too long; nothing of it is kept | yes, after `Retry-After` |
 //! | <a id="in-doubt"></a>`#in-doubt` | 503 | the connection to the database was lost during the commit | yes: the retry gets the answer, or runs |
 //! | <a id="overloaded"></a>`#overloaded` | 503 | too many operations run or wait, or too many bytes are held in memory; nothing ran | yes, after `Retry-After` |

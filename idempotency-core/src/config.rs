@@ -23,6 +23,8 @@ pub use self::{
     store_on::StoreOn,
 };
 
+// An option that settings read is also in `fields!` of settings.rs and in the table of `Settings`; one that is set by a function of its
+// own, at the end of this file, is also in the `Debug` of options.rs.
 options! {
     /// All options of the engine and the middleware, with safe defaults.
     ///

@@ -1,5 +1,5 @@
-//! The keeper: one task per engine that renews its claims, retries outcomes that the storage did not take, and stores the tombstone of a
-//! run that is older than `max_hold`.
+//! The keeper: one task per engine that renews its claims, retries outcomes that the storage did not take, stores the tombstone of a run
+//! that is older than `max_hold`, and releases claims that were dropped.
 //!
 //! It lives while there is something to keep: started by the first claim, it looks at what is due and ends when nothing is left. So
 //! a request that is answered within a third of the lease costs no spawn and no timer beyond the one that the keeper already has.

@@ -1,4 +1,5 @@
-//! The hash of a key: [`EncodedKey`], and the length-prefixed fields that hashes are made of.
+//! The hash of a key: [`EncodedKey`], and the length-prefixed fields that hashes are made of. Which fields they are, the
+//! [encoders](crate::KeyEncoder) say.
 
 use std::{fmt, str::FromStr};
 

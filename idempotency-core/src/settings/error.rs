@@ -1,4 +1,4 @@
-//! What can be wrong with settings.
+//! What can be wrong with settings: the type, and what it never shows. [`field`](super::field) makes the messages.
 
 use std::fmt::Display;
 

@@ -23,16 +23,19 @@ impl Script {
     }
 }
 
-/// The results of scripts.
+/// The key is as the script should leave it.
 pub(super) const DONE: i64 = 1;
+/// The key has no claim of the token, or no record to replace. Nothing was changed.
 pub(super) const NOT_HELD: i64 = 0;
+/// The key has neither a claim nor a record. Nothing was changed.
 pub(super) const FOREIGN: i64 = -1;
+/// The key has another value than the one that was read. Nothing was removed.
 pub(super) const CHANGED: i64 = -1;
 /// The key does not exist.
 pub(super) const FREE: i64 = -1;
 
 /// Token, value, TTL in milliseconds. Stores the value if the token holds the claim or the key does not exist. If the token has
-/// completed the key before, the record stays and its TTL restarts.
+/// completed the key before, the record stays and its TTL restarts. Returns [`DONE`], [`NOT_HELD`] or [`FOREIGN`].
 const COMPLETE_CODE: &str = "\
 local head = redis.call('GETRANGE', KEYS[1], 0, 17)
 local kind = string.sub(head, 1, 2)
@@ -52,7 +55,8 @@ return 1
 
 pub(super) static COMPLETE: LazyLock<Script> = LazyLock::new(|| Script::new(COMPLETE_CODE));
 
-/// [`COMPLETE`] for a server without free memory, with a value about as small as the claim that it replaces.
+/// [`COMPLETE`] for a tombstone, sent after a server without free memory refused the record. It is about as small as the claim that it
+/// replaces.
 pub(super) static COMPLETE_SMALL: LazyLock<Script> =
     LazyLock::new(|| Script::new(&format!("#!lua flags=allow-oom\n{COMPLETE_CODE}")));
 

@@ -1,4 +1,5 @@
-//! How the ends of claims are heard of: which servers to subscribe to, and how.
+//! Notifications of the ends of claims: which servers to subscribe to, and how. The [scripts](super::scripts) publish them, and
+//! [`waits`](crate::storage::waits) wakes the requests that wait.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 

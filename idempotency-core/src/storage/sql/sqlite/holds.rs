@@ -14,8 +14,8 @@ use crate::{
     storage::waits::{Waits, Whom},
 };
 
-/// The first and the longest pause between two looks of those who wait for another process.
-const POLLED: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(500)];
+/// The first and the longest pause between two looks of requests that wait for another process. A look is a read of the file.
+const PAUSES: [Duration; 2] = [Duration::from_millis(10), Duration::from_millis(500)];
 
 pub(super) struct Holds {
     pub(super) waits: Waits,
@@ -26,7 +26,7 @@ pub(super) struct Holds {
 impl Holds {
     pub(super) fn new(env: Env) -> Self {
         Self {
-            waits: Waits::new(env, POLLED, None),
+            waits: Waits::new(env, PAUSES, None),
             held: Mutex::default(),
         }
     }
