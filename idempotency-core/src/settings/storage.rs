@@ -212,7 +212,7 @@ impl StorageSettings {
                 if class == StorageKind::Memory {
                     tracing::warn!(
                         target: "idempotency",
-                        storage = table,
+                        storage = %table,
                         "`lock.class` is \"redis\" and this storage is \"memory\": processes share their locks but not their \
                          records, so a retry that reaches another process runs again"
                     );
