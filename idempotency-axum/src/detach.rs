@@ -1,4 +1,4 @@
-//! A handler survives its client, until `max_hold`.
+//! A handler survives its client, until `max_hold`. A client that leaves while its answer streams: see [`recording`](crate::recording).
 //!
 //! hyper drops a request's future when its connection closes. Once a claim may have been taken, a dropped future is adopted by a
 //! task, so a disconnect during `begin` or `complete` leaves no orphaned claim. The common path spawns nothing.

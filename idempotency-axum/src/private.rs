@@ -1,4 +1,4 @@
-//! What the attributes expand to. Not public API: it changes without notice.
+//! The names that the attributes expand to. Not public API: they change without notice.
 
 use std::marker::PhantomData;
 

@@ -138,7 +138,8 @@ pub enum OnStorageError {
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum OnUnreadable {
-    /// It is treated as any storage error.
+    /// As after any storage error, [`OnStorageError`] decides: with its default the request is refused with 503, since the operation may
+    /// have run.
     #[default]
     Reject,
     /// The record is removed and the operation runs. It may have run before. Two processes that find the record at the same moment

@@ -1,4 +1,5 @@
-//! The transaction that a handler shares with its record.
+//! The transaction that a handler shares with its record. The layer puts it among the extensions of the request, see
+//! [`handshake`](crate::handshake).
 
 use std::{
     fmt,

@@ -13,6 +13,8 @@
 //!    │            └─────────────────────────────┘
 //!    └──────► Lost: another holder has the key
 //! ```
+//!
+//! In the place of a record that is refused for good, a tombstone is stored.
 
 use std::time::Duration;
 
@@ -25,7 +27,8 @@ use crate::{
 /// The longest pause between two attempts to store an outcome.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
-/// After so many refusals of a record by a storage that answers other calls for its key, a tombstone is stored instead.
+/// After so many refusals of a record in a row, the first of which the operation's own future may have met, by a storage that answers
+/// other calls for its key, a tombstone is stored instead. If that is refused too, it was not for the record, and the count begins anew.
 const REFUSALS: u32 = 3;
 
 /// One execution.

@@ -24,7 +24,7 @@ use tokio::sync::{Notify, Semaphore, futures::OwnedNotified};
 
 use crate::{Env, StorageError, StorageErrorKind};
 
-/// The first and the longest pause between two polls of a key, with notifications and without.
+/// The first and the longest pause between two polls of a key, with notifications and without; SQLite has its own.
 const NOTIFIED: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 pub(super) const POLLED: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(500)];
 
