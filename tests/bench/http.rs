@@ -254,10 +254,7 @@ pub fn serve(app: &str, size: usize) {
         "bare" => (bare().with_state(()), Box::new(|| 0)),
         "floor" => {
             let floor = Floor::new(max_bytes, weight);
-            (
-                floored(floor.clone()),
-                Box::new(move || floor.records()),
-            )
+            (floored(floor.clone()), Box::new(move || floor.records()))
         }
         "ours" => {
             let storage = memory(max_bytes);
