@@ -21,7 +21,7 @@ use crate::{EncodedKey, key::HashKeys};
 /// nine blocks by. `tests/memory_limits.rs` holds the whole to its limit.
 const OVERHEAD: usize = 560;
 
-/// After so many operations moka does its housekeeping, which is before it would do it by itself: after 64 reads or 64 writes.
+/// After so many reads and writes moka does its housekeeping, which is before it would do it by itself: after 64 reads or 64 writes.
 const HOUSEKEEPING: usize = 60;
 
 /// The part of the capacity by which records may be over it before each operation has moka evict, and waits for it. Otherwise moka evicts
@@ -38,8 +38,8 @@ pub(super) struct Records<V> {
     expiries: Box<[Mutex<Expiries<V>>]>,
     /// For each shard, how many records of its expiries have left the cache.
     departed: Arc<[AtomicIsize]>,
-    /// Operations since the last housekeeping.
-    calls: AtomicUsize,
+    /// Reads and writes since the last housekeeping.
+    booked: AtomicUsize,
     /// Held by the one that does it.
     housekeeping: Mutex<()>,
 }
@@ -147,7 +147,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             capacity,
             expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
             departed,
-            calls: AtomicUsize::new(0),
+            booked: AtomicUsize::new(0),
             housekeeping: Mutex::new(()),
         }
     }
@@ -164,6 +164,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         if !self.cache.contains_key(&Sought(key)) {
             return None;
         }
+        self.booked.fetch_add(1, Relaxed);
         let stored = self.cache.get(&Sought(key))?;
         if stored.deadline <= nanos(now) {
             self.remove(key);
@@ -203,6 +204,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             folded: folded(key),
             stored: stored.clone(),
         };
+        self.booked.fetch_add(1, Relaxed);
         self.cache.insert(place, stored);
     }
 
@@ -243,17 +245,16 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// Does moka's housekeeping where that is due. Call it after each operation, without a lock: moka would do it in the middle of a
     /// later operation, under the lock of a shard, where other requests would wait for it.
     pub(super) fn settle(&self) {
-        let calls = self.calls.fetch_add(1, Relaxed) + 1;
         let is_over = self
             .capacity
             .is_some_and(|capacity| self.ledger.record_weight() > capacity + capacity / SLACK);
         if is_over {
             self.cache.run_pending_tasks();
-        } else if calls >= HOUSEKEEPING
+        } else if self.booked.load(Relaxed) >= HOUSEKEEPING
             // One is enough, the others go on.
             && let Ok(_housekeeping) = self.housekeeping.try_lock()
         {
-            self.calls.store(0, Relaxed);
+            self.booked.store(0, Relaxed);
             self.cache.run_pending_tasks();
         }
     }
