@@ -160,8 +160,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
 
     /// The record of `key` if there is one and it is not expired.
     pub(super) fn get(&self, key: &EncodedKey, now: Duration) -> Option<V> {
-        self.booked.fetch_add(1, Relaxed);
-        let stored = self.cache.get(&Sought(key))?;
+        let stored = self.find(key)?;
         if stored.deadline <= nanos(now) {
             self.remove(key);
             return None;
@@ -169,6 +168,11 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         // `None` if moka evicted it this instant.
         let value = stored.value();
         value.clone()
+    }
+
+    fn find(&self, key: &EncodedKey) -> Option<Arc<Stored<V>>> {
+        self.booked.fetch_add(1, Relaxed);
+        self.cache.get(&Sought(key))
     }
 
     /// Stores a record where none is.
@@ -189,13 +193,13 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             expiries.retain(|stored| !stored.is_cleared());
             departed.fetch_sub((before - expiries.len()) as isize, Relaxed);
         }
-        let place = match expiries.back() {
+        let at = match expiries.back() {
             Some(last) if last.deadline > stored.deadline => {
                 expiries.partition_point(|other| other.deadline <= stored.deadline)
             }
             _ => expiries.len(),
         };
-        expiries.insert(place, stored.clone());
+        expiries.insert(at, stored.clone());
         let place = Place {
             folded: folded(key),
             stored: stored.clone(),
@@ -205,6 +209,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     }
 
     pub(super) fn remove(&self, key: &EncodedKey) {
+        self.booked.fetch_add(1, Relaxed);
         self.cache.invalidate(&Sought(key));
     }
 
@@ -221,7 +226,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
                 return false;
             };
             if !stored.is_cleared() {
-                let found = self.cache.get(&Sought(&stored.key));
+                let found = self.find(&stored.key);
                 if found.is_some_and(|found| Arc::ptr_eq(&found, &stored)) {
                     self.remove(&stored.key);
                 }
