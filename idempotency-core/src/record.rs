@@ -39,15 +39,20 @@ pub struct Record {
 }
 
 impl Record {
+    pub(crate) fn tombstone(fingerprint: Option<Fingerprint>, reason: TombstoneReason) -> Self {
+        Self {
+            fingerprint,
+            outcome: Outcome::Tombstone(reason),
+        }
+    }
+
     /// What is kept of an operation for whose answer there is no room.
     pub(crate) fn without_answer(&self) -> Self {
-        Self {
-            fingerprint: self.fingerprint,
-            outcome: Outcome::Tombstone(match self.outcome {
-                Outcome::Response(_) => TombstoneReason::NoRoom,
-                Outcome::Tombstone(reason) => reason,
-            }),
-        }
+        let reason = match self.outcome {
+            Outcome::Response(_) => TombstoneReason::NoRoom,
+            Outcome::Tombstone(reason) => reason,
+        };
+        Self::tombstone(self.fingerprint, reason)
     }
 
     /// About how many bytes of heap this record holds: body and headers. For the byte limits of

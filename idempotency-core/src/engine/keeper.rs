@@ -319,10 +319,7 @@ async fn try_to_store(
         };
     }
 
-    let tombstone = Record {
-        fingerprint: record.fingerprint,
-        outcome: Outcome::Tombstone(TombstoneReason::Unstorable),
-    };
+    let tombstone = Record::tombstone(record.fingerprint, TombstoneReason::Unstorable);
     let mut offered = record;
     match renew().await.map_err(unanswered)? {
         Held::Yes => {

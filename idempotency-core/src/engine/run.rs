@@ -233,10 +233,7 @@ impl Run {
 
     /// The record of an operation that was held too long.
     fn tombstone(&self) -> Record {
-        Record {
-            fingerprint: self.fingerprint,
-            outcome: Outcome::Tombstone(TombstoneReason::MaxHold),
-        }
+        Record::tombstone(self.fingerprint, TombstoneReason::MaxHold)
     }
 
     // ---- transitions of the keeper

@@ -17,7 +17,7 @@ use std::{
 use self::{ledger::Ledger, records::Records};
 use super::lease::{self, Lease, LeaseTable, Wake};
 use crate::{
-    Begin, EncodedKey, Entry, Env, Event, Fingerprint, Held, NewClaim, Outcome, Record, Storage,
+    Begin, EncodedKey, Entry, Env, Event, Fingerprint, Held, NewClaim, Record, Storage,
     StorageError, StorageErrorKind, Token, TombstoneReason, record::Packed,
 };
 
@@ -427,10 +427,7 @@ impl Inner {
         if self.records.fits(records::weight(record.weight())) {
             return (Packed::of(record), false);
         }
-        let tombstone = Record {
-            fingerprint: record.fingerprint,
-            outcome: Outcome::Tombstone(TOO_LARGE),
-        };
+        let tombstone = Record::tombstone(record.fingerprint, TOO_LARGE);
         (Packed::of(&tombstone), true)
     }
 

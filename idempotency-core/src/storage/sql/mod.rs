@@ -1,6 +1,6 @@
 //! Claims and records in a table of a database.
 
-use crate::{BeginTransaction, Entry, NewTransaction, Outcome, Record, TombstoneReason};
+use crate::{BeginTransaction, Entry, NewTransaction, Record, TombstoneReason};
 
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
@@ -11,10 +11,7 @@ pub(crate) mod table;
 
 /// The tombstone that an operation leaves which commits by itself.
 fn committed_by_hand(claim: &NewTransaction) -> Record {
-    Record {
-        fingerprint: claim.fingerprint,
-        outcome: Outcome::Tombstone(TombstoneReason::HandlerFailed),
-    }
+    Record::tombstone(claim.fingerprint, TombstoneReason::HandlerFailed)
 }
 
 /// What a key has that a transaction could not take. Where nothing can be seen, another transaction has it, or it was free a moment
