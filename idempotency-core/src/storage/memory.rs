@@ -5,8 +5,8 @@
 //! which may evict it. [`ledger`] counts both, and knows when which record expires.
 //!
 //! A key belongs to one of a fixed number of shards. Every operation on it holds that shard's lock for its whole step, which
-//! never awaits: that is what makes it atomic. Locks are nested in this order only: a shard's, moka's own, and then one of the
-//! ledger's or of a record. No code of a user runs under any of them, except `Env::now` of the builder's environment.
+//! never awaits: that is what makes it atomic. Locks are nested in this order only: a shard's, that of its expiries, moka's own, the
+//! ledger's. No code of a user runs under any of them, except `Env::now` of the builder's environment.
 
 use std::{
     fmt,
@@ -14,7 +14,10 @@ use std::{
     time::Duration,
 };
 
-use self::{ledger::Ledger, records::Records};
+use self::{
+    ledger::{Ledger, Page},
+    records::Records,
+};
 use super::lease::{self, Lease, LeaseTable, Wake};
 use crate::{
     Begin, EncodedKey, Entry, Env, Event, Fingerprint, Held, NewClaim, Record, Storage,
@@ -117,7 +120,7 @@ impl MemoryStorage {
     /// How many records there are. Clears expired ones away first, as the other counts do.
     #[must_use]
     pub fn records(&self) -> u64 {
-        self.0.purge(|| false);
+        self.0.catch_up();
         self.0.ledger.records()
     }
 
@@ -137,13 +140,14 @@ impl MemoryStorage {
     /// What records and claims weigh, in bytes; see [Memory](Self#memory).
     #[must_use]
     pub fn weight(&self) -> u64 {
-        self.0.purge(|| false);
+        self.0.catch_up();
         self.0.ledger.weight()
     }
 
     /// How many live records were evicted since the storage was built. Each is an operation that a retry runs again.
     #[must_use]
     pub fn evicted(&self) -> u64 {
+        self.0.catch_up();
         self.0.ledger.evicted()
     }
 }
@@ -176,7 +180,7 @@ impl Storage for MemoryStorage {
         let mut begun = inner.begin(key, claim);
         if begun.is_none() {
             // Full. The shards are visited one by one, so none may be locked here.
-            inner.purge(|| !inner.is_full());
+            inner.purge(|| !inner.ledger.is_full());
             begun = inner.begin(key, claim);
         }
         inner.settle();
@@ -274,11 +278,7 @@ impl Inner {
         if let Some(found) = self.records.get(key, now) {
             return Some(Begin::Completed(found.record.record()));
         }
-        let limit = match self.when_full {
-            WhenFull::Evict => None,
-            WhenFull::Refuse => Some(self.max_bytes as u64),
-        };
-        if !self.ledger.claim_started(limit) {
+        if !self.page(key).claim_started() {
             return None;
         }
         let lease = Lease {
@@ -310,7 +310,7 @@ impl Inner {
         // First the record, so that what is woken finds it; both are behind the lock anyway.
         self.insert(key, record, token, now.saturating_add(ttl));
         let ended = claims.end(key, token, Wake::All);
-        self.ledger.claims_ended(usize::from(ended));
+        self.page(key).claims_ended(usize::from(ended));
         Held::Yes
     }
 
@@ -329,7 +329,7 @@ impl Inner {
         if !claims.end(key, token, Wake::One) {
             return Held::Lost;
         }
-        self.ledger.claims_ended(1);
+        self.page(key).claims_ended(1);
         Held::Yes
     }
 
@@ -369,7 +369,7 @@ impl Inner {
         let now = self.env.now();
         let mut claims = self.lock(key, now);
         let claimed = claims.remove(key, Wake::All);
-        self.ledger.claims_ended(usize::from(claimed));
+        self.page(key).claims_ended(usize::from(claimed));
         let completed = self.records.get(key, now).is_some();
         if completed {
             self.records.remove(key);
@@ -388,13 +388,17 @@ impl Inner {
         let shard = shard_of(key);
         let mut claims = self.lock_shard(shard);
         let ended = usize::from(claims.end_if_over(key, now)) + claims.sweep(now);
-        self.ledger.claims_ended(ended);
+        self.ledger.page(shard).claims_ended(ended);
         self.records.sweep(shard, now, SWEEP);
         claims
     }
 
     /// What panics under this lock, if anything, is moka or an `Env`. Each step makes its changes after everything else, so the
     /// claims under a poisoned lock are whole.
+    fn page(&self, key: &EncodedKey) -> &Page {
+        self.ledger.page(shard_of(key))
+    }
+
     fn lock_shard(&self, shard: usize) -> MutexGuard<'_, Claims> {
         lease::lock(&self.shards[shard])
     }
@@ -409,7 +413,8 @@ impl Inner {
                 }
                 // Locked anew for every few, so that requests get their turn.
                 let mut claims = self.lock_shard(shard);
-                self.ledger.claims_ended(claims.end_all_over(now));
+                let ended = claims.end_all_over(now);
+                self.ledger.page(shard).claims_ended(ended);
                 if !self.records.sweep(shard, now, 8 * SWEEP) {
                     break;
                 }
@@ -417,8 +422,10 @@ impl Inner {
         }
     }
 
-    fn is_full(&self) -> bool {
-        self.ledger.weight() >= self.max_bytes as u64
+    /// Clears away all that is over or evicted, so that what is left can be counted.
+    fn catch_up(&self) {
+        self.purge(|| false);
+        self.records.catch_up();
     }
 
     /// A copy of `record`, or of a tombstone in its place if it is larger than all that can be kept (a retry would run the operation

@@ -87,11 +87,11 @@ impl MemoryStorageBuilder {
     /// Builds the storage, empty.
     #[must_use]
     pub fn build(self) -> MemoryStorage {
-        let ledger = Arc::new(Ledger::new(self.env.clone(), self.observers));
-        let capacity = match self.when_full {
-            WhenFull::Evict => Some(self.max_bytes),
-            WhenFull::Refuse => None,
+        let (capacity, limit) = match self.when_full {
+            WhenFull::Evict => (Some(self.max_bytes), None),
+            WhenFull::Refuse => (None, Some(self.max_bytes)),
         };
+        let ledger = Arc::new(Ledger::new(self.env.clone(), self.observers, limit));
         MemoryStorage(Arc::new(Inner {
             shards: (0..SHARDS).map(|_| Default::default()).collect(),
             records: Records::new(ledger.clone(), capacity),

@@ -5,15 +5,19 @@ use std::{
     collections::VecDeque,
     hash::{Hash, Hasher},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicIsize, AtomicUsize, Ordering::Relaxed},
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
 
 use moka::{Equivalent, policy::EvictionPolicy, sync::Cache};
 
-use super::{SHARDS, ledger::Ledger, shard_of};
+use super::{
+    SHARDS,
+    ledger::{Ledger, Page},
+    shard_of,
+};
 use crate::{EncodedKey, key::HashKeys};
 
 /// What a record takes besides its body and its headers, in bytes: [`Stored`], its place among the expiries, and moka's nodes,
@@ -22,11 +26,17 @@ use crate::{EncodedKey, key::HashKeys};
 const OVERHEAD: usize = 560;
 
 /// After so many reads and writes moka does its housekeeping, which is before it would do it by itself: after 64 reads or 64 writes.
-const HOUSEKEEPING: usize = 60;
+const HOUSEKEEPING: u64 = 60;
 
-/// The part of the capacity by which records may be over it before each operation has moka evict, and waits for it. Otherwise moka evicts
-/// after some operations, which may be as many of the largest answers.
+/// The part of the capacity after which it does so too, because so many of the largest answers would be much more than the limit.
 const SLACK: u64 = 32;
+
+/// How many steps crossbeam's epochs, in which moka puts what it evicts, are asked to go after its housekeeping. By then that is dropped,
+/// unless another thread is in moka just now.
+const STEPS: usize = 3;
+
+/// The same for all that moka has put off, since little is dropped in one step.
+const STEPS_FOR_ALL: usize = 128;
 
 pub(super) struct Records<V> {
     cache: Cache<Place<V>, Arc<Stored<V>>, HashKeys>,
@@ -34,24 +44,31 @@ pub(super) struct Records<V> {
     /// `None` where nothing is evicted.
     capacity: Option<u64>,
     /// For each shard, its records by deadline. moka has no expiry by a clock that can be moved. Only locked under the shard's lock,
-    /// and never by moka's listener.
+    /// and never by what drops a record.
     expiries: Box<[Mutex<Expiries<V>>]>,
-    /// For each shard, how many records of its expiries have left the cache.
-    departed: Arc<[AtomicIsize]>,
-    /// Reads and writes since the last housekeeping.
-    booked: AtomicUsize,
+    /// What moka has put off since its last housekeeping: reads and writes, large ones many times.
+    booked: AtomicU64,
     /// Held by the one that does it.
     housekeeping: Mutex<()>,
 }
 
 /// The next to expire is first. Nearly all records have the same time to live, so nearly each is appended.
-type Expiries<V> = VecDeque<Arc<Stored<V>>>;
+type Expiries<V> = VecDeque<Weak<Stored<V>>>;
 
 /// A record as the key of itself in moka, so that its 32 bytes are there once. What is hashed lies beside the pointer: when moka rebuilds
-/// its table, it hashes every key, and following each pointer would be a cache miss.
+/// its table, it hashes every key, and following each pointer would be a cache miss. moka keeps the key of what has left for a
+/// while, so the pointer keeps nothing alive: a place whose record was dropped is equal to none.
 struct Place<V> {
     folded: u64,
-    stored: Arc<Stored<V>>,
+    stored: Weak<Stored<V>>,
+}
+
+impl<V> Place<V> {
+    fn is_of(&self, key: &EncodedKey) -> bool {
+        self.stored
+            .upgrade()
+            .is_some_and(|stored| stored.key == *key)
+    }
 }
 
 impl<V> Hash for Place<V> {
@@ -62,7 +79,12 @@ impl<V> Hash for Place<V> {
 
 impl<V> PartialEq for Place<V> {
     fn eq(&self, other: &Self) -> bool {
-        self.folded == other.folded && self.stored.key == other.stored.key
+        self.folded == other.folded
+            && (self.stored.ptr_eq(&other.stored)
+                || other
+                    .stored
+                    .upgrade()
+                    .is_some_and(|stored| self.is_of(&stored.key)))
     }
 }
 
@@ -79,7 +101,7 @@ impl Hash for Sought<'_> {
 
 impl<V> Equivalent<Place<V>> for Sought<'_> {
     fn equivalent(&self, place: &Place<V>) -> bool {
-        folded(self.0) == place.folded && *self.0 == place.stored.key
+        folded(self.0) == place.folded && place.is_of(self.0)
     }
 }
 
@@ -91,53 +113,51 @@ fn folded(key: &EncodedKey) -> u64 {
         .fold(0, |folded, word| folded ^ u64::from_le_bytes(*word))
 }
 
-/// A record as it lies in moka.
+/// A record as it lies in moka, which alone holds on to it.
 struct Stored<V> {
     key: EncodedKey,
     /// By the storage's clock, see [`nanos`]. The record has expired from then on.
     deadline: u64,
     weight: u32,
-    /// Taken out when the record leaves the cache.
-    value: Mutex<Option<V>>,
+    /// Whether the ledger knows that it is no longer there.
+    has_left: AtomicBool,
+    value: V,
+    page: Arc<Page>,
 }
 
 impl<V> Stored<V> {
-    fn clear(&self) {
-        self.value().take();
-    }
-
-    fn is_cleared(&self) -> bool {
-        self.value().is_none()
-    }
-
-    /// Nothing but a clone happens under this lock, so a poisoned one is whole.
-    fn value(&self) -> MutexGuard<'_, Option<V>> {
-        self.value.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Books that the record is no longer there, once. Says whether this was the time.
+    fn leave(&self) -> bool {
+        let leaves = !self.has_left.swap(true, Relaxed);
+        if leaves {
+            self.page.record_left(self.weight);
+        }
+        leaves
     }
 }
 
-/// Except for [`settle`](Records::settle) and [`fits`](Records::fits), call these under the lock of the key's shard.
+impl<V> Drop for Stored<V> {
+    /// What left by itself was evicted. moka could call a listener at the eviction, but would take a lock for each key then.
+    fn drop(&mut self) {
+        if self.leave() {
+            let deadline = Duration::from_nanos(self.deadline);
+            self.page.record_evicted(&self.key, deadline);
+        }
+    }
+}
+
+/// Except for [`settle`](Records::settle), [`catch_up`](Records::catch_up) and [`fits`](Records::fits), call these under the lock of the key's shard.
 /// Then only moka changes anything meanwhile, and all that moka does is evict.
 impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// Records of `max_bytes` that are evicted when there are more of them, or that are never evicted.
     pub(super) fn new(ledger: Arc<Ledger>, max_bytes: Option<usize>) -> Self {
         // The least that can be kept is a tombstone. Without it, a completed operation would be forgotten at once.
         let capacity = max_bytes.map(|bytes| bytes.max(OVERHEAD) as u64);
-        let listener = ledger.clone();
-        let departed: Arc<[AtomicIsize]> = (0..SHARDS).map(|_| AtomicIsize::new(0)).collect();
-        let departures = departed.clone();
         let mut cache = Cache::builder()
             // moka's default, TinyLFU, refuses new records when it is full. They are the ones whose retries are still to come.
             .eviction_policy(EvictionPolicy::lru())
-            .weigher(|_, stored: &Arc<Stored<V>>| stored.weight)
             // No expiry of moka's: it would follow another clock than the leases, and a clock can't be moved in moka.
-            .eviction_listener(move |_, stored: Arc<Stored<V>>, cause| {
-                // Now, not when moka's epochs get round to what they hold: a hundred such bodies may be more than the limit.
-                stored.clear();
-                departures[shard_of(&stored.key)].fetch_add(1, Relaxed);
-                let deadline = Duration::from_nanos(stored.deadline);
-                listener.record_left(&stored.key, stored.weight, deadline, cause);
-            });
+            .weigher(|_, stored: &Arc<Stored<V>>| stored.weight);
         if let Some(capacity) = capacity {
             cache = cache.max_capacity(capacity);
         }
@@ -146,8 +166,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             ledger,
             capacity,
             expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
-            departed,
-            booked: AtomicUsize::new(0),
+            booked: AtomicU64::new(0),
             housekeeping: Mutex::new(()),
         }
     }
@@ -165,52 +184,50 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             self.remove(key);
             return None;
         }
-        // `None` if moka evicted it this instant.
-        let value = stored.value();
-        value.clone()
+        Some(stored.value.clone())
     }
 
     fn find(&self, key: &EncodedKey) -> Option<Arc<Stored<V>>> {
-        self.booked.fetch_add(1, Relaxed);
+        self.book(1);
         self.cache.get(&Sought(key))
     }
 
     /// Stores a record where none is.
     pub(super) fn insert(&self, key: &EncodedKey, value: V, weight: u32, deadline: Duration) {
-        self.ledger.record_came(weight);
+        let shard = shard_of(key);
+        let page = self.ledger.page(shard);
+        page.record_came(weight);
         let stored = Arc::new(Stored {
             key: *key,
             deadline: nanos(deadline),
             weight,
-            value: Mutex::new(Some(value)),
+            has_left: AtomicBool::new(false),
+            value,
+            page: page.clone(),
         });
-        let shard = shard_of(key);
-        let departed = &self.departed[shard];
         let mut expiries = self.expiries(shard);
         let before = expiries.len();
-        if departed.load(Relaxed) > (before / 4 + 32) as isize {
+        if page.departed() > (before / 4 + 32) as isize {
             // They hold on to memory: without this, until their time is over.
-            expiries.retain(|stored| !stored.is_cleared());
-            departed.fetch_sub((before - expiries.len()) as isize, Relaxed);
+            expiries.retain(|stored| live(stored).is_some());
+            page.forgotten(before - expiries.len());
         }
-        let at = match expiries.back() {
-            Some(last) if last.deadline > stored.deadline => {
-                expiries.partition_point(|other| other.deadline <= stored.deadline)
-            }
-            _ => expiries.len(),
-        };
-        expiries.insert(at, stored.clone());
+        let at = position(&expiries, stored.deadline);
+        expiries.insert(at, Arc::downgrade(&stored));
         let place = Place {
             folded: folded(key),
-            stored: stored.clone(),
+            stored: Arc::downgrade(&stored),
         };
-        self.booked.fetch_add(1, Relaxed);
+        self.book(self.operations(weight));
         self.cache.insert(place, stored);
     }
 
     pub(super) fn remove(&self, key: &EncodedKey) {
-        self.booked.fetch_add(1, Relaxed);
-        self.cache.invalidate(&Sought(key));
+        if let Some(stored) = self.cache.remove(&Sought(key)) {
+            stored.leave();
+            // So that its memory is given back with this operation.
+            self.book(HOUSEKEEPING);
+        }
     }
 
     /// Forgets up to `at_most` records of `shard` that have expired or left, those that expire first. Says whether there may be more.
@@ -218,20 +235,23 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         let now = nanos(now);
         let mut expiries = self.expiries(shard);
         for _ in 0..at_most {
-            match expiries.front() {
-                Some(next) if next.deadline <= now || next.is_cleared() => {}
-                _ => return false,
-            }
-            let Some(stored) = expiries.pop_front() else {
+            let Some(next) = expiries.front().map(live) else {
                 return false;
             };
-            if !stored.is_cleared() {
-                let found = self.find(&stored.key);
-                if found.is_some_and(|found| Arc::ptr_eq(&found, &stored)) {
-                    self.remove(&stored.key);
+            if let Some(stored) = next {
+                if stored.deadline > now {
+                    return false;
                 }
+                self.book(self.operations(stored.weight));
+                let found = self.cache.get(&Sought(&stored.key));
+                if found.is_some_and(|found| Arc::ptr_eq(&found, &stored)) {
+                    self.cache.invalidate(&Sought(&stored.key));
+                }
+                // Also if moka has just evicted it.
+                stored.leave();
             }
-            self.departed[shard].fetch_sub(1, Relaxed);
+            expiries.pop_front();
+            self.ledger.page(shard).forgotten(1);
         }
         true
     }
@@ -243,22 +263,81 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn book(&self, operations: u64) {
+        self.booked.fetch_add(operations, Relaxed);
+    }
+
+    /// For how many operations a record of this weight counts.
+    fn operations(&self, weight: u32) -> u64 {
+        1 + self.capacity.map_or(0, |capacity| {
+            u64::from(weight) * SLACK * HOUSEKEEPING / capacity
+        })
+    }
+
     /// Does moka's housekeeping where that is due. Call it after each operation, without a lock: moka would do it in the middle of a
     /// later operation, under the lock of a shard, where other requests would wait for it.
     pub(super) fn settle(&self) {
-        let is_over = self
-            .capacity
-            .is_some_and(|capacity| self.ledger.record_weight() > capacity + capacity / SLACK);
-        if is_over {
-            self.cache.run_pending_tasks();
-        } else if self.booked.load(Relaxed) >= HOUSEKEEPING
-            // One is enough, the others go on.
-            && let Ok(_housekeeping) = self.housekeeping.try_lock()
-        {
-            self.booked.store(0, Relaxed);
-            self.cache.run_pending_tasks();
+        let booked = self.booked.load(Relaxed);
+        if booked < HOUSEKEEPING {
+            return;
+        }
+        // One does it and the others go on, unless it can't keep up.
+        let _housekeeping = match self.housekeeping.try_lock() {
+            Ok(housekeeping) => housekeeping,
+            Err(_) if booked < 4 * HOUSEKEEPING => return,
+            Err(_) => self
+                .housekeeping
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        };
+        self.booked.store(0, Relaxed);
+        self.cache.run_pending_tasks();
+        for _ in 0..STEPS {
+            crossbeam_epoch::pin().flush();
         }
     }
+
+    /// Has moka do all that it has put off, and drops all that it evicted, unless other threads are in moka.
+    pub(super) fn catch_up(&self) {
+        self.cache.run_pending_tasks();
+        for _ in 0..STEPS_FOR_ALL {
+            if self.ledger.records() <= self.cache.entry_count() {
+                return;
+            }
+            crossbeam_epoch::pin().flush();
+        }
+    }
+}
+
+/// What an entry of the expiries stands for, if it is still there.
+fn live<V>(stored: &Weak<Stored<V>>) -> Option<Arc<Stored<V>>> {
+    let stored = stored.upgrade()?;
+    (!stored.has_left.load(Relaxed)).then_some(stored)
+}
+
+/// Where a record of this deadline belongs: behind all that expire before it.
+fn position<V>(expiries: &Expiries<V>, deadline: u64) -> usize {
+    let is_later = |stored: &Stored<V>| stored.deadline > deadline;
+    if expiries
+        .back()
+        .and_then(live)
+        .is_some_and(|last| !is_later(&last))
+    {
+        return expiries.len();
+    }
+    let (mut from, mut to) = (0, expiries.len());
+    while from < to {
+        let middle = from.midpoint(to);
+        // What has left says nothing: the one before it does.
+        let before = (from..=middle)
+            .rev()
+            .find_map(|at| Some((at, live(&expiries[at])?)));
+        match before {
+            Some((at, stored)) if is_later(&stored) => to = at,
+            _ => from = middle + 1,
+        }
+    }
+    from
 }
 
 /// What a record of so many bytes weighs. moka's weights are 32 bits wide: one of 4 GiB weighs less than it should, by what it

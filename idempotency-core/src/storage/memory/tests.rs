@@ -378,6 +378,40 @@ fn new_and_used_records_stay() {
     assert!(storage.evicted() > 1_500);
 }
 
+/// Those that were evicted have no place among the expiries any more, so nothing can be told by them.
+#[test]
+fn each_expires_at_its_time_also_among_evicted_ones() {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let (env, clock) = Env::simulated(1);
+    let storage = MemoryStorage::builder().env(env).max_bytes(100_000);
+    let storage = storage.build();
+    let key = |number: u16| {
+        let mut bytes = [0; 32];
+        // All in one shard.
+        bytes[1..3].copy_from_slice(&number.to_be_bytes());
+        EncodedKey::from_bytes(bytes)
+    };
+    let ttl = |number: u16| HOUR * (1 + u32::from(number) * 7 % 5);
+    for number in 0..1_000 {
+        let held = now(storage.complete(&key(number), token(1), &response("x"), ttl(number)));
+        assert_eq!(held, Held::Yes);
+        // These stay, between the others that are evicted.
+        for used in (0..number).step_by(10).take(20) {
+            assert!(now(storage.get(&key(used))).is_some(), "{used}");
+        }
+    }
+    assert!(storage.evicted() > 500);
+    let mut kept: Vec<u16> = (0..1_000)
+        .filter(|number| now(storage.get(&key(*number))).is_some())
+        .collect();
+    for hours in 1..=5 {
+        assert_eq!(storage.records(), kept.len() as u64, "after {hours} hours");
+        clock.advance(HOUR);
+        kept.retain(|number| ttl(*number) > HOUR * hours);
+    }
+    assert_eq!((storage.records(), storage.weight()), (0, 0));
+}
+
 #[test]
 fn clones_share_and_debug_counts() {
     let storage = MemoryStorage::default();
