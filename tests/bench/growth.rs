@@ -186,8 +186,20 @@ impl Crowd {
     }
 }
 
-/// First executions on a runtime of one worker, and of two.
+/// First executions on a runtime of one worker, and of two: while nothing is evicted, and when each new record evicts one.
 pub fn cores(report: &mut Report) {
+    // Half as often without eviction, as all that is recorded stays.
+    scaling(report, "cores", UNLIMITED, 20, Some(Limit::AtLeast(0.9)));
+    scaling(report, "cores, evicting", 64 << 20, 40, None);
+}
+
+fn scaling(
+    report: &mut Report,
+    group: &'static str,
+    max_bytes: usize,
+    count: usize,
+    limit: Option<Limit>,
+) {
     let runtimes = [1, 2].map(|workers| {
         let runtime = runtime::Builder::new_multi_thread()
             .worker_threads(workers)
@@ -197,12 +209,12 @@ pub fn cores(report: &mut Report) {
     });
     let apps = [
         ("bare", bare().with_state(())),
-        ("floor", floored(Floor::new(64 << 20, weight(SIZE)))),
-        ("first", protected(memory(64 << 20))),
+        ("floor", floored(Floor::new(max_bytes, weight(SIZE)))),
+        ("first", protected(memory(max_bytes))),
     ];
     let mut rounds = Rounds::default();
     let mut next = 0;
-    for round in 0..WARM_UP + 40 {
+    for round in 0..WARM_UP + count {
         for (workers, runtime) in &runtimes {
             for (name, app) in &apps {
                 let each = if *name == "bare" { 6000 } else { 1500 };
@@ -216,7 +228,7 @@ pub fn cores(report: &mut Report) {
             }
         }
     }
-    report.group("cores");
+    report.group(group);
     for name in rounds.names() {
         let unit = if name.starts_with("CPU") { "ns" } else { "/s" };
         report.row(name, unit, rounds.spread(name));
@@ -225,7 +237,7 @@ pub fn cores(report: &mut Report) {
         let scaling = rounds.each(|of| of(&format!("{name}, 2")) / of(&format!("{name}, 1")));
         report.row(&format!("{name}, 1 to 2 cores"), "×", scaling);
     }
-    for (name, limit) in [("floor", None), ("first", Some(Limit::AtLeast(0.9)))] {
+    for (name, limit) in [("floor", None), ("first", limit)] {
         let ratio = rounds.each(|of| {
             let scaling = |name: &str| of(&format!("{name}, 2")) / of(&format!("{name}, 1"));
             scaling(name) / scaling("bare")
