@@ -177,13 +177,14 @@ impl fmt::Debug for MemoryStorage {
 impl Storage for MemoryStorage {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
         let inner = &*self.0;
-        let mut begun = inner.begin(key, claim);
+        let now = inner.env.now();
+        let mut begun = inner.begin(key, claim, now);
         if begun.is_none() {
             // Full. The shards are visited one by one, so none may be locked here.
             inner.purge(|| !inner.ledger.is_full());
-            begun = inner.begin(key, claim);
+            begun = inner.begin(key, claim, now);
         }
-        inner.settle();
+        inner.settle(now);
         begun.ok_or_else(|| {
             StorageError::new(
                 StorageErrorKind::Full,
@@ -199,13 +200,15 @@ impl Storage for MemoryStorage {
         record: &Record,
         ttl: Duration,
     ) -> Result<Held, StorageError> {
+        let inner = &*self.0;
         // Copied before the lock is taken: nobody should wait for that.
-        let (record, too_large) = self.0.pack(record);
-        let held = self.0.complete(key, token, record, ttl);
+        let (record, too_large) = inner.pack(record);
+        let now = inner.env.now();
+        let held = inner.complete(key, token, record, ttl, now);
         if too_large && held == Held::Yes {
-            self.0.tell_too_large(key);
+            inner.tell_too_large(key);
         }
-        self.0.settle();
+        inner.settle(now);
         Ok(held)
     }
 
@@ -215,16 +218,17 @@ impl Storage for MemoryStorage {
         token: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
-        Ok(self.0.renew(key, token, lease))
+        Ok(self.0.renew(key, token, lease, self.0.env.now()))
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        Ok(self.0.release(key, token))
+        Ok(self.0.release(key, token, self.0.env.now()))
     }
 
     async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        let entry = self.0.get(key);
-        self.0.settle();
+        let now = self.0.env.now();
+        let entry = self.0.get(key, now);
+        self.0.settle(now);
         Ok(entry)
     }
 
@@ -234,18 +238,21 @@ impl Storage for MemoryStorage {
         record: &Record,
         ttl: Duration,
     ) -> Result<(), StorageError> {
-        let (record, too_large) = self.0.pack(record);
-        let replaced = self.0.replace(key, record, ttl);
+        let inner = &*self.0;
+        let (record, too_large) = inner.pack(record);
+        let now = inner.env.now();
+        let replaced = inner.replace(key, record, ttl, now);
         if too_large && replaced {
-            self.0.tell_too_large(key);
+            inner.tell_too_large(key);
         }
-        self.0.settle();
+        inner.settle(now);
         Ok(())
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        let removed = self.0.remove(key);
-        self.0.settle();
+        let now = self.0.env.now();
+        let removed = self.0.remove(key, now);
+        self.0.settle(now);
         Ok(removed)
     }
 
@@ -259,8 +266,7 @@ impl Storage for MemoryStorage {
 /// The steps. Each holds the shard's lock from its beginning to its end.
 impl Inner {
     /// `None` when the storage is full.
-    fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Option<Begin> {
-        let now = self.env.now();
+    fn begin(&self, key: &EncodedKey, claim: &NewClaim, now: Duration) -> Option<Begin> {
         let mut claims = self.lock(key, now);
         let lease_end = now.saturating_add(claim.lease);
         if let Some(running) = claims.get(key) {
@@ -290,8 +296,14 @@ impl Inner {
         Some(Begin::Acquired)
     }
 
-    fn complete(&self, key: &EncodedKey, token: Token, record: Packed, ttl: Duration) -> Held {
-        let now = self.env.now();
+    fn complete(
+        &self,
+        key: &EncodedKey,
+        token: Token,
+        record: Packed,
+        ttl: Duration,
+        now: Duration,
+    ) -> Held {
         let mut claims = self.lock(key, now);
         match claims.get(key) {
             Some(running) if running.token != token => return Held::Lost,
@@ -314,8 +326,7 @@ impl Inner {
         Held::Yes
     }
 
-    fn renew(&self, key: &EncodedKey, token: Token, lease: Duration) -> Held {
-        let now = self.env.now();
+    fn renew(&self, key: &EncodedKey, token: Token, lease: Duration, now: Duration) -> Held {
         let mut claims = self.lock(key, now);
         match claims.renew(key, token, now.saturating_add(lease)) {
             Some(_) => Held::Yes,
@@ -323,8 +334,7 @@ impl Inner {
         }
     }
 
-    fn release(&self, key: &EncodedKey, token: Token) -> Held {
-        let now = self.env.now();
+    fn release(&self, key: &EncodedKey, token: Token, now: Duration) -> Held {
         let mut claims = self.lock(key, now);
         if !claims.end(key, token, Wake::One) {
             return Held::Lost;
@@ -333,8 +343,7 @@ impl Inner {
         Held::Yes
     }
 
-    fn get(&self, key: &EncodedKey) -> Option<Entry> {
-        let now = self.env.now();
+    fn get(&self, key: &EncodedKey, now: Duration) -> Option<Entry> {
         let claims = self.lock(key, now);
         if let Some(running) = claims.get(key) {
             return Some(Entry::Claimed {
@@ -347,8 +356,7 @@ impl Inner {
     }
 
     /// Says whether there was a record to replace.
-    fn replace(&self, key: &EncodedKey, record: Packed, ttl: Duration) -> bool {
-        let now = self.env.now();
+    fn replace(&self, key: &EncodedKey, record: Packed, ttl: Duration, now: Duration) -> bool {
         // Locked, though claims are not looked at: a claim and a record are never under one key.
         let _claims = self.lock(key, now);
         let Some(found) = self.records.get(key, now) else {
@@ -365,8 +373,7 @@ impl Inner {
         self.records.insert(key, completed, weight, deadline);
     }
 
-    fn remove(&self, key: &EncodedKey) -> bool {
-        let now = self.env.now();
+    fn remove(&self, key: &EncodedKey, now: Duration) -> bool {
         let mut claims = self.lock(key, now);
         let claimed = claims.remove(key, Wake::All);
         self.page(key).claims_ended(usize::from(claimed));
@@ -446,8 +453,8 @@ impl Inner {
     }
 
     /// What is left to do after a step, with no lock held: bring moka down to its limit, tell observers what was evicted.
-    fn settle(&self) {
-        self.records.settle();
+    fn settle(&self, now: Duration) {
+        self.records.settle(now);
         self.ledger.report_evictions();
     }
 }

@@ -28,6 +28,9 @@ const OVERHEAD: usize = 560;
 /// After so many reads and writes moka does its housekeeping, which is before it would do it by itself: after 64 reads or 64 writes.
 const HOUSEKEEPING: u64 = 60;
 
+/// After so long, too, so that it is not before 300 ms are over, when moka would do it by itself.
+const PERIOD: Duration = Duration::from_millis(200);
+
 /// The part of the capacity after which it does so too, because so many of the largest answers would be much more than the limit.
 const SLACK: u64 = 32;
 
@@ -48,6 +51,8 @@ pub(super) struct Records<V> {
     expiries: Box<[Mutex<Expiries<V>>]>,
     /// What moka has put off since its last housekeeping: reads and writes, large ones many times.
     booked: AtomicU64,
+    /// By the storage's clock, see [`nanos`]: when the next housekeeping is due, however little was put off.
+    due: AtomicU64,
     /// Held by the one that does it.
     housekeeping: Mutex<()>,
 }
@@ -167,6 +172,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             capacity,
             expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
             booked: AtomicU64::new(0),
+            due: AtomicU64::new(0),
             housekeeping: Mutex::new(()),
         }
     }
@@ -275,10 +281,11 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     }
 
     /// Does moka's housekeeping where that is due. Call it after each operation, without a lock: moka would do it in the middle of a
-    /// later operation, under the lock of a shard, where other requests would wait for it.
-    pub(super) fn settle(&self) {
+    /// later operation, under the lock of a shard, where other requests would wait for it, and what it evicted would stay with the
+    /// thread of that request.
+    pub(super) fn settle(&self, now: Duration) {
         let booked = self.booked.load(Relaxed);
-        if booked < HOUSEKEEPING {
+        if booked < HOUSEKEEPING && nanos(now) < self.due.load(Relaxed) {
             return;
         }
         // One does it and the others go on, unless it can't keep up.
@@ -291,6 +298,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
                 .unwrap_or_else(PoisonError::into_inner),
         };
         self.booked.store(0, Relaxed);
+        self.due.store(nanos(now.saturating_add(PERIOD)), Relaxed);
         self.cache.run_pending_tasks();
         for _ in 0..STEPS {
             crossbeam_epoch::pin().flush();

@@ -70,7 +70,7 @@ impl<G: Default, V: Clone + Send + Sync + 'static> Shelf<G, V> {
 
     /// Evicts at once where moka is too far behind. Call it after an insertion, without a lock.
     pub(in crate::storage) fn settle(&self) {
-        self.records.settle();
+        self.records.settle(self.env.now());
     }
 
     /// Logs evictions: the first, and then whenever their number has doubled. Call it without a lock.

@@ -378,6 +378,33 @@ fn new_and_used_records_stay() {
     assert!(storage.evicted() > 1_500);
 }
 
+/// Where little happens, moka would evict in the middle of an operation, and what it evicts would stay with that thread.
+#[test]
+fn what_is_over_the_limit_leaves_in_time_however_little_it_is() {
+    let (env, clock) = Env::simulated(1);
+    let storage = MemoryStorage::builder().env(env).max_bytes(1_000_000);
+    let storage = storage.build();
+    let complete = |number: u16| {
+        let mut bytes = [0; 32];
+        bytes[..2].copy_from_slice(&number.to_be_bytes());
+        let key = EncodedKey::from_bytes(bytes);
+        let held = now(storage.complete(&key, token(1), &response("x"), DAY));
+        assert_eq!(held, Held::Yes);
+    };
+    (0..2_000).for_each(complete);
+    let before = storage.evicted();
+    assert!(before > 0);
+    (2_000..2_010).for_each(complete);
+    clock.advance(Duration::from_millis(200));
+    assert_eq!(now(storage.get(&key(1))), None);
+    // Its counts are not asked for: moka would catch up first.
+    let shown = format!("{storage:?}");
+    assert!(
+        shown.contains(&format!("evicted: {}", before + 10)),
+        "{before}: {shown}"
+    );
+}
+
 /// Those that were evicted have no place among the expiries any more, so nothing can be told by them.
 #[test]
 fn each_expires_at_its_time_also_among_evicted_ones() {
