@@ -276,6 +276,37 @@ fn large_bodies_stay_within_a_small_limit() {
     assert!(storage.evicted() > 0);
 }
 
+/// A thread that is taken off its core inside of moka keeps the others from dropping what they evict, so they must not go on as if it
+/// were dropped.
+#[test]
+fn more_threads_than_cores_stay_within_the_limit() {
+    let _turn = turn();
+    const MAX_BYTES: usize = 64 << 20;
+    const THREADS: u64 = 16;
+    let storage = MemoryStorage::builder().max_bytes(MAX_BYTES).build();
+    let record = response(vec![7; 1 << 20]);
+    let before = LIVE.load(SeqCst);
+    let (most, on_the_way) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (storage, record, most, on_the_way) = (&storage, &record, &most, &on_the_way);
+            scope.spawn(move || {
+                for number in 0..150 {
+                    let number = thread * 150 + number;
+                    on_the_way.fetch_add(1 << 20, SeqCst);
+                    let held = now(storage.complete(&key(number), token(number), record, DAY));
+                    assert_eq!(held.unwrap(), Held::Yes);
+                    on_the_way.fetch_sub(1 << 20, SeqCst);
+                    let grown = grown(before);
+                    most.fetch_max(grown.saturating_sub(on_the_way.load(SeqCst)), SeqCst);
+                }
+            });
+        }
+    });
+    let most = most.into_inner();
+    assert!(most as f64 <= 1.2 * MAX_BYTES as f64, "{most}");
+}
+
 /// moka before the fix of its issue 590 stopped evicting for ever when keys came again under its LRU policy.
 #[test]
 fn keys_that_come_again_do_not_stop_eviction() {

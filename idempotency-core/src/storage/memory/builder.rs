@@ -91,7 +91,7 @@ impl MemoryStorageBuilder {
             WhenFull::Evict => (Some(self.max_bytes), None),
             WhenFull::Refuse => (None, Some(self.max_bytes)),
         };
-        let ledger = Arc::new(Ledger::new(self.env.clone(), self.observers, limit));
+        let ledger = Arc::new(Ledger::new(self.observers, limit));
         MemoryStorage(Arc::new(Inner {
             shards: (0..SHARDS).map(|_| Default::default()).collect(),
             records: Records::new(ledger.clone(), capacity),

@@ -3,16 +3,13 @@
 //! Each record is booked when it comes and when it leaves, by whatever way, so the ledger is exact where moka's own counters lag.
 //! Each shard has a page of its own, since two cores that write to the same few bytes wait for each other.
 
-use std::{
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicIsize, AtomicU64, AtomicUsize, Ordering::Relaxed},
-    },
-    time::Duration,
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicIsize, AtomicU64, AtomicUsize, Ordering::Relaxed},
 };
 
 use super::SHARDS;
-use crate::{EncodedKey, Env, Event, event::Observers};
+use crate::{EncodedKey, Event, event::Observers};
 
 /// What a claim weighs: its slot in a hash table that may be a little less than half full. A test in `tests/memory_limits.rs`
 /// compares it with the heap.
@@ -21,6 +18,7 @@ pub(super) const CLAIM_WEIGHT: u64 = 288;
 pub(super) struct Ledger {
     pages: Box<[Arc<Page>]>,
     whole: Arc<Whole>,
+    observers: Observers,
 }
 
 /// What one shard holds. As large as what two cores exchange at once.
@@ -35,7 +33,7 @@ pub(super) struct Page {
     whole: Arc<Whole>,
 }
 
-/// What is counted over all shards.
+/// What is counted over all shards. Records may outlive their storage for a while, so nothing of a user's is in here.
 struct Whole {
     limit: Option<Limit>,
     evicted: AtomicU64,
@@ -43,8 +41,8 @@ struct Whole {
     report_at: AtomicU64,
     /// The first key evicted since then.
     to_report: Mutex<Option<EncodedKey>>,
-    env: Env,
-    observers: Observers,
+    /// The time at the last housekeeping. A record is dropped by any thread at any time, so no clock is asked then.
+    now: AtomicU64,
 }
 
 /// Where new claims are refused rather than records evicted.
@@ -56,7 +54,7 @@ struct Limit {
 
 impl Ledger {
     /// No claim is started once records and claims weigh `most`.
-    pub(super) fn new(env: Env, observers: Observers, most: Option<usize>) -> Self {
+    pub(super) fn new(observers: Observers, most: Option<usize>) -> Self {
         let whole = Arc::new(Whole {
             limit: most.map(|most| Limit {
                 most: most as u64,
@@ -65,8 +63,7 @@ impl Ledger {
             evicted: AtomicU64::new(0),
             report_at: AtomicU64::new(1),
             to_report: Mutex::new(None),
-            env,
-            observers,
+            now: AtomicU64::new(0),
         });
         let page = || {
             Arc::new(Page {
@@ -80,6 +77,7 @@ impl Ledger {
         Self {
             pages: (0..SHARDS).map(|_| page()).collect(),
             whole,
+            observers,
         }
     }
 
@@ -88,8 +86,12 @@ impl Ledger {
     }
 
     pub(super) fn weight(&self) -> u64 {
-        let records: u64 = self.sum(|page| page.weight.load(Relaxed));
-        records + self.claims() as u64 * CLAIM_WEIGHT
+        self.record_weight() + self.claims() as u64 * CLAIM_WEIGHT
+    }
+
+    /// What the records weigh, without the claims.
+    pub(super) fn record_weight(&self) -> u64 {
+        self.sum(|page| page.weight.load(Relaxed))
     }
 
     pub(super) fn records(&self) -> u64 {
@@ -102,6 +104,11 @@ impl Ledger {
 
     pub(super) fn evicted(&self) -> u64 {
         self.whole.evicted.load(Relaxed)
+    }
+
+    /// Tells the time, in nanoseconds by the storage's clock.
+    pub(super) fn is_now(&self, now: u64) {
+        self.whole.now.store(now, Relaxed);
     }
 
     /// Whether a new claim would be refused.
@@ -131,7 +138,7 @@ impl Ledger {
 
     /// Tells every observer of `event`.
     pub(super) fn emit(&self, event: &Event<'_>) {
-        self.whole.observers.emit(event);
+        self.observers.emit(event);
     }
 
     fn sum<N: std::iter::Sum>(&self, count: impl Fn(&Page) -> N) -> N {
@@ -180,9 +187,9 @@ impl Page {
     }
 
     /// Counts a record that left to make room, if it was still live.
-    pub(super) fn record_evicted(&self, key: &EncodedKey, deadline: Duration) {
+    pub(super) fn record_evicted(&self, key: &EncodedKey, deadline: u64) {
         let whole = &*self.whole;
-        if whole.env.now() < deadline {
+        if whole.now.load(Relaxed) < deadline {
             let total = whole.evicted.fetch_add(1, Relaxed) + 1;
             if total >= whole.report_at.load(Relaxed) {
                 whole.to_report().get_or_insert(*key);

@@ -3,15 +3,15 @@
 
 use std::{
     collections::VecDeque,
-    hash::{Hash, Hasher},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
+    thread,
     time::Duration,
 };
 
-use moka::{Equivalent, policy::EvictionPolicy, sync::Cache};
+use moka::{policy::EvictionPolicy, sync::Cache};
 
 use super::{
     SHARDS,
@@ -34,15 +34,15 @@ const PERIOD: Duration = Duration::from_millis(200);
 /// The part of the capacity after which it does so too, because so many of the largest answers would be much more than the limit.
 const SLACK: u64 = 32;
 
-/// How many steps crossbeam's epochs, in which moka puts what it evicts, are asked to go after its housekeeping. By then that is dropped,
-/// unless another thread is in moka just now.
+/// How many steps crossbeam's epochs, in which moka puts what it evicts, are asked to go before anybody looks whether that is dropped.
 const STEPS: usize = 3;
 
-/// The same for all that moka has put off, since little is dropped in one step.
-const STEPS_FOR_ALL: usize = 128;
+/// How many they are asked to go at most: a thread that stands still inside of moka holds them up.
+const MOST_STEPS: usize = 200;
 
 pub(super) struct Records<V> {
-    cache: Cache<Place<V>, Arc<Stored<V>>, HashKeys>,
+    cache: Cache<Place, Arc<Stored<V>>, HashKeys>,
+    places: [HashKeys; 2],
     ledger: Arc<Ledger>,
     /// `None` where nothing is evicted.
     capacity: Option<u64>,
@@ -60,63 +60,10 @@ pub(super) struct Records<V> {
 /// The next to expire is first. Nearly all records have the same time to live, so nearly each is appended.
 type Expiries<V> = VecDeque<Weak<Stored<V>>>;
 
-/// A record as the key of itself in moka, so that its 32 bytes are there once. What is hashed lies beside the pointer: when moka rebuilds
-/// its table, it hashes every key, and following each pointer would be a cache miss. moka keeps the key of what has left for a
-/// while, so the pointer keeps nothing alive: a place whose record was dropped is equal to none.
-struct Place<V> {
-    folded: u64,
-    stored: Weak<Stored<V>>,
-}
-
-impl<V> Place<V> {
-    fn is_of(&self, key: &EncodedKey) -> bool {
-        self.stored
-            .upgrade()
-            .is_some_and(|stored| stored.key == *key)
-    }
-}
-
-impl<V> Hash for Place<V> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(self.folded);
-    }
-}
-
-impl<V> PartialEq for Place<V> {
-    fn eq(&self, other: &Self) -> bool {
-        self.folded == other.folded
-            && (self.stored.ptr_eq(&other.stored)
-                || other
-                    .stored
-                    .upgrade()
-                    .is_some_and(|stored| self.is_of(&stored.key)))
-    }
-}
-
-impl<V> Eq for Place<V> {}
-
-/// A key that is looked up.
-struct Sought<'a>(&'a EncodedKey);
-
-impl Hash for Sought<'_> {
-    fn hash<H: Hasher>(&self, state: &mut H) {
-        state.write_u64(folded(self.0));
-    }
-}
-
-impl<V> Equivalent<Place<V>> for Sought<'_> {
-    fn equivalent(&self, place: &Place<V>) -> bool {
-        folded(self.0) == place.folded && place.is_of(self.0)
-    }
-}
-
-/// Of every bit of a key, since an encoder of a user's may make keys that are no hashes.
-fn folded(key: &EncodedKey) -> u64 {
-    let (words, _) = key.as_bytes().as_chunks::<8>();
-    words
-        .iter()
-        .fold(0, |folded, word| folded ^ u64::from_le_bytes(*word))
-}
+/// Where the record of a key lies in moka: half as long as the key, which lies in [`Stored`]. Two keys of one place are as unlikely as two
+/// equal tokens; then a record would be lost, but none mistaken for another.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Place([u64; 2]);
 
 /// A record as it lies in moka, which alone holds on to it.
 struct Stored<V> {
@@ -145,8 +92,7 @@ impl<V> Drop for Stored<V> {
     /// What left by itself was evicted. moka could call a listener at the eviction, but would take a lock for each key then.
     fn drop(&mut self) {
         if self.leave() {
-            let deadline = Duration::from_nanos(self.deadline);
-            self.page.record_evicted(&self.key, deadline);
+            self.page.record_evicted(&self.key, self.deadline);
         }
     }
 }
@@ -168,6 +114,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         }
         Self {
             cache: cache.build_with_hasher(HashKeys::default()),
+            places: Default::default(),
             ledger,
             capacity,
             expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
@@ -195,7 +142,12 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
 
     fn find(&self, key: &EncodedKey) -> Option<Arc<Stored<V>>> {
         self.book(1);
-        self.cache.get(&Sought(key))
+        let found = self.cache.get(&self.place(key));
+        found.filter(|stored| stored.key == *key)
+    }
+
+    fn place(&self, key: &EncodedKey) -> Place {
+        Place(self.places.each_ref().map(|half| half.hash_one(key)))
     }
 
     /// Stores a record where none is.
@@ -216,20 +168,16 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         if page.departed() > (before / 4 + 32) as isize {
             // They hold on to memory: without this, until their time is over.
             expiries.retain(|stored| live(stored).is_some());
-            page.forgotten(before - expiries.len());
         }
-        let at = position(&expiries, stored.deadline);
+        let at = position(&mut expiries, stored.deadline);
+        page.forgotten(before - expiries.len());
         expiries.insert(at, Arc::downgrade(&stored));
-        let place = Place {
-            folded: folded(key),
-            stored: Arc::downgrade(&stored),
-        };
         self.book(self.operations(weight));
-        self.cache.insert(place, stored);
+        self.cache.insert(self.place(key), stored);
     }
 
     pub(super) fn remove(&self, key: &EncodedKey) {
-        if let Some(stored) = self.cache.remove(&Sought(key)) {
+        if let Some(stored) = self.cache.remove(&self.place(key)) {
             stored.leave();
             // So that its memory is given back with this operation.
             self.book(HOUSEKEEPING);
@@ -249,9 +197,10 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
                     return false;
                 }
                 self.book(self.operations(stored.weight));
-                let found = self.cache.get(&Sought(&stored.key));
+                let place = self.place(&stored.key);
+                let found = self.cache.get(&place);
                 if found.is_some_and(|found| Arc::ptr_eq(&found, &stored)) {
-                    self.cache.invalidate(&Sought(&stored.key));
+                    self.cache.invalidate(&place);
                 }
                 // Also if moka has just evicted it.
                 stored.leave();
@@ -291,7 +240,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         // One does it and the others go on, unless it can't keep up.
         let _housekeeping = match self.housekeeping.try_lock() {
             Ok(housekeeping) => housekeeping,
-            Err(_) if booked < 4 * HOUSEKEEPING => return,
+            Err(_) if booked < 2 * HOUSEKEEPING => return,
             Err(_) => self
                 .housekeeping
                 .lock()
@@ -299,20 +248,29 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         };
         self.booked.store(0, Relaxed);
         self.due.store(nanos(now.saturating_add(PERIOD)), Relaxed);
-        self.cache.run_pending_tasks();
-        for _ in 0..STEPS {
-            crossbeam_epoch::pin().flush();
-        }
+        self.ledger.is_now(nanos(now));
+        let limit = self.capacity.map(|capacity| capacity + capacity / SLACK);
+        self.keep_house(|| limit.is_none_or(|limit| self.ledger.record_weight() <= limit));
     }
 
     /// Has moka do all that it has put off, and drops all that it evicted, unless other threads are in moka.
     pub(super) fn catch_up(&self) {
+        self.keep_house(|| self.ledger.records() <= self.cache.entry_count());
+    }
+
+    /// Has moka evict, and drops what it evicted until that is enough.
+    fn keep_house(&self, is_enough: impl Fn() -> bool) {
         self.cache.run_pending_tasks();
-        for _ in 0..STEPS_FOR_ALL {
-            if self.ledger.records() <= self.cache.entry_count() {
-                return;
-            }
+        for step in 1..=MOST_STEPS {
             crossbeam_epoch::pin().flush();
+            if step >= STEPS {
+                if is_enough() {
+                    return;
+                }
+                // Perhaps to a thread that was taken off its core inside of moka.
+                thread::yield_now();
+                self.cache.run_pending_tasks();
+            }
         }
     }
 }
@@ -323,26 +281,28 @@ fn live<V>(stored: &Weak<Stored<V>>) -> Option<Arc<Stored<V>>> {
     (!stored.has_left.load(Relaxed)).then_some(stored)
 }
 
-/// Where a record of this deadline belongs: behind all that expire before it.
-fn position<V>(expiries: &Expiries<V>, deadline: u64) -> usize {
-    let is_later = |stored: &Stored<V>| stored.deadline > deadline;
-    if expiries
-        .back()
-        .and_then(live)
-        .is_some_and(|last| !is_later(&last))
-    {
-        return expiries.len();
+/// Where a record of this deadline belongs: behind all that expire before it. Entries that are in the way, but stand for nothing any more,
+/// are taken out.
+fn position<V>(expiries: &mut Expiries<V>, deadline: u64) -> usize {
+    loop {
+        match expiries.back().map(live) {
+            Some(None) => drop(expiries.pop_back()),
+            Some(Some(last)) if last.deadline > deadline => break,
+            _ => return expiries.len(),
+        }
     }
     let (mut from, mut to) = (0, expiries.len());
     while from < to {
         let middle = from.midpoint(to);
-        // What has left says nothing: the one before it does.
-        let before = (from..=middle)
-            .rev()
-            .find_map(|at| Some((at, live(&expiries[at])?)));
-        match before {
-            Some((at, stored)) if is_later(&stored) => to = at,
-            _ => from = middle + 1,
+        match live(&expiries[middle]) {
+            Some(stored) if stored.deadline > deadline => to = middle,
+            Some(_) => from = middle + 1,
+            None => {
+                let is_live = |at: &usize| live(&expiries[*at]).is_some();
+                let gone = (from..middle).rev().find(is_live).map_or(from, |at| at + 1);
+                expiries.drain(gone..=middle);
+                to -= middle + 1 - gone;
+            }
         }
     }
     from

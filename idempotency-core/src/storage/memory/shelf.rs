@@ -35,7 +35,7 @@ pub(in crate::storage) struct Shard<'a, G, V> {
 
 impl<G: Default, V: Clone + Send + Sync + 'static> Shelf<G, V> {
     pub(in crate::storage) fn new(max_bytes: usize, env: Env) -> Self {
-        let ledger = Arc::new(Ledger::new(env.clone(), Observers::default(), None));
+        let ledger = Arc::new(Ledger::new(Observers::default(), None));
         Self {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
             records: Records::new(ledger.clone(), Some(max_bytes)),

@@ -11,10 +11,11 @@ use std::{
     future::pending,
     pin::pin,
     sync::{
-        OnceLock,
-        atomic::{AtomicU64, Ordering::SeqCst},
+        Barrier, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     task::{Context, Poll, Waker},
+    thread,
 };
 
 use futures_util::{FutureExt as _, future::BoxFuture};
@@ -376,6 +377,61 @@ fn new_and_used_records_stay() {
         }
     }
     assert!(storage.evicted() > 1_500);
+}
+
+/// moka keeps what it evicted until no thread can be reading it any more, which may be after the storage is gone. Whose thread drops it
+/// then may hold any lock of the user's.
+#[test]
+fn a_record_that_outlives_its_storage_calls_nothing_of_the_users() {
+    struct Gone;
+    impl Environment for Gone {
+        fn now(&self) -> Duration {
+            assert!(!GONE.load(SeqCst), "a clock is asked after its storage");
+            Duration::from_secs(1)
+        }
+        fn sleep(&self, _: Duration) -> BoxFuture<'static, ()> {
+            Box::pin(pending())
+        }
+        fn fill_random(&self, buffer: &mut [u8]) {
+            buffer.fill(4);
+        }
+        fn spawner(&self) -> Option<Spawner> {
+            None
+        }
+    }
+    static GONE: AtomicBool = AtomicBool::new(false);
+    let fill = |storage: &MemoryStorage| {
+        for number in 0..=255 {
+            let held = now(storage.complete(&key(number), token(1), &response("x"), DAY));
+            assert_eq!(held, Held::Yes);
+        }
+    };
+
+    let observed = Arc::new(());
+    let seen = observed.clone();
+    let storage = MemoryStorage::builder()
+        .max_bytes(10_000)
+        .env(Env::new(Gone))
+        .observer(move |_: &Event<'_>| assert!(Arc::strong_count(&seen) > 1))
+        .build();
+    let (reads, has_read) = (Barrier::new(2), Barrier::new(2));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // As a call of moka's does for as long as it reads.
+            let _pinned = crossbeam_epoch::pin();
+            reads.wait();
+            has_read.wait();
+        });
+        reads.wait();
+        fill(&storage);
+        assert!(storage.records() > 200, "nothing is dropped yet");
+        drop(storage);
+        assert_eq!(Arc::strong_count(&observed), 1);
+        GONE.store(true, SeqCst);
+        has_read.wait();
+    });
+    // It drops what the other one left.
+    fill(&MemoryStorage::builder().max_bytes(10_000).build());
 }
 
 /// Where little happens, moka would evict in the middle of an operation, and what it evicts would stay with that thread.
