@@ -2,26 +2,22 @@
 //!
 //! Two kinds of things lie under keys, and they are kept apart. A running claim (in a [`LeaseTable`]) protects an operation that is
 //! under way, so nothing but its holder, its lease or `remove` ends it. A completed record ([`records`]) lies in a moka cache,
-//! which may evict it. [`ledger`] counts both, and knows when which record expires.
+//! which may evict it; [`ledger`] counts them. Both lie in one [`Shelf`].
 //!
 //! A key belongs to one of a fixed number of shards. Every operation on it holds that shard's lock for its whole step, which
 //! never awaits: that is what makes it atomic. Locks are nested in this order only: a shard's, that of its expiries, moka's own, the
 //! ledger's. No code of a user runs under any of them, except `Env::now` of the builder's environment.
 
-use std::{
-    fmt,
-    sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use self::{
-    ledger::{Ledger, Page},
-    records::Records,
+    ledger::{CLAIM_WEIGHT, Ledger},
+    shelf::Shard,
 };
 use super::lease::{self, Lease, LeaseTable, Wake};
 use crate::{
-    Begin, EncodedKey, Entry, Env, Event, Fingerprint, Held, NewClaim, Record, Storage,
-    StorageError, StorageErrorKind, Token, TombstoneReason, record::Packed,
+    Begin, EncodedKey, Entry, Event, Fingerprint, Held, NewClaim, Record, Storage, StorageError,
+    StorageErrorKind, Token, TombstoneReason, record::Packed,
 };
 
 mod builder;
@@ -83,17 +79,7 @@ const TOO_LARGE: TombstoneReason = TombstoneReason::ResponseTooLarge;
 /// every call at once. Its memory comes back with later calls, a few expired ones at each: a storage that nobody calls frees
 /// nothing.
 #[derive(Clone)]
-pub struct MemoryStorage(Arc<Inner>);
-
-struct Inner {
-    /// `std`'s lock, because sections are short and never await.
-    shards: Box<[Mutex<Claims>]>,
-    records: Records<Completed>,
-    ledger: Arc<Ledger>,
-    env: Env,
-    max_bytes: usize,
-    when_full: WhenFull,
-}
+pub struct MemoryStorage(Arc<Shelf<Claims, Completed>>);
 
 /// The claims of one shard, each with its fingerprint.
 type Claims = LeaseTable<EncodedKey, Option<Fingerprint>>;
@@ -120,35 +106,34 @@ impl MemoryStorage {
     /// How many records there are. Clears expired ones away first, as the other counts do.
     #[must_use]
     pub fn records(&self) -> u64 {
-        self.0.catch_up();
-        self.0.ledger.records()
+        self.counted().records()
     }
 
     /// How many operations run: claims whose lease is not over.
     #[must_use]
     pub fn claims(&self) -> usize {
-        self.0.purge(|| false);
-        self.0.ledger.claims()
+        let now = self.0.env.now();
+        let shards = self.0.shards.iter();
+        shards.map(|shard| lease::lock(shard).count(now)).sum()
     }
 
     /// How many calls of [`wait`](Storage::wait) are under way.
     #[must_use]
     pub fn waiters(&self) -> usize {
-        self.0.waiters()
+        let shards = self.0.shards.iter();
+        shards.map(|shard| lease::lock(shard).waiters()).sum()
     }
 
     /// What records and claims weigh, in bytes; see [Memory](Self#memory).
     #[must_use]
     pub fn weight(&self) -> u64 {
-        self.0.catch_up();
-        self.0.ledger.weight()
+        self.counted().record_weight() + self.claims() as u64 * CLAIM_WEIGHT
     }
 
     /// How many live records were evicted since the storage was built. Each is an operation that a retry runs again.
     #[must_use]
     pub fn evicted(&self) -> u64 {
-        self.0.catch_up();
-        self.0.ledger.evicted()
+        self.counted().evicted()
     }
 }
 
@@ -161,31 +146,29 @@ impl Default for MemoryStorage {
 /// Counts and limits only.
 impl fmt::Debug for MemoryStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let inner = &*self.0;
+        let ledger = self.ledger();
+        let weight = ledger.record_weight() + self.claims() as u64 * CLAIM_WEIGHT;
         f.debug_struct("MemoryStorage")
-            .field("max_bytes", &inner.max_bytes)
-            .field("when_full", &inner.when_full)
-            .field("weight", &inner.ledger.weight())
-            .field("records", &inner.ledger.records())
-            .field("claims", &inner.ledger.claims())
-            .field("waiters", &inner.waiters())
-            .field("evicted", &inner.ledger.evicted())
+            .field("max_bytes", &self.0.max_bytes)
+            .field("when_full", &self.0.when_full)
+            .field("weight", &weight)
+            .field("records", &ledger.records())
+            .field("claims", &self.claims())
+            .field("waiters", &self.waiters())
+            .field("evicted", &ledger.evicted())
             .finish()
     }
 }
 
+/// Each holds the lock of the key's shard from its beginning to its end, but for what is copied or told.
 impl Storage for MemoryStorage {
     async fn begin(&self, key: &EncodedKey, claim: &NewClaim) -> Result<Begin, StorageError> {
-        let inner = &*self.0;
-        let now = inner.env.now();
-        let mut begun = inner.begin(key, claim, now);
-        if begun.is_none() {
-            // Full. The shards are visited one by one, so none may be locked here.
-            inner.purge(|| !inner.ledger.is_full());
-            begun = inner.begin(key, claim, now);
+        if let Some(begun) = self.try_begin(key, claim) {
+            return Ok(begun);
         }
-        inner.settle(now);
-        begun.ok_or_else(|| {
+        // Full. The shards are visited one by one, so none may be locked here.
+        self.purge(|| !self.ledger().is_full());
+        self.try_begin(key, claim).ok_or_else(|| {
             StorageError::new(
                 StorageErrorKind::Full,
                 "the records in memory weigh as much as they may: raise `max_bytes` of the `MemoryStorage`",
@@ -200,15 +183,12 @@ impl Storage for MemoryStorage {
         record: &Record,
         ttl: Duration,
     ) -> Result<Held, StorageError> {
-        let inner = &*self.0;
         // Copied before the lock is taken: nobody should wait for that.
-        let (record, too_large) = inner.pack(record);
-        let now = inner.env.now();
-        let held = inner.complete(key, token, record, ttl, now);
+        let (record, too_large) = self.pack(record);
+        let held = self.store(key, token, record, ttl);
         if too_large && held == Held::Yes {
-            inner.tell_too_large(key);
+            self.tell_too_large(key);
         }
-        inner.settle(now);
         Ok(held)
     }
 
@@ -218,18 +198,34 @@ impl Storage for MemoryStorage {
         token: Token,
         lease: Duration,
     ) -> Result<Held, StorageError> {
-        Ok(self.0.renew(key, token, lease, self.0.env.now()))
+        let mut shard = self.locked(key);
+        let end = shard.now.saturating_add(lease);
+        Ok(match shard.beside.renew(key, token, end) {
+            Some(_) => Held::Yes,
+            None => Held::Lost,
+        })
     }
 
     async fn release(&self, key: &EncodedKey, token: Token) -> Result<Held, StorageError> {
-        Ok(self.0.release(key, token, self.0.env.now()))
+        let mut shard = self.locked(key);
+        if !shard.beside.end(key, token, Wake::One) {
+            return Ok(Held::Lost);
+        }
+        self.ledger().claims_ended(1);
+        Ok(Held::Yes)
     }
 
     async fn get(&self, key: &EncodedKey) -> Result<Option<Entry>, StorageError> {
-        let now = self.0.env.now();
-        let entry = self.0.get(key, now);
-        self.0.settle(now);
-        Ok(entry)
+        let shard = self.locked(key);
+        Ok(match shard.beside.get(key) {
+            Some(running) => Some(Entry::Claimed {
+                fingerprint: running.of,
+                lease_left: Some(running.end - shard.now),
+            }),
+            None => shard
+                .get()
+                .map(|found| Entry::Completed(found.record.record())),
+        })
     }
 
     async fn replace(
@@ -238,53 +234,51 @@ impl Storage for MemoryStorage {
         record: &Record,
         ttl: Duration,
     ) -> Result<(), StorageError> {
-        let inner = &*self.0;
-        let (record, too_large) = inner.pack(record);
-        let now = inner.env.now();
-        let replaced = inner.replace(key, record, ttl, now);
+        let (record, too_large) = self.pack(record);
+        let replaced = self.store_over(key, record, ttl);
         if too_large && replaced {
-            inner.tell_too_large(key);
+            self.tell_too_large(key);
         }
-        inner.settle(now);
         Ok(())
     }
 
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
-        let now = self.0.env.now();
-        let removed = self.0.remove(key, now);
-        self.0.settle(now);
-        Ok(removed)
+        let mut shard = self.locked(key);
+        let claimed = shard.beside.remove(key, Wake::All);
+        self.ledger().claims_ended(usize::from(claimed));
+        let completed = shard.get().is_some();
+        shard.remove();
+        Ok(claimed || completed)
     }
 
     async fn wait(&self, key: &EncodedKey, timeout: Duration) -> Result<(), StorageError> {
-        let inner = &*self.0;
-        lease::wait(&inner.shards[shard_of(key)], key, &inner.env, timeout).await;
+        let shard = &self.0.shards[shard_of(key)];
+        lease::wait(shard, key, &self.0.env, timeout).await;
         Ok(())
     }
 }
 
-/// The steps. Each holds the shard's lock from its beginning to its end.
-impl Inner {
+impl MemoryStorage {
     /// `None` when the storage is full.
-    fn begin(&self, key: &EncodedKey, claim: &NewClaim, now: Duration) -> Option<Begin> {
-        let mut claims = self.lock(key, now);
-        let lease_end = now.saturating_add(claim.lease);
-        if let Some(running) = claims.get(key) {
+    fn try_begin(&self, key: &EncodedKey, claim: &NewClaim) -> Option<Begin> {
+        let mut shard = self.locked(key);
+        let lease_end = shard.now.saturating_add(claim.lease);
+        if let Some(running) = shard.beside.get(key) {
             if running.token == claim.token {
                 // Sent again. An earlier answer may have promised more.
                 let lease_end = lease_end.max(running.end);
-                claims.renew(key, claim.token, lease_end);
+                shard.beside.renew(key, claim.token, lease_end);
                 return Some(Begin::Acquired);
             }
             return Some(Begin::InFlight {
                 fingerprint: running.of,
-                lease_left: Some(running.end - now),
+                lease_left: Some(running.end - shard.now),
             });
         }
-        if let Some(found) = self.records.get(key, now) {
+        if let Some(found) = shard.get() {
             return Some(Begin::Completed(found.record.record()));
         }
-        if !self.page(key).claim_started() {
+        if !self.ledger().claim_started() {
             return None;
         }
         let lease = Lease {
@@ -292,27 +286,21 @@ impl Inner {
             end: lease_end,
             of: claim.fingerprint,
         };
-        claims.start(key, lease);
+        shard.beside.start(key, lease);
         Some(Begin::Acquired)
     }
 
-    fn complete(
-        &self,
-        key: &EncodedKey,
-        token: Token,
-        record: Packed,
-        ttl: Duration,
-        now: Duration,
-    ) -> Held {
-        let mut claims = self.lock(key, now);
-        match claims.get(key) {
+    fn store(&self, key: &EncodedKey, token: Token, record: Packed, ttl: Duration) -> Held {
+        let mut shard = self.locked(key);
+        let deadline = shard.now.saturating_add(ttl);
+        match shard.beside.get(key) {
             Some(running) if running.token != token => return Held::Lost,
             Some(_) => {}
-            None => match self.records.get(key, now) {
+            None => match shard.get() {
                 Some(found) if found.by == token => {
                     // Repeated: the first record stays, and its TTL starts anew.
-                    self.records.remove(key);
-                    self.insert(key, found.record, token, now.saturating_add(ttl));
+                    let bytes = found.record.weight();
+                    shard.replace(found, bytes, deadline);
                     return Held::Yes;
                 }
                 Some(_) => return Held::Lost,
@@ -320,125 +308,66 @@ impl Inner {
             },
         }
         // First the record, so that what is woken finds it; both are behind the lock anyway.
-        self.insert(key, record, token, now.saturating_add(ttl));
-        let ended = claims.end(key, token, Wake::All);
-        self.page(key).claims_ended(usize::from(ended));
+        let bytes = record.weight();
+        shard.insert(Completed { record, by: token }, bytes, deadline);
+        let ended = shard.beside.end(key, token, Wake::All);
+        self.ledger().claims_ended(usize::from(ended));
         Held::Yes
-    }
-
-    fn renew(&self, key: &EncodedKey, token: Token, lease: Duration, now: Duration) -> Held {
-        let mut claims = self.lock(key, now);
-        match claims.renew(key, token, now.saturating_add(lease)) {
-            Some(_) => Held::Yes,
-            None => Held::Lost,
-        }
-    }
-
-    fn release(&self, key: &EncodedKey, token: Token, now: Duration) -> Held {
-        let mut claims = self.lock(key, now);
-        if !claims.end(key, token, Wake::One) {
-            return Held::Lost;
-        }
-        self.page(key).claims_ended(1);
-        Held::Yes
-    }
-
-    fn get(&self, key: &EncodedKey, now: Duration) -> Option<Entry> {
-        let claims = self.lock(key, now);
-        if let Some(running) = claims.get(key) {
-            return Some(Entry::Claimed {
-                fingerprint: running.of,
-                lease_left: Some(running.end - now),
-            });
-        }
-        let found = self.records.get(key, now)?;
-        Some(Entry::Completed(found.record.record()))
     }
 
     /// Says whether there was a record to replace.
-    fn replace(&self, key: &EncodedKey, record: Packed, ttl: Duration, now: Duration) -> bool {
-        // Locked, though claims are not looked at: a claim and a record are never under one key.
-        let _claims = self.lock(key, now);
-        let Some(found) = self.records.get(key, now) else {
+    fn store_over(&self, key: &EncodedKey, record: Packed, ttl: Duration) -> bool {
+        let shard = self.locked(key);
+        let Some(found) = shard.get() else {
             return false;
         };
-        self.records.remove(key);
-        self.insert(key, record, found.by, now.saturating_add(ttl));
+        let (bytes, deadline) = (record.weight(), shard.now.saturating_add(ttl));
+        shard.replace(Completed { record, ..found }, bytes, deadline);
         true
-    }
-
-    fn insert(&self, key: &EncodedKey, record: Packed, by: Token, deadline: Duration) {
-        let weight = records::weight(record.weight());
-        let completed = Completed { record, by };
-        self.records.insert(key, completed, weight, deadline);
-    }
-
-    fn remove(&self, key: &EncodedKey, now: Duration) -> bool {
-        let mut claims = self.lock(key, now);
-        let claimed = claims.remove(key, Wake::All);
-        self.page(key).claims_ended(usize::from(claimed));
-        let completed = self.records.get(key, now).is_some();
-        if completed {
-            self.records.remove(key);
-        }
-        claimed || completed
-    }
-
-    fn waiters(&self) -> usize {
-        let shards = self.shards.iter();
-        shards.map(|shard| lease::lock(shard).waiters()).sum()
     }
 
     /// Locks the shard of `key` and clears away a few things whose time is over. A claim of `key` is among them, so one that is
     /// found under the lock is alive.
-    fn lock(&self, key: &EncodedKey, now: Duration) -> MutexGuard<'_, Claims> {
-        let shard = shard_of(key);
-        let mut claims = self.lock_shard(shard);
+    fn locked<'a>(&'a self, key: &'a EncodedKey) -> Shard<'a, Claims, Completed> {
+        let mut shard = self.0.lock(key);
+        let (now, claims) = (shard.now, &mut shard.beside);
         let ended = usize::from(claims.end_if_over(key, now)) + claims.sweep(now);
-        self.ledger.page(shard).claims_ended(ended);
-        self.records.sweep(shard, now, SWEEP);
-        claims
+        self.ledger().claims_ended(ended);
+        shard
     }
 
-    /// What panics under this lock, if anything, is moka or an `Env`. Each step makes its changes after everything else, so the
-    /// claims under a poisoned lock are whole.
-    fn page(&self, key: &EncodedKey) -> &Page {
-        self.ledger.page(shard_of(key))
+    fn ledger(&self) -> &Ledger {
+        &self.0.records.ledger
     }
 
-    fn lock_shard(&self, shard: usize) -> MutexGuard<'_, Claims> {
-        lease::lock(&self.shards[shard])
+    /// The counts, once all is cleared away that is over or evicted.
+    fn counted(&self) -> &Ledger {
+        self.purge(|| false);
+        self.0.counted()
     }
 
     /// Clears away all whose time is over, or as much as is `enough`.
     fn purge(&self, enough: impl Fn() -> bool) {
-        let now = self.env.now();
+        let now = self.0.env.now();
         for shard in 0..SHARDS {
             loop {
                 if enough() {
                     return;
                 }
                 // Locked anew for every few, so that requests get their turn.
-                let mut claims = self.lock_shard(shard);
-                let ended = claims.end_all_over(now);
-                self.ledger.page(shard).claims_ended(ended);
-                if !self.records.sweep(shard, now, 8 * SWEEP) {
+                let mut claims = self.0.lock_shard(shard);
+                self.ledger().claims_ended(claims.end_all_over(now));
+                if !self.0.records.sweep(shard, now, 8 * SWEEP) {
                     break;
                 }
             }
         }
     }
 
-    /// Clears away all that is over or evicted, so that what is left can be counted.
-    fn catch_up(&self) {
-        self.purge(|| false);
-        self.records.catch_up();
-    }
-
     /// A copy of `record`, or of a tombstone in its place if it is larger than all that can be kept (a retry would run the operation
     /// again), and whether it is.
     fn pack(&self, record: &Record) -> (Packed, bool) {
-        if self.records.fits(records::weight(record.weight())) {
+        if self.0.fits(record.weight()) {
             return (Packed::of(record), false);
         }
         let tombstone = Record::tombstone(record.fingerprint, TOO_LARGE);
@@ -446,16 +375,10 @@ impl Inner {
     }
 
     fn tell_too_large(&self, key: &EncodedKey) {
-        self.ledger.emit(&Event::Tombstoned {
-            key: *key,
-            reason: TOO_LARGE,
-        });
-    }
-
-    /// What is left to do after a step, with no lock held: bring moka down to its limit, tell observers what was evicted.
-    fn settle(&self, now: Duration) {
-        self.records.settle(now);
-        self.ledger.report_evictions();
+        let (key, reason) = (*key, TOO_LARGE);
+        if let Some(observers) = &self.0.observers {
+            observers.emit(&Event::Tombstoned { key, reason });
+        }
     }
 }
 

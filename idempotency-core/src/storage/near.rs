@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use super::memory::Shelf;
+use super::memory::{Shelf, WhenFull};
 use crate::{
     Begin, EncodedKey, Entry, Env, Held, NewClaim, Outcome, Record, Storage, StorageError, Token,
     record::Packed,
@@ -126,7 +126,7 @@ impl<S> fmt::Debug for NearCache<S> {
             .field("storage", &std::any::type_name::<S>())
             .field("ttl", &self.near.ttl)
             .field("max_bytes", &self.near.shelf.max_bytes)
-            .field("records", &self.near.shelf.len())
+            .field("records", &self.near.shelf.counted().records())
             .finish_non_exhaustive()
     }
 }
@@ -214,7 +214,7 @@ struct Asked {
 impl Near {
     fn new(ttl: Duration, max_bytes: usize, env: Env) -> Self {
         Self {
-            shelf: Arc::new(Shelf::new(max_bytes, env)),
+            shelf: Arc::new(Shelf::new(max_bytes, WhenFull::Evict, env, None)),
             ttl,
         }
     }
@@ -239,29 +239,26 @@ impl Near {
         }
         // Copied before the lock is taken, so that nobody waits for the copy.
         let packed = Packed::of(record);
-        {
-            let shard = self.shelf.lock(key);
-            let ttl_end = asked.at.saturating_add(ttl.unwrap_or(Duration::MAX));
-            let kept = match shard.get() {
-                // The first one stays. A `complete` was repeated: the storage restarted the TTL of its record. Others may have
-                // changed the record since, so the near TTL is not extended.
-                Some(kept) if ttl.is_some() => kept,
-                Some(_) => return,
-                // The response may be from before or after a change that is under way.
-                None if shard.beside.begun != asked.changes_begun || shard.beside.under_way > 0 => {
-                    return;
-                }
-                // The caller may send a tombstone although the storage already has the answer.
-                None if ttl.is_some() && matches!(record.outcome, Outcome::Tombstone(_)) => return,
-                None => Kept {
-                    record: packed,
-                    near_end: shard.now.saturating_add(self.ttl),
-                },
-            };
-            let (bytes, end) = (kept.record.weight(), kept.near_end.min(ttl_end));
-            shard.insert(kept, bytes, end);
-        }
-        self.shelf.settle();
+        let shard = self.shelf.lock(key);
+        let ttl_end = asked.at.saturating_add(ttl.unwrap_or(Duration::MAX));
+        let kept = match shard.get() {
+            // The first one stays. A `complete` was repeated: the storage restarted the TTL of its record. Others may have
+            // changed the record since, so the near TTL is not extended.
+            Some(kept) if ttl.is_some() => kept,
+            Some(_) => return,
+            // The response may be from before or after a change that is under way.
+            None if shard.beside.begun != asked.changes_begun || shard.beside.under_way > 0 => {
+                return;
+            }
+            // The caller may send a tombstone although the storage already has the answer.
+            None if ttl.is_some() && matches!(record.outcome, Outcome::Tombstone(_)) => return,
+            None => Kept {
+                record: packed,
+                near_end: shard.now.saturating_add(self.ttl),
+            },
+        };
+        let (bytes, end) = (kept.record.weight(), kept.near_end.min(ttl_end));
+        shard.replace(kept, bytes, end);
     }
 
     /// Drops the cached record of `key`. Until the result is dropped nothing is cached for it, nor by calls that began before.

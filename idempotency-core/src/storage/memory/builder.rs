@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{Inner, MemoryStorage, SHARDS, ledger::Ledger, records::Records};
+use super::{MemoryStorage, Shelf};
 use crate::{Env, Observer, event::Observers};
 
 /// What a [`MemoryStorage`] does with a new key when its records weigh [`max_bytes`](MemoryStorageBuilder::max_bytes).
@@ -87,19 +87,18 @@ impl MemoryStorageBuilder {
     /// Builds the storage, empty.
     #[must_use]
     pub fn build(self) -> MemoryStorage {
-        let (capacity, limit) = match self.when_full {
-            WhenFull::Evict => (Some(self.max_bytes), None),
-            WhenFull::Refuse => (None, Some(self.max_bytes)),
-        };
-        let ledger = Arc::new(Ledger::new(self.observers, limit));
-        MemoryStorage(Arc::new(Inner {
-            shards: (0..SHARDS).map(|_| Default::default()).collect(),
-            records: Records::new(ledger.clone(), capacity),
-            ledger,
-            env: self.env,
-            max_bytes: self.max_bytes,
-            when_full: self.when_full,
-        }))
+        let Self {
+            max_bytes,
+            when_full,
+            env,
+            observers,
+        } = self;
+        MemoryStorage(Arc::new(Shelf::new(
+            max_bytes,
+            when_full,
+            env,
+            Some(observers),
+        )))
     }
 }
 

@@ -14,7 +14,7 @@ use std::{
 use moka::{policy::EvictionPolicy, sync::Cache};
 
 use super::{
-    SHARDS,
+    SHARDS, WhenFull,
     ledger::{Ledger, Page},
     shard_of,
 };
@@ -37,15 +37,17 @@ const SLACK: u64 = 32;
 /// How many steps crossbeam's epochs, in which moka puts what it evicts, are asked to go before anybody looks whether that is dropped.
 const STEPS: usize = 3;
 
-/// How many they are asked to go at most: a thread that stands still inside of moka holds them up.
+/// How many they are asked to go at most, and the pause between those that were not enough: a thread that stands still inside of moka
+/// holds them up, for some milliseconds where many threads share a core.
 const MOST_STEPS: usize = 200;
+const PAUSE: Duration = Duration::from_micros(100);
 
 pub(super) struct Records<V> {
     cache: Cache<Place, Arc<Stored<V>>, HashKeys>,
     places: [HashKeys; 2],
-    ledger: Arc<Ledger>,
-    /// `None` where nothing is evicted.
-    capacity: Option<u64>,
+    pub(super) ledger: Ledger,
+    /// Where nothing is evicted, more than can be.
+    pub(super) capacity: u64,
     /// For each shard, its records by deadline. moka has no expiry by a clock that can be moved. Only locked under the shard's lock,
     /// and never by what drops a record.
     expiries: Box<[Mutex<Expiries<V>>]>,
@@ -97,25 +99,26 @@ impl<V> Drop for Stored<V> {
     }
 }
 
-/// Except for [`settle`](Records::settle), [`catch_up`](Records::catch_up) and [`fits`](Records::fits), call these under the lock of the key's shard.
+/// Except for [`settle`](Records::settle) and [`catch_up`](Records::catch_up), call these under the lock of the key's shard.
 /// Then only moka changes anything meanwhile, and all that moka does is evict.
 impl<V: Clone + Send + Sync + 'static> Records<V> {
-    /// Records of `max_bytes` that are evicted when there are more of them, or that are never evicted.
-    pub(super) fn new(ledger: Arc<Ledger>, max_bytes: Option<usize>) -> Self {
-        // The least that can be kept is a tombstone. Without it, a completed operation would be forgotten at once.
-        let capacity = max_bytes.map(|bytes| bytes.max(OVERHEAD) as u64);
-        let mut cache = Cache::builder()
+    pub(super) fn new(max_bytes: usize, when_full: WhenFull) -> Self {
+        let (capacity, limit) = match when_full {
+            // The least that can be kept is a tombstone. Without it, a completed operation would be forgotten at once.
+            WhenFull::Evict => (max_bytes.max(OVERHEAD) as u64, None),
+            WhenFull::Refuse => (u64::MAX, Some(max_bytes)),
+        };
+        let cache = Cache::builder()
             // moka's default, TinyLFU, refuses new records when it is full. They are the ones whose retries are still to come.
             .eviction_policy(EvictionPolicy::lru())
             // No expiry of moka's: it would follow another clock than the leases, and a clock can't be moved in moka.
-            .weigher(|_, stored: &Arc<Stored<V>>| stored.weight);
-        if let Some(capacity) = capacity {
-            cache = cache.max_capacity(capacity);
-        }
+            .weigher(|_, stored: &Arc<Stored<V>>| stored.weight)
+            .max_capacity(capacity)
+            .build_with_hasher(HashKeys::default());
         Self {
-            cache: cache.build_with_hasher(HashKeys::default()),
+            cache,
             places: Default::default(),
-            ledger,
+            ledger: Ledger::new(limit),
             capacity,
             expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
             booked: AtomicU64::new(0),
@@ -124,26 +127,16 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         }
     }
 
-    /// Whether something of this weight can be kept at all: moka would drop it at once, and nobody would know.
-    pub(super) fn fits(&self, weight: u32) -> bool {
-        self.capacity
-            .is_none_or(|capacity| u64::from(weight) <= capacity)
-    }
-
     /// The record of `key` if there is one and it is not expired.
     pub(super) fn get(&self, key: &EncodedKey, now: Duration) -> Option<V> {
-        let stored = self.find(key)?;
+        self.booked.fetch_add(1, Relaxed);
+        let found = self.cache.get(&self.place(key));
+        let stored = found.filter(|stored| stored.key == *key)?;
         if stored.deadline <= nanos(now) {
             self.remove(key);
             return None;
         }
         Some(stored.value.clone())
-    }
-
-    fn find(&self, key: &EncodedKey) -> Option<Arc<Stored<V>>> {
-        self.book(1);
-        let found = self.cache.get(&self.place(key));
-        found.filter(|stored| stored.key == *key)
     }
 
     fn place(&self, key: &EncodedKey) -> Place {
@@ -153,7 +146,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// Stores a record where none is.
     pub(super) fn insert(&self, key: &EncodedKey, value: V, weight: u32, deadline: Duration) {
         let shard = shard_of(key);
-        let page = self.ledger.page(shard);
+        let page = &self.ledger.pages[shard];
         page.record_came(weight);
         let stored = Arc::new(Stored {
             key: *key,
@@ -165,14 +158,15 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         });
         let mut expiries = self.expiries(shard);
         let before = expiries.len();
-        if page.departed() > (before / 4 + 32) as isize {
+        if page.departed.load(Relaxed) > (before / 4 + 32) as isize {
             // They hold on to memory: without this, until their time is over.
             expiries.retain(|stored| live(stored).is_some());
         }
         let at = position(&mut expiries, stored.deadline);
-        page.forgotten(before - expiries.len());
+        let forgotten = (before - expiries.len()) as isize;
+        page.departed.fetch_sub(forgotten, Relaxed);
         expiries.insert(at, Arc::downgrade(&stored));
-        self.book(self.operations(weight));
+        self.booked.fetch_add(self.operations(weight), Relaxed);
         self.cache.insert(self.place(key), stored);
     }
 
@@ -180,7 +174,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         if let Some(stored) = self.cache.remove(&self.place(key)) {
             stored.leave();
             // So that its memory is given back with this operation.
-            self.book(HOUSEKEEPING);
+            self.booked.fetch_add(HOUSEKEEPING, Relaxed);
         }
     }
 
@@ -196,7 +190,8 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
                 if stored.deadline > now {
                     return false;
                 }
-                self.book(self.operations(stored.weight));
+                self.booked
+                    .fetch_add(self.operations(stored.weight), Relaxed);
                 let place = self.place(&stored.key);
                 let found = self.cache.get(&place);
                 if found.is_some_and(|found| Arc::ptr_eq(&found, &stored)) {
@@ -206,7 +201,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
                 stored.leave();
             }
             expiries.pop_front();
-            self.ledger.page(shard).forgotten(1);
+            self.ledger.pages[shard].departed.fetch_sub(1, Relaxed);
         }
         true
     }
@@ -218,15 +213,9 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn book(&self, operations: u64) {
-        self.booked.fetch_add(operations, Relaxed);
-    }
-
     /// For how many operations a record of this weight counts.
     fn operations(&self, weight: u32) -> u64 {
-        1 + self.capacity.map_or(0, |capacity| {
-            u64::from(weight) * SLACK * HOUSEKEEPING / capacity
-        })
+        1 + u64::from(weight) * SLACK * HOUSEKEEPING / self.capacity
     }
 
     /// Does moka's housekeeping where that is due. Call it after each operation, without a lock: moka would do it in the middle of a
@@ -249,8 +238,8 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         self.booked.store(0, Relaxed);
         self.due.store(nanos(now.saturating_add(PERIOD)), Relaxed);
         self.ledger.is_now(nanos(now));
-        let limit = self.capacity.map(|capacity| capacity + capacity / SLACK);
-        self.keep_house(|| limit.is_none_or(|limit| self.ledger.record_weight() <= limit));
+        let limit = self.capacity.saturating_add(self.capacity / SLACK);
+        self.keep_house(|| self.ledger.record_weight() <= limit);
     }
 
     /// Has moka do all that it has put off, and drops all that it evicted, unless other threads are in moka.
@@ -267,8 +256,8 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
                 if is_enough() {
                     return;
                 }
-                // Perhaps to a thread that was taken off its core inside of moka.
-                thread::yield_now();
+                // For a thread that was taken off its core inside of moka.
+                thread::sleep(PAUSE);
                 self.cache.run_pending_tasks();
             }
         }

@@ -1,112 +1,133 @@
-//! The records without the claims, for whatever else keeps things in this process.
+//! Records in shards, and what is decided in one step with them.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use super::{
-    SHARDS, SWEEP,
+    SHARDS, SWEEP, WhenFull,
     ledger::Ledger,
     records::{self, Records},
     shard_of,
 };
-use crate::{EncodedKey, Env, event::Observers};
+use crate::{EncodedKey, Env, Event, event::Observers};
 
 /// Values by key: up to a number of bytes, those least used leave first, and each until its time is over. Beside each lock lies
 /// a `G`, for what has to be decided in one step with a change.
 pub(in crate::storage) struct Shelf<G, V> {
     /// `std`'s locks, because sections are short and never await.
-    shards: Box<[Mutex<G>]>,
-    records: Records<V>,
-    ledger: Arc<Ledger>,
+    pub(super) shards: Box<[Mutex<G>]>,
+    pub(super) records: Records<V>,
+    /// `None` where nobody need be told of evictions, as the values are elsewhere too.
+    pub(super) observers: Option<Observers>,
+    pub(super) when_full: WhenFull,
     pub(in crate::storage) max_bytes: usize,
     pub(in crate::storage) env: Env,
 }
 
 /// The shard of a key, locked.
-pub(in crate::storage) struct Shard<'a, G, V> {
-    shelf: &'a Shelf<G, V>,
+pub(in crate::storage) struct Shard<'a, G, V: Clone + Send + Sync + 'static> {
     key: &'a EncodedKey,
     /// By the shelf's clock, when the shard was locked.
     pub(in crate::storage) now: Duration,
     pub(in crate::storage) beside: MutexGuard<'a, G>,
+    /// The last field: dropped when the lock is free.
+    settled: Settled<'a, V>,
 }
 
 impl<G: Default, V: Clone + Send + Sync + 'static> Shelf<G, V> {
-    pub(in crate::storage) fn new(max_bytes: usize, env: Env) -> Self {
-        let ledger = Arc::new(Ledger::new(Observers::default(), None));
+    pub(in crate::storage) fn new(
+        max_bytes: usize,
+        when_full: WhenFull,
+        env: Env,
+        observers: Option<Observers>,
+    ) -> Self {
         Self {
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
-            records: Records::new(ledger.clone(), Some(max_bytes)),
-            ledger,
+            records: Records::new(max_bytes, when_full),
+            observers,
+            when_full,
             max_bytes,
             env,
         }
     }
 
     /// Locks the shard of `key`, and clears a few values of it away whose time is over.
-    ///
-    /// Steps under this lock make their changes after everything else that could panic, so a poisoned one is whole.
     pub(in crate::storage) fn lock<'a>(&'a self, key: &'a EncodedKey) -> Shard<'a, G, V> {
-        let now = self.env.now();
-        let shard = shard_of(key);
-        let beside = self.shards[shard]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let (shard, now) = (shard_of(key), self.env.now());
+        let beside = self.lock_shard(shard);
         self.records.sweep(shard, now, SWEEP);
         Shard {
-            shelf: self,
             key,
             now,
             beside,
+            settled: Settled {
+                records: &self.records,
+                observers: self.observers.as_ref(),
+                now,
+            },
         }
     }
 
-    /// Whether a value of so many bytes can be kept at all.
+    /// Steps under this lock make their changes after everything else that could panic, so a poisoned one is whole.
+    pub(super) fn lock_shard(&self, shard: usize) -> MutexGuard<'_, G> {
+        self.shards[shard]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a value of so many bytes can be kept at all: moka would drop it at once, and nobody would know.
     pub(in crate::storage) fn fits(&self, bytes: usize) -> bool {
-        self.records.fits(records::weight(bytes))
+        u64::from(records::weight(bytes)) <= self.records.capacity
     }
 
-    /// Evicts at once where moka is too far behind. Call it after an insertion, without a lock.
-    pub(in crate::storage) fn settle(&self) {
-        self.records.settle(self.env.now());
-    }
-
-    /// Logs evictions: the first, and then whenever their number has doubled. Call it without a lock.
-    pub(in crate::storage) fn report_evictions(&self) {
-        self.ledger.report_evictions();
-    }
-
-    pub(in crate::storage) fn len(&self) -> u64 {
+    /// The counts, once moka has done what it put off.
+    pub(in crate::storage) fn counted(&self) -> &Ledger {
         self.records.catch_up();
-        self.ledger.records()
+        &self.records.ledger
     }
+}
 
-    pub(in crate::storage) fn weight(&self) -> u64 {
-        self.records.catch_up();
-        self.ledger.weight()
-    }
+/// Does what is left to do after a step, with no lock held: evicts down to the limit, and tells observers of evictions, of the first
+/// and then whenever their number has doubled.
+struct Settled<'a, V: Clone + Send + Sync + 'static> {
+    records: &'a Records<V>,
+    observers: Option<&'a Observers>,
+    now: Duration,
+}
 
-    pub(in crate::storage) fn evicted(&self) -> u64 {
-        self.records.catch_up();
-        self.ledger.evicted()
+impl<V: Clone + Send + Sync + 'static> Drop for Settled<'_, V> {
+    fn drop(&mut self) {
+        self.records.settle(self.now);
+        if let Some(observers) = self.observers
+            && let Some((key, total)) = self.records.ledger.evictions_to_report()
+        {
+            observers.emit(&Event::Evicted { key, total });
+        }
     }
 }
 
 impl<G, V: Clone + Send + Sync + 'static> Shard<'_, G, V> {
     pub(in crate::storage) fn get(&self) -> Option<V> {
-        self.shelf.records.get(self.key, self.now)
+        self.settled.records.get(self.key, self.now)
     }
 
-    /// Puts `value` in the place of what is there, until `deadline` by the shelf's clock.
-    pub(in crate::storage) fn insert(&self, value: V, bytes: usize, deadline: Duration) {
-        self.remove();
+    /// Puts `value` where none is, until `deadline` by the shelf's clock.
+    pub(super) fn insert(&self, value: V, bytes: usize, deadline: Duration) {
         let weight = records::weight(bytes);
-        self.shelf.records.insert(self.key, value, weight, deadline);
+        self.settled
+            .records
+            .insert(self.key, value, weight, deadline);
+    }
+
+    /// Puts `value` in the place of what is there.
+    pub(in crate::storage) fn replace(&self, value: V, bytes: usize, deadline: Duration) {
+        self.remove();
+        self.insert(value, bytes, deadline);
     }
 
     pub(in crate::storage) fn remove(&self) {
-        self.shelf.records.remove(self.key);
+        self.settled.records.remove(self.key);
     }
 }

@@ -22,7 +22,7 @@ use futures_util::{FutureExt as _, future::BoxFuture};
 use http::{HeaderMap, StatusCode};
 
 use super::*;
-use crate::{Environment, Outcome, Spawner, StoredResponse};
+use crate::{Env, Environment, Outcome, Spawner, StoredResponse};
 
 const LEASE: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_secs(24 * 3600);

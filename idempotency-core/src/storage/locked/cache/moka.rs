@@ -5,7 +5,10 @@ use std::{fmt, sync::Arc, time::Duration};
 use bytes::Bytes;
 
 use super::Cache;
-use crate::{EncodedKey, Env, StorageError, StorageErrorKind, storage::memory::Shelf};
+use crate::{
+    EncodedKey, Env, StorageError, StorageErrorKind, WhenFull, event::Observers,
+    storage::memory::Shelf,
+};
 
 /// Keeps bytes in this process, up to a number of them. Clones share it.
 ///
@@ -40,8 +43,9 @@ impl MokaCache {
     }
 
     fn with(max_bytes: usize, env: Env) -> Self {
+        let observers = Some(Observers::default());
         Self {
-            shelf: Arc::new(Shelf::new(max_bytes, env)),
+            shelf: Arc::new(Shelf::new(max_bytes, WhenFull::Evict, env, observers)),
         }
     }
 
@@ -59,7 +63,7 @@ impl MokaCache {
     /// How many live values were evicted since the cache was built.
     #[must_use]
     pub fn evicted(&self) -> u64 {
-        self.shelf.evicted()
+        self.shelf.counted().evicted()
     }
 }
 
@@ -72,11 +76,12 @@ impl Default for MokaCache {
 /// Counts and limits only.
 impl fmt::Debug for MokaCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ledger = self.shelf.counted();
         f.debug_struct("MokaCache")
             .field("max_bytes", &self.shelf.max_bytes)
-            .field("weight", &self.shelf.weight())
-            .field("values", &self.shelf.len())
-            .field("evicted", &self.shelf.evicted())
+            .field("weight", &ledger.record_weight())
+            .field("values", &ledger.records())
+            .field("evicted", &ledger.evicted())
             .finish()
     }
 }
@@ -97,13 +102,8 @@ impl Cache for MokaCache {
         // `Bytes` may be a part of something larger, and would keep all of it.
         let value = Bytes::copy_from_slice(&value);
         let bytes = value.len();
-        {
-            let shard = self.shelf.lock(key);
-            let deadline = shard.now.saturating_add(ttl);
-            shard.insert(value, bytes, deadline);
-        }
-        self.shelf.settle();
-        self.shelf.report_evictions();
+        let shard = self.shelf.lock(key);
+        shard.replace(value, bytes, shard.now.saturating_add(ttl));
         Ok(())
     }
 
@@ -153,7 +153,8 @@ mod tests {
         now(cache.remove(&key(2)));
         now(cache.remove(&key(2)));
         assert_eq!(now(cache.get(&key(2))), None);
-        assert_eq!((cache.shelf.len(), cache.shelf.weight()), (0, 0));
+        let counted = cache.shelf.counted();
+        assert_eq!((counted.records(), counted.record_weight()), (0, 0));
         assert_eq!(cache.evicted(), 0);
     }
 
@@ -168,7 +169,7 @@ mod tests {
                 let value = now(cache.get(&key(kept)));
                 assert_eq!(value.unwrap().len(), 100, "{kept} after {number}");
             }
-            assert!(cache.shelf.weight() <= 104_000);
+            assert!(cache.shelf.counted().record_weight() <= 104_000);
         }
         assert!(cache.evicted() > 1_500);
         assert!(large.is_unique());
