@@ -276,34 +276,60 @@ fn large_bodies_stay_within_a_small_limit() {
     assert!(storage.evicted() > 0);
 }
 
-/// A thread that is taken off its core inside of moka keeps the others from dropping what they evict, so they must not go on as if it
+/// A thread that is taken off its core inside of moka keeps the others from dropping what has left, so they must not go on as if it
 /// were dropped.
 #[test]
 fn more_threads_than_cores_stay_within_the_limit() {
     let _turn = turn();
     const MAX_BYTES: usize = 64 << 20;
     const THREADS: u64 = 16;
-    const LEN: usize = 1 << 20;
-    let storage = MemoryStorage::builder().max_bytes(MAX_BYTES).build();
+    const LEN: usize = 256 << 10;
     let record = response(vec![7; LEN]);
-    let before = LIVE.load(SeqCst);
-    let most = AtomicUsize::new(0);
-    thread::scope(|scope| {
-        for thread in 0..THREADS {
-            let (storage, record, most) = (&storage, &record, &most);
-            scope.spawn(move || {
-                for number in 0..150 {
-                    let number = thread * 150 + number;
-                    let held = now(storage.complete(&key(number), token(number), record, DAY));
-                    assert_eq!(held.unwrap(), Held::Yes);
-                    most.fetch_max(grown(before), SeqCst);
+    let put = |storage: &MemoryStorage, number: u64| {
+        let held = now(storage.complete(&key(number), token(number), &record, DAY));
+        assert_eq!(held.unwrap(), Held::Yes);
+    };
+    type Load<'a> = &'a (dyn Fn(&MemoryStorage, u64) + Sync);
+    let loads: [Load<'_>; 3] = [
+        &put,
+        &|storage, number| {
+            put(storage, number);
+            assert!(now(storage.remove(&key(number))).unwrap());
+        },
+        &|storage, number| {
+            let number = number % THREADS;
+            if now(storage.get(&key(number))).unwrap().is_none() {
+                let _ = now(storage.complete(&key(number), token(0), &record, DAY)).unwrap();
+            }
+            now(storage.replace(&key(number), &record, DAY)).unwrap();
+        },
+    ];
+    for when_full in [WhenFull::Evict, WhenFull::Refuse] {
+        // Where nothing is evicted, nothing refuses what is completed.
+        let first = usize::from(when_full == WhenFull::Refuse);
+        for load in &loads[first..] {
+            let before = LIVE.load(SeqCst);
+            let storage = MemoryStorage::builder()
+                .max_bytes(MAX_BYTES)
+                .when_full(when_full)
+                .build();
+            let most = AtomicUsize::new(0);
+            thread::scope(|scope| {
+                for thread in 0..THREADS {
+                    let (storage, most) = (&storage, &most);
+                    scope.spawn(move || {
+                        for number in 0..300 {
+                            load(storage, thread + THREADS * number);
+                            most.fetch_max(grown(before), SeqCst);
+                        }
+                    });
                 }
             });
+            // Each may be at work with one more.
+            let most = most.into_inner().saturating_sub(THREADS as usize * LEN);
+            assert!(most as f64 <= 1.2 * MAX_BYTES as f64, "{most}");
         }
-    });
-    // Each may be at work with one more.
-    let most = most.into_inner().saturating_sub(THREADS as usize * LEN);
-    assert!(most as f64 <= 1.2 * MAX_BYTES as f64, "{most}");
+    }
 }
 
 /// moka before the fix of its issue 590 stopped evicting for ever when keys came again under its LRU policy.
@@ -488,6 +514,34 @@ fn what_expired_gives_its_memory_back() {
         "{} of {full} are left",
         grown(before)
     );
+}
+
+/// Nothing is evicted here, so only what has expired makes room, and moka keeps that until its housekeeping.
+#[test]
+fn large_records_that_expire_give_their_memory_back_in_time() {
+    let _turn = turn();
+    const MAX_BYTES: usize = 64 << 20;
+    let (env, clock) = Env::simulated(1);
+    let before = LIVE.load(SeqCst);
+    let storage = MemoryStorage::builder()
+        .max_bytes(MAX_BYTES)
+        .when_full(WhenFull::Refuse)
+        .env(env)
+        .build();
+    let record = response(vec![7; MAX_BYTES / 12]);
+    let before_storage = grown(before);
+    for round in 0..5 {
+        for number in round * 12..(round + 1) * 12 {
+            let begin = now(storage.begin(&key(number), &claim(number))).unwrap();
+            assert_eq!(begin, Begin::Acquired);
+            let second = Duration::from_secs(1);
+            let held = now(storage.complete(&key(number), token(number), &record, second));
+            assert_eq!(held.unwrap(), Held::Yes);
+            let grown = grown(before) - before_storage;
+            assert!(grown as f64 <= 1.2 * MAX_BYTES as f64, "{grown}");
+        }
+        clock.advance(Duration::from_secs(2));
+    }
 }
 
 #[test]

@@ -237,8 +237,8 @@ impl<T> Slot<T> {
     }
 }
 
-/// Locks a table. Nothing panics while it changes, so the table under a poisoned lock is whole.
-pub(crate) fn lock<K, T>(table: &Mutex<LeaseTable<K, T>>) -> MutexGuard<'_, LeaseTable<K, T>> {
+/// Locks a table, or what lies beside one, whose steps make their changes after all that could panic: under a poisoned lock it is whole.
+pub(crate) fn lock<T>(table: &Mutex<T>) -> MutexGuard<'_, T> {
     table.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

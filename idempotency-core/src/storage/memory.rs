@@ -106,7 +106,7 @@ impl MemoryStorage {
     /// How many records there are. Clears expired ones away first, as the other counts do.
     #[must_use]
     pub fn records(&self) -> u64 {
-        self.counted().records()
+        self.0.counted().records()
     }
 
     /// How many operations run: claims whose lease is not over.
@@ -127,13 +127,13 @@ impl MemoryStorage {
     /// What records and claims weigh, in bytes; see [Memory](Self#memory).
     #[must_use]
     pub fn weight(&self) -> u64 {
-        self.counted().record_weight() + self.claims() as u64 * CLAIM_WEIGHT
+        self.0.counted().record_weight() + self.claims() as u64 * CLAIM_WEIGHT
     }
 
     /// How many live records were evicted since the storage was built. Each is an operation that a retry runs again.
     #[must_use]
     pub fn evicted(&self) -> u64 {
-        self.counted().evicted()
+        self.0.counted().evicted()
     }
 }
 
@@ -167,7 +167,10 @@ impl Storage for MemoryStorage {
             return Ok(begun);
         }
         // Full. The shards are visited one by one, so none may be locked here.
-        self.purge(|| !self.ledger().is_full());
+        self.0.purge(|claims, now| {
+            self.ledger().claims_ended(claims.end_all_over(now));
+            !self.ledger().is_full()
+        });
         self.try_begin(key, claim).ok_or_else(|| {
             StorageError::new(
                 StorageErrorKind::Full,
@@ -338,30 +341,6 @@ impl MemoryStorage {
 
     fn ledger(&self) -> &Ledger {
         &self.0.records.ledger
-    }
-
-    /// The counts, once all is cleared away that is over or evicted.
-    fn counted(&self) -> &Ledger {
-        self.purge(|| false);
-        self.0.counted()
-    }
-
-    /// Clears away all whose time is over, or as much as is `enough`.
-    fn purge(&self, enough: impl Fn() -> bool) {
-        let now = self.0.env.now();
-        for shard in 0..SHARDS {
-            loop {
-                if enough() {
-                    return;
-                }
-                // Locked anew for every few, so that requests get their turn.
-                let mut claims = self.0.lock_shard(shard);
-                self.ledger().claims_ended(claims.end_all_over(now));
-                if !self.0.records.sweep(shard, now, 8 * SWEEP) {
-                    break;
-                }
-            }
-        }
     }
 
     /// A copy of `record`, or of a tombstone in its place if it is larger than all that can be kept (a retry would run the operation

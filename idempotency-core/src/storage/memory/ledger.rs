@@ -4,12 +4,12 @@
 //! Each shard has a page of its own, since two cores that write to the same few bytes wait for each other.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
+    Arc, Mutex,
     atomic::{AtomicIsize, AtomicU64, Ordering::Relaxed},
 };
 
 use super::SHARDS;
-use crate::EncodedKey;
+use crate::{EncodedKey, storage::lease::lock};
 
 /// What a claim weighs: its slot in a hash table that may be a little less than half full. A test in `tests/memory_limits.rs`
 /// compares it with the heap.
@@ -25,6 +25,8 @@ pub(in crate::storage) struct Ledger {
 #[repr(align(128))]
 pub(super) struct Page {
     weight: AtomicU64,
+    /// What the records weigh that are in memory, with those that have left and are not dropped yet.
+    pub(super) held: AtomicU64,
     records: AtomicU64,
     /// How many of the records that have left are still among the shard's expiries. Below zero for an instant, where one is forgotten
     /// there before it is booked here.
@@ -71,6 +73,12 @@ impl Ledger {
         pages.map(|page| page.weight.load(Relaxed)).sum()
     }
 
+    /// The same with what has left, but is not dropped yet.
+    pub(super) fn held(&self) -> u64 {
+        let pages = self.pages.iter();
+        pages.map(|page| page.held.load(Relaxed)).sum()
+    }
+
     pub(in crate::storage) fn records(&self) -> u64 {
         let pages = self.pages.iter();
         pages.map(|page| page.records.load(Relaxed)).sum()
@@ -82,7 +90,7 @@ impl Ledger {
 
     /// Tells the time, in nanoseconds by the storage's clock.
     pub(super) fn is_now(&self, now: u64) {
-        self.whole.now.store(now, Relaxed);
+        self.whole.now.fetch_max(now, Relaxed);
     }
 
     /// Whether a new claim would be refused.
@@ -111,7 +119,7 @@ impl Ledger {
         if !whole.is_report_due() {
             return None;
         }
-        let mut first = whole.to_report();
+        let mut first = lock(&whole.to_report);
         let key = first.take()?;
         let total = self.evicted();
         whole.reported.store(total, Relaxed);
@@ -125,6 +133,7 @@ impl Page {
         let weight = u64::from(weight);
         self.records.fetch_add(1, Relaxed);
         self.weight.fetch_add(weight, Relaxed);
+        self.held.fetch_add(weight, Relaxed);
         if self.whole.most.is_some() {
             self.whole.weight.fetch_add(weight, Relaxed);
         }
@@ -145,7 +154,7 @@ impl Page {
         if whole.now.load(Relaxed) < deadline {
             whole.evicted.fetch_add(1, Relaxed);
             if whole.is_report_due() {
-                whole.to_report().get_or_insert(*key);
+                lock(&whole.to_report).get_or_insert(*key);
             }
         }
     }
@@ -161,12 +170,5 @@ impl Whole {
     fn is_report_due(&self) -> bool {
         let reported = self.reported.load(Relaxed);
         self.evicted.load(Relaxed) >= reported.saturating_mul(2).max(1)
-    }
-
-    /// Nothing under this lock panics, so a poisoned one is whole.
-    fn to_report(&self) -> MutexGuard<'_, Option<EncodedKey>> {
-        self.to_report
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -4,7 +4,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread,
@@ -18,7 +18,7 @@ use super::{
     ledger::{Ledger, Page},
     shard_of,
 };
-use crate::{EncodedKey, key::HashKeys};
+use crate::{EncodedKey, key::HashKeys, storage::lease::lock};
 
 /// What a record takes besides its body and its headers, in bytes: [`Stored`], its place among the expiries, and moka's nodes,
 /// table and buffers. With moka 0.12.16 that is 414 at most, and 437 once it was read; the rest is for what the allocator rounds up
@@ -37,16 +37,16 @@ const SLACK: u64 = 32;
 /// How many steps crossbeam's epochs, in which moka puts what it evicts, are asked to go before anybody looks whether that is dropped.
 const STEPS: usize = 3;
 
-/// How many they are asked to go at most, and the pause between those that were not enough: a thread that stands still inside of moka
-/// holds them up, for some milliseconds where many threads share a core.
-const MOST_STEPS: usize = 200;
-const PAUSE: Duration = Duration::from_micros(100);
+/// How many they are asked to go at most: a thread that stands still inside of moka holds them up, for some milliseconds where many
+/// threads share a core.
+const MOST_STEPS: usize = 10_000;
 
 pub(super) struct Records<V> {
     cache: Cache<Place, Arc<Stored<V>>, HashKeys>,
     places: [HashKeys; 2],
     pub(super) ledger: Ledger,
-    /// Where nothing is evicted, more than can be.
+    max_bytes: u64,
+    /// The same, or where nothing is evicted, more than can be.
     pub(super) capacity: u64,
     /// For each shard, its records by deadline. moka has no expiry by a clock that can be moved. Only locked under the shard's lock,
     /// and never by what drops a record.
@@ -96,6 +96,7 @@ impl<V> Drop for Stored<V> {
         if self.leave() {
             self.page.record_evicted(&self.key, self.deadline);
         }
+        self.page.held.fetch_sub(self.weight.into(), Relaxed);
     }
 }
 
@@ -103,9 +104,10 @@ impl<V> Drop for Stored<V> {
 /// Then only moka changes anything meanwhile, and all that moka does is evict.
 impl<V: Clone + Send + Sync + 'static> Records<V> {
     pub(super) fn new(max_bytes: usize, when_full: WhenFull) -> Self {
+        // The least that can be kept is a tombstone. Without it, a completed operation would be forgotten at once.
+        let at_least_one = max_bytes.max(OVERHEAD) as u64;
         let (capacity, limit) = match when_full {
-            // The least that can be kept is a tombstone. Without it, a completed operation would be forgotten at once.
-            WhenFull::Evict => (max_bytes.max(OVERHEAD) as u64, None),
+            WhenFull::Evict => (at_least_one, None),
             WhenFull::Refuse => (u64::MAX, Some(max_bytes)),
         };
         let cache = Cache::builder()
@@ -119,6 +121,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             cache,
             places: Default::default(),
             ledger: Ledger::new(limit),
+            max_bytes: at_least_one,
             capacity,
             expiries: (0..SHARDS).map(|_| Mutex::default()).collect(),
             booked: AtomicU64::new(0),
@@ -156,7 +159,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
             value,
             page: page.clone(),
         });
-        let mut expiries = self.expiries(shard);
+        let mut expiries = lock(&self.expiries[shard]);
         let before = expiries.len();
         if page.departed.load(Relaxed) > (before / 4 + 32) as isize {
             // They hold on to memory: without this, until their time is over.
@@ -181,7 +184,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
     /// Forgets up to `at_most` records of `shard` that have expired or left, those that expire first. Says whether there may be more.
     pub(super) fn sweep(&self, shard: usize, now: Duration, at_most: usize) -> bool {
         let now = nanos(now);
-        let mut expiries = self.expiries(shard);
+        let mut expiries = lock(&self.expiries[shard]);
         for _ in 0..at_most {
             let Some(next) = expiries.front().map(live) else {
                 return false;
@@ -206,16 +209,9 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         true
     }
 
-    /// Nothing under this lock panics but moka, after the queue was changed, so a poisoned one is whole.
-    fn expiries(&self, shard: usize) -> MutexGuard<'_, Expiries<V>> {
-        self.expiries[shard]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// For how many operations a record of this weight counts.
     fn operations(&self, weight: u32) -> u64 {
-        1 + u64::from(weight) * SLACK * HOUSEKEEPING / self.capacity
+        1 + u64::from(weight) * SLACK * HOUSEKEEPING / self.max_bytes
     }
 
     /// Does moka's housekeeping where that is due. Call it after each operation, without a lock: moka would do it in the middle of a
@@ -230,24 +226,24 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         let _housekeeping = match self.housekeeping.try_lock() {
             Ok(housekeeping) => housekeeping,
             Err(_) if booked < 2 * HOUSEKEEPING => return,
-            Err(_) => self
-                .housekeeping
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
+            Err(_) => lock(&self.housekeeping),
         };
         self.booked.store(0, Relaxed);
         self.due.store(nanos(now.saturating_add(PERIOD)), Relaxed);
         self.ledger.is_now(nanos(now));
-        let limit = self.capacity.saturating_add(self.capacity / SLACK);
-        self.keep_house(|| self.ledger.record_weight() <= limit);
+        self.keep_house(|| {
+            let live = self.ledger.record_weight().max(self.max_bytes);
+            self.ledger.held() <= self.capacity.min(live) + self.max_bytes / SLACK
+        });
     }
 
-    /// Has moka do all that it has put off, and drops all that it evicted, unless other threads are in moka.
-    pub(super) fn catch_up(&self) {
+    /// Drops all that was evicted, unless other threads are in moka.
+    pub(super) fn catch_up(&self, now: Duration) {
+        self.ledger.is_now(nanos(now));
         self.keep_house(|| self.ledger.records() <= self.cache.entry_count());
     }
 
-    /// Has moka evict, and drops what it evicted until that is enough.
+    /// Has moka do all that it has put off, and drops what has left until that is enough.
     fn keep_house(&self, is_enough: impl Fn() -> bool) {
         self.cache.run_pending_tasks();
         for step in 1..=MOST_STEPS {
@@ -256,8 +252,8 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
                 if is_enough() {
                     return;
                 }
-                // For a thread that was taken off its core inside of moka.
-                thread::sleep(PAUSE);
+                // To a thread that was taken off its core inside of moka.
+                thread::yield_now();
                 self.cache.run_pending_tasks();
             }
         }

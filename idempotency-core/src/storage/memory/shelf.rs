@@ -1,7 +1,7 @@
 //! Records in shards, and what is decided in one step with them.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -11,7 +11,7 @@ use super::{
     records::{self, Records},
     shard_of,
 };
-use crate::{EncodedKey, Env, Event, event::Observers};
+use crate::{EncodedKey, Env, Event, event::Observers, storage::lease::lock};
 
 /// Values by key: up to a number of bytes, those least used leave first, and each until its time is over. Beside each lock lies
 /// a `G`, for what has to be decided in one step with a change.
@@ -53,10 +53,11 @@ impl<G: Default, V: Clone + Send + Sync + 'static> Shelf<G, V> {
         }
     }
 
-    /// Locks the shard of `key`, and clears a few values of it away whose time is over.
+    /// Locks the shard of `key`, and clears a few values of it away whose time is over. A step makes its changes after everything else
+    /// that could panic.
     pub(in crate::storage) fn lock<'a>(&'a self, key: &'a EncodedKey) -> Shard<'a, G, V> {
         let (shard, now) = (shard_of(key), self.env.now());
-        let beside = self.lock_shard(shard);
+        let beside = lock(&self.shards[shard]);
         self.records.sweep(shard, now, SWEEP);
         Shard {
             key,
@@ -70,21 +71,32 @@ impl<G: Default, V: Clone + Send + Sync + 'static> Shelf<G, V> {
         }
     }
 
-    /// Steps under this lock make their changes after everything else that could panic, so a poisoned one is whole.
-    pub(super) fn lock_shard(&self, shard: usize) -> MutexGuard<'_, G> {
-        self.shards[shard]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Whether a value of so many bytes can be kept at all: moka would drop it at once, and nobody would know.
     pub(in crate::storage) fn fits(&self, bytes: usize) -> bool {
         u64::from(records::weight(bytes)) <= self.records.capacity
     }
 
-    /// The counts, once moka has done what it put off.
+    /// Clears away all whose time is over, shard by shard, until `enough` of what lies beside the locks says so.
+    pub(super) fn purge(&self, enough: impl Fn(&mut G, Duration) -> bool) {
+        let now = self.env.now();
+        for shard in 0..SHARDS {
+            // Locked anew for every few, so that requests get their turn.
+            loop {
+                let mut beside = lock(&self.shards[shard]);
+                if enough(&mut beside, now) {
+                    return;
+                }
+                if !self.records.sweep(shard, now, 8 * SWEEP) {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// The counts, once all is cleared away that is over or evicted.
     pub(in crate::storage) fn counted(&self) -> &Ledger {
-        self.records.catch_up();
+        self.purge(|_, _| false);
+        self.records.catch_up(self.env.now());
         &self.records.ledger
     }
 }

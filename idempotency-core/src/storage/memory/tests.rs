@@ -75,7 +75,7 @@ fn wait(
 
 fn slots(storage: &MemoryStorage) -> usize {
     (0..SHARDS)
-        .map(|shard| storage.0.lock_shard(shard).slots())
+        .map(|shard| lease::lock(&storage.0.shards[shard]).slots())
         .sum()
 }
 

@@ -178,4 +178,16 @@ mod tests {
         let error = error.expect("the call is over").unwrap_err();
         assert_eq!(error.kind(), StorageErrorKind::Full);
     }
+
+    #[test]
+    fn what_has_expired_is_not_evicted() {
+        let (env, clock) = Env::simulated(1);
+        let cache = MokaCache::new().max_bytes(100_000).env(env);
+        let second = Duration::from_secs(1);
+        for number in 0..153 {
+            now(cache.set(&key(number), vec![7; 100].into(), second));
+        }
+        clock.advance(second);
+        assert_eq!(cache.evicted(), 0);
+    }
 }
