@@ -75,7 +75,7 @@ const TOO_LARGE: TombstoneReason = TombstoneReason::ResponseTooLarge;
 ///
 /// # Expiry
 ///
-/// Leases and TTLs follow the clock of the builder's [`Env`], `tokio`'s by default, and nothing else. What is over is gone for
+/// Leases and TTLs follow the clock of the builder's [`Env`](crate::Env), `tokio`'s by default, and nothing else. What is over is gone for
 /// every call at once. Its memory comes back with later calls, a few expired ones at each: a storage that nobody calls frees
 /// nothing.
 #[derive(Clone)]
