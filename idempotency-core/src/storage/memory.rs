@@ -10,10 +10,7 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use self::{
-    ledger::{CLAIM_WEIGHT, Ledger},
-    shelf::Shard,
-};
+use self::{ledger::CLAIM_WEIGHT, shelf::Shard};
 use super::lease::{self, Lease, LeaseTable, Wake};
 use crate::{
     Begin, EncodedKey, Entry, Event, Fingerprint, Held, NewClaim, Record, Storage, StorageError,
@@ -103,7 +100,7 @@ impl MemoryStorage {
         MemoryStorageBuilder::default()
     }
 
-    /// How many records there are. Clears expired ones away first, as the other counts do.
+    /// How many records there are. Clears expired ones away first, as `weight` and `evicted` do.
     #[must_use]
     pub fn records(&self) -> u64 {
         self.0.counted().records()
@@ -146,14 +143,15 @@ impl Default for MemoryStorage {
 /// Counts and limits only.
 impl fmt::Debug for MemoryStorage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ledger = self.ledger();
-        let weight = ledger.record_weight() + self.claims() as u64 * CLAIM_WEIGHT;
+        let ledger = self.0.ledger();
+        let claims = self.claims();
+        let weight = ledger.record_weight() + claims as u64 * CLAIM_WEIGHT;
         f.debug_struct("MemoryStorage")
             .field("max_bytes", &self.0.max_bytes)
             .field("when_full", &self.0.when_full)
             .field("weight", &weight)
             .field("records", &ledger.records())
-            .field("claims", &self.claims())
+            .field("claims", &claims)
             .field("waiters", &self.waiters())
             .field("evicted", &ledger.evicted())
             .finish()
@@ -168,8 +166,8 @@ impl Storage for MemoryStorage {
         }
         // Full. The shards are visited one by one, so none may be locked here.
         self.0.purge(|claims, now| {
-            self.ledger().claims_ended(claims.end_all_over(now));
-            !self.ledger().is_full()
+            self.0.ledger().claims_ended(claims.end_all_over(now));
+            !self.0.ledger().is_full()
         });
         self.try_begin(key, claim).ok_or_else(|| {
             StorageError::new(
@@ -214,7 +212,7 @@ impl Storage for MemoryStorage {
         if !shard.beside.end(key, token, Wake::One) {
             return Ok(Held::Lost);
         }
-        self.ledger().claims_ended(1);
+        self.0.ledger().claims_ended(1);
         Ok(Held::Yes)
     }
 
@@ -248,7 +246,7 @@ impl Storage for MemoryStorage {
     async fn remove(&self, key: &EncodedKey) -> Result<bool, StorageError> {
         let mut shard = self.locked(key);
         let claimed = shard.beside.remove(key, Wake::All);
-        self.ledger().claims_ended(usize::from(claimed));
+        self.0.ledger().claims_ended(usize::from(claimed));
         let completed = shard.get().is_some();
         shard.remove();
         Ok(claimed || completed)
@@ -281,7 +279,7 @@ impl MemoryStorage {
         if let Some(found) = shard.get() {
             return Some(Begin::Completed(found.record.record()));
         }
-        if !self.ledger().claim_started() {
+        if !self.0.ledger().claim_started() {
             return None;
         }
         let lease = Lease {
@@ -314,7 +312,7 @@ impl MemoryStorage {
         let bytes = record.weight();
         shard.insert(Completed { record, by: token }, bytes, deadline);
         let ended = shard.beside.end(key, token, Wake::All);
-        self.ledger().claims_ended(usize::from(ended));
+        self.0.ledger().claims_ended(usize::from(ended));
         Held::Yes
     }
 
@@ -335,12 +333,8 @@ impl MemoryStorage {
         let mut shard = self.0.lock(key);
         let (now, claims) = (shard.now, &mut shard.beside);
         let ended = usize::from(claims.end_if_over(key, now)) + claims.sweep(now);
-        self.ledger().claims_ended(ended);
+        self.0.ledger().claims_ended(ended);
         shard
-    }
-
-    fn ledger(&self) -> &Ledger {
-        &self.0.records.ledger
     }
 
     /// A copy of `record`, or of a tombstone in its place if it is larger than all that can be kept (a retry would run the operation

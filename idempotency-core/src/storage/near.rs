@@ -126,7 +126,7 @@ impl<S> fmt::Debug for NearCache<S> {
             .field("storage", &std::any::type_name::<S>())
             .field("ttl", &self.near.ttl)
             .field("max_bytes", &self.near.shelf.max_bytes)
-            .field("records", &self.near.shelf.counted().records())
+            .field("records", &self.near.shelf.ledger().records())
             .finish_non_exhaustive()
     }
 }

@@ -26,7 +26,7 @@ pub(in crate::storage) struct Ledger {
 pub(super) struct Page {
     weight: AtomicU64,
     /// What the records weigh that are in memory, with those that have left and are not dropped yet.
-    pub(super) held: AtomicU64,
+    held: AtomicU64,
     records: AtomicU64,
     /// How many of the records that have left are still among the shard's expiries. Below zero for an instant, where one is forgotten
     /// there before it is booked here.
@@ -146,6 +146,11 @@ impl Page {
         self.weight.fetch_sub(weight, Relaxed);
         self.departed.fetch_add(1, Relaxed);
         self.whole.lighter_by(weight);
+    }
+
+    /// Counts what a record took as free.
+    pub(super) fn record_dropped(&self, weight: u32) {
+        self.held.fetch_sub(weight.into(), Relaxed);
     }
 
     /// Counts a record that left to make room, if it was still live.

@@ -31,7 +31,8 @@ const HOUSEKEEPING: u64 = 60;
 /// After so long, too, so that it is not before 300 ms are over, when moka would do it by itself.
 const PERIOD: Duration = Duration::from_millis(200);
 
-/// The part of the capacity after which it does so too, because so many of the largest answers would be much more than the limit.
+/// The part of the limit after which it does so too, because so many of the largest answers would be much more than the limit; and by
+/// which what is held may be over it.
 const SLACK: u64 = 32;
 
 /// How many steps crossbeam's epochs, in which moka puts what it evicts, are asked to go before anybody looks whether that is dropped.
@@ -96,7 +97,7 @@ impl<V> Drop for Stored<V> {
         if self.leave() {
             self.page.record_evicted(&self.key, self.deadline);
         }
-        self.page.held.fetch_sub(self.weight.into(), Relaxed);
+        self.page.record_dropped(self.weight);
     }
 }
 
@@ -237,7 +238,7 @@ impl<V: Clone + Send + Sync + 'static> Records<V> {
         });
     }
 
-    /// Drops all that was evicted, unless other threads are in moka.
+    /// Drops all that has left, unless other threads are in moka.
     pub(super) fn catch_up(&self, now: Duration) {
         self.ledger.is_now(nanos(now));
         self.keep_house(|| self.ledger.records() <= self.cache.entry_count());

@@ -76,14 +76,14 @@ impl<G: Default, V: Clone + Send + Sync + 'static> Shelf<G, V> {
         u64::from(records::weight(bytes)) <= self.records.capacity
     }
 
-    /// Clears away all whose time is over, shard by shard, until `enough` of what lies beside the locks says so.
-    pub(super) fn purge(&self, enough: impl Fn(&mut G, Duration) -> bool) {
+    /// Clears away all values whose time is over, shard by shard, until `is_enough`, which may also clear away what lies beside.
+    pub(super) fn purge(&self, is_enough: impl Fn(&mut G, Duration) -> bool) {
         let now = self.env.now();
         for shard in 0..SHARDS {
             // Locked anew for every few, so that requests get their turn.
             loop {
                 let mut beside = lock(&self.shards[shard]);
-                if enough(&mut beside, now) {
+                if is_enough(&mut beside, now) {
                     return;
                 }
                 if !self.records.sweep(shard, now, 8 * SWEEP) {
@@ -93,11 +93,16 @@ impl<G: Default, V: Clone + Send + Sync + 'static> Shelf<G, V> {
         }
     }
 
+    /// The counts as they are.
+    pub(in crate::storage) fn ledger(&self) -> &Ledger {
+        &self.records.ledger
+    }
+
     /// The counts, once all is cleared away that is over or evicted.
     pub(in crate::storage) fn counted(&self) -> &Ledger {
         self.purge(|_, _| false);
         self.records.catch_up(self.env.now());
-        &self.records.ledger
+        self.ledger()
     }
 }
 
@@ -112,8 +117,9 @@ struct Settled<'a, V: Clone + Send + Sync + 'static> {
 impl<V: Clone + Send + Sync + 'static> Drop for Settled<'_, V> {
     fn drop(&mut self) {
         self.records.settle(self.now);
-        if let Some(observers) = self.observers
-            && let Some((key, total)) = self.records.ledger.evictions_to_report()
+        // Taken also where nobody is told: else each eviction would leave its key.
+        if let Some((key, total)) = self.records.ledger.evictions_to_report()
+            && let Some(observers) = self.observers
         {
             observers.emit(&Event::Evicted { key, total });
         }

@@ -80,12 +80,14 @@ fn slots(storage: &MemoryStorage) -> usize {
 }
 
 /// A clock that can be set, also back.
-#[derive(Clone, Default)]
+#[derive(Default)]
 struct SetClock(Arc<AtomicU64>);
 
 impl SetClock {
     fn storage(&self) -> MemoryStorage {
-        MemoryStorage::builder().env(Env::new(self.clone())).build()
+        let seconds = self.0.clone();
+        let clock = Clock(move || Duration::from_secs(seconds.load(SeqCst)));
+        MemoryStorage::builder().env(Env::new(clock)).build()
     }
 
     fn set(&self, seconds: u64) {
@@ -93,9 +95,12 @@ impl SetClock {
     }
 }
 
-impl Environment for SetClock {
+/// An environment whose time is what a function says.
+struct Clock<N>(N);
+
+impl<N: Fn() -> Duration + Send + Sync + 'static> Environment for Clock<N> {
     fn now(&self) -> Duration {
-        Duration::from_secs(self.0.load(SeqCst))
+        (self.0)()
     }
 
     fn sleep(&self, _: Duration) -> BoxFuture<'static, ()> {
@@ -383,23 +388,12 @@ fn new_and_used_records_stay() {
 /// then may hold any lock of the user's.
 #[test]
 fn a_record_that_outlives_its_storage_calls_nothing_of_the_users() {
-    struct Gone;
-    impl Environment for Gone {
-        fn now(&self) -> Duration {
-            assert!(!GONE.load(SeqCst), "a clock is asked after its storage");
-            Duration::from_secs(1)
-        }
-        fn sleep(&self, _: Duration) -> BoxFuture<'static, ()> {
-            Box::pin(pending())
-        }
-        fn fill_random(&self, buffer: &mut [u8]) {
-            buffer.fill(4);
-        }
-        fn spawner(&self) -> Option<Spawner> {
-            None
-        }
-    }
-    static GONE: AtomicBool = AtomicBool::new(false);
+    let is_gone = Arc::new(AtomicBool::new(false));
+    let gone = is_gone.clone();
+    let clock = Clock(move || {
+        assert!(!gone.load(SeqCst), "a clock is asked after its storage");
+        Duration::from_secs(1)
+    });
     let fill = |storage: &MemoryStorage| {
         for number in 0..=255 {
             let held = now(storage.complete(&key(number), token(1), &response("x"), DAY));
@@ -411,7 +405,7 @@ fn a_record_that_outlives_its_storage_calls_nothing_of_the_users() {
     let seen = observed.clone();
     let storage = MemoryStorage::builder()
         .max_bytes(10_000)
-        .env(Env::new(Gone))
+        .env(Env::new(clock))
         .observer(move |_: &Event<'_>| assert!(Arc::strong_count(&seen) > 1))
         .build();
     let (reads, has_read) = (Barrier::new(2), Barrier::new(2));
@@ -427,7 +421,7 @@ fn a_record_that_outlives_its_storage_calls_nothing_of_the_users() {
         assert!(storage.records() > 200, "nothing is dropped yet");
         drop(storage);
         assert_eq!(Arc::strong_count(&observed), 1);
-        GONE.store(true, SeqCst);
+        is_gone.store(true, SeqCst);
         has_read.wait();
     });
     // It drops what the other one left.

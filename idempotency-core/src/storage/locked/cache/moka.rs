@@ -76,7 +76,7 @@ impl Default for MokaCache {
 /// Counts and limits only.
 impl fmt::Debug for MokaCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ledger = self.shelf.counted();
+        let ledger = self.shelf.ledger();
         f.debug_struct("MokaCache")
             .field("max_bytes", &self.shelf.max_bytes)
             .field("weight", &ledger.record_weight())
